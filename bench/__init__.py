@@ -1,0 +1,1 @@
+"""How fast? Benchmarks of the engine, and its peers measured beside it."""

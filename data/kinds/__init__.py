@@ -1,0 +1,1 @@
+"""Policy kinds: what an agent decides about, one file a kind."""

@@ -1,0 +1,1 @@
+"""Feedback stores: JSON Lines, SQLite and PostgreSQL behind one protocol."""

@@ -1,0 +1,1 @@
+"""Is it better? Policies, metrics, off-policy value, bootstrap intervals, comparisons and reports."""
