@@ -1,0 +1,140 @@
+"""How a model is trained: the options that the trainer reads, without torch.
+
+The text beside each field is its documentation and its line in ``dpo train --help``.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from dpo.errors import InputError
+
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
+Dtype = Literal["float32", "bfloat16", "bf16-mixed", "fp16-mixed"]
+Device = Literal["auto", "cpu", "cuda"]
+OnNonfinite = Literal["stop", "skip"]
+
+_Range = tuple[str, Callable[[float], bool]]  # in words, and the test
+
+
+_AT_LEAST_ONE: _Range = ("at least 1", lambda value: value >= 1)
+_AT_LEAST_ZERO: _Range = ("at least 0", lambda value: 0 <= value < math.inf)
+_ABOVE_ZERO: _Range = ("above 0 and finite", lambda value: 0 < value < math.inf)
+_FRACTION: _Range = ("in [0, 1)", lambda value: 0 <= value < 1)
+_RANGES = {
+    "batch_size": _AT_LEAST_ONE,
+    "micro_batch_size": _AT_LEAST_ONE,
+    "tokens_per_micro_batch": _AT_LEAST_ONE,
+    "epochs": _AT_LEAST_ONE,
+    "steps": _AT_LEAST_ONE,
+    "learning_rate": _ABOVE_ZERO,
+    "warmup_steps": _AT_LEAST_ZERO,
+    "weight_decay": _AT_LEAST_ZERO,
+    "max_grad_norm": _ABOVE_ZERO,
+    "beta1": _FRACTION,
+    "beta2": _FRACTION,
+    "epsilon": _ABOVE_ZERO,
+    "threads": _AT_LEAST_ONE,
+    "seed": _AT_LEAST_ZERO,
+    "eval_every": _AT_LEAST_ONE,
+    "save_every": _AT_LEAST_ONE,
+    "keep": _AT_LEAST_ONE,
+    "early_stopping": _AT_LEAST_ONE,
+    "log_every": _AT_LEAST_ONE,
+}
+_CHOICES = {"schedule": Schedule, "dtype": Dtype, "device": Device, "on_nonfinite": OnNonfinite}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """Options of one training run.
+
+    The defaults of the optimizer are those of ``torch.optim.AdamW``, without weight decay; the
+    learning rate is that of Rafailov et al. 2023 (arXiv 2305.18290, appendix B); the linear decay
+    and the clipping at 1 are TRL's.
+
+    Raises:
+        InputError: values are out of range or options contradict each other; names all faults.
+    """
+
+    batch_size: Annotated[int, "Preference pairs per optimizer step, >= 1."] = 32
+    micro_batch_size: Annotated[
+        int | None, "Pairs per forward pass, >= 1; in place of --tokens-per-micro-batch."
+    ] = None
+    tokens_per_micro_batch: Annotated[
+        int | None, "Tokens per forward pass, >= 1; 8192 unless --micro-batch-size is given."
+    ] = None
+    epochs: Annotated[int | None, "Passes over the pairs, >= 1; 1 unless --steps is given."] = None
+    steps: Annotated[int | None, "Optimizer steps, >= 1; in place of --epochs."] = None
+
+    learning_rate: Annotated[float, "Peak learning rate, > 0."] = 1e-6
+    warmup_steps: Annotated[int, "Steps of linear warm-up from 0, >= 0."] = 0
+    schedule: Annotated[Schedule, "Learning rate after the warm-up."] = "linear"
+    weight_decay: Annotated[float, "Decoupled weight decay of the weight matrices, >= 0."] = 0.0
+    max_grad_norm: Annotated[
+        float | None, "L2 norm to which gradients are clipped, > 0; none leaves them."
+    ] = 1.0
+    beta1: Annotated[float, "AdamW's decay of the gradient mean, in [0, 1)."] = 0.9
+    beta2: Annotated[float, "AdamW's decay of the squared gradient mean, in [0, 1)."] = 0.999
+    epsilon: Annotated[float, "AdamW's term in the denominator, > 0."] = 1e-8
+
+    dtype: Annotated[Dtype, "Numerics of weights and arithmetic; -mixed keeps float32 weights."] = (
+        "float32"
+    )
+    device: Annotated[Device, "Where to train; auto takes CUDA if there is one."] = "auto"
+    threads: Annotated[int | None, "CPU threads, >= 1; none leaves torch's choice."] = None
+    compile: Annotated[bool, "Compile the model with torch.compile."] = False
+    activation_checkpointing: Annotated[
+        bool, "Keep no activations inside layers: less memory, a third more arithmetic."
+    ] = False
+    share_prefix: Annotated[bool, "Compute a prompt once for both of its answers."] = True
+
+    seed: Annotated[int, "Seed of the order of pairs and of every random draw, >= 0."] = 0
+    eval_every: Annotated[
+        int | None, "Evaluate every so many steps, >= 1; none: before the first and after the last."
+    ] = None
+    save_every: Annotated[
+        int | None, "Write a checkpoint every so many steps, >= 1; none: when stopped or done."
+    ] = None
+    keep: Annotated[int, "Newest checkpoints kept, >= 1."] = 2
+    keep_best: Annotated[bool, "Save the model of the lowest evaluation loss."] = False
+    early_stopping: Annotated[
+        int | None, "Stop after so many evaluations without a lower loss, >= 1; none: never."
+    ] = None
+    log_every: Annotated[int, "Write a line of metrics every so many steps, >= 1."] = 1
+    on_nonfinite: Annotated[
+        OnNonfinite, "At a non-finite loss or gradient: stop the run, or skip the step."
+    ] = "stop"
+    resume: Annotated[
+        str | None, "Checkpoint to go on from: a path, or auto for the newest in the run folder."
+    ] = None
+
+    def __post_init__(self) -> None:
+        if faults := [*self._faults(), *self._contradictions()]:
+            raise InputError("\n".join(faults))
+        if self.micro_batch_size is None and self.tokens_per_micro_batch is None:
+            object.__setattr__(self, "tokens_per_micro_batch", 8192)
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "epochs", 1)
+
+    def _faults(self) -> Iterator[str]:
+        for name, (expected, holds) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                yield f"train.{name} must be {expected}, got {value}"
+        for name, choice in _CHOICES.items():
+            if (value := getattr(self, name)) not in get_args(choice):
+                yield f"train.{name} must be one of {', '.join(get_args(choice))}, got {value!r}"
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.micro_batch_size is not None and self.tokens_per_micro_batch is not None:
+            yield "train.micro_batch_size and train.tokens_per_micro_batch: give one, not both"
+        if self.epochs is not None and self.steps is not None:
+            yield "train.epochs and train.steps: give one, not both"
+        if self.early_stopping is not None and self.eval_every is None:
+            yield "train.early_stopping needs train.eval_every: it counts evaluations"
+        if self.keep_best and self.eval_every is None:
+            yield "train.keep_best needs train.eval_every: it compares evaluations"
+        if self.dtype == "fp16-mixed" and self.device == "cpu":
+            yield "train.dtype = fp16-mixed needs a GPU, train.device is cpu"
