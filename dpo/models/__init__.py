@@ -1,1 +1,16 @@
 """One decoder, configured per architecture."""
+
+from dpo.models.config import ARCHITECTURES, ModelConfig, parse_config, read_config
+from dpo.models.decoder import Decoder
+from dpo.models.weights import init_model, load_model, save_model
+
+__all__ = [
+    "ARCHITECTURES",
+    "Decoder",
+    "ModelConfig",
+    "init_model",
+    "load_model",
+    "parse_config",
+    "read_config",
+    "save_model",
+]

@@ -1,0 +1,264 @@
+"""From tokenized pairs to micro-batches: the flat stream, and which pairs make up which step.
+
+Shapes: N tokens in the stream, P pairs, A = 2 P answers, K answer tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpo.segments import Segments, TokenStream, move, plan_attention
+
+if TYPE_CHECKING:
+    from dpo.tokenization import TokenizedPair
+
+TokenIds = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Texts to score in one forward pass: prompts as roots, their answers as children.
+
+    Attributes:
+        stream: what the model reads.
+        predictors: (K,) int64, the stream index whose hidden state predicts each answer token.
+        targets: (K,) int64, the answer tokens themselves.
+        answers: (K,) int64, the answer each token belongs to, counted over the prompts in turn.
+        answer_count: A.
+    """
+
+    stream: TokenStream
+    predictors: Tensor
+    targets: Tensor
+    answers: Tensor
+    answer_count: int
+
+    def sum_per_answer(self, values: Tensor) -> Tensor:
+        """Sum (K,) values of answer tokens to (A,)."""
+        return values.new_zeros(self.answer_count).index_add_(0, self.answers, values)
+
+    def to(self, device: torch.device) -> AnswerBatch:
+        """Return the same batch on ``device``."""
+        return replace(
+            self,
+            stream=self.stream.to(device),
+            predictors=move(self.predictors, device),
+            targets=move(self.targets, device),
+            answers=move(self.answers, device),
+        )
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """P pairs for the model. Answer ``2 i`` is the chosen one of pair i, ``2 i + 1`` the rejected.
+
+    Attributes:
+        texts: the pairs as prompts with two answers each.
+        reference: (K,) float32 log-probs of the answer tokens under the reference, or None.
+        weight: (P,) float32.
+        margin: (P,) float32.
+        label_prob: (P,) float32.
+        rows: the pairs' row numbers in the data.
+    """
+
+    texts: AnswerBatch
+    reference: Tensor | None
+    weight: Tensor
+    margin: Tensor
+    label_prob: Tensor
+    rows: tuple[int, ...]
+
+    def to(self, device: torch.device) -> PairBatch:
+        """Return the same batch on ``device``."""
+        return replace(
+            self,
+            texts=self.texts.to(device),
+            reference=None if self.reference is None else move(self.reference, device),
+            weight=move(self.weight, device),
+            margin=move(self.margin, device),
+            label_prob=move(self.label_prob, device),
+        )
+
+
+def collate(
+    pairs: Sequence[TokenizedPair],
+    *,
+    rows: Sequence[int] | None = None,
+    reference: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None,
+    share_prefix: bool = True,
+    multiple_of: int = 16,
+) -> PairBatch:
+    """Put ``pairs`` into one stream without padding.
+
+    Example: prompt ``[5, 6, 7]``, chosen ``[8, 2]``, rejected ``[9]`` with ``multiple_of=1``
+    gives::
+
+        input_ids  [5, 6, 7, 8, 2, 9]     positions [0, 1, 2, 3, 4, 3]
+        segments   lengths (3, 2, 1), parents (None, 0, 0)
+        predictors [2, 3, 2]              the last prompt token predicts the first token of both
+        answers targets    [8, 2, 9] answers    [0, 0, 1]
+
+    Args:
+        pairs: the pairs of the micro-batch.
+        rows: their row numbers, for messages; 0, 1, ... if not given.
+        reference: per-token reference log-probs (chosen, rejected) of each pair.
+        share_prefix: the prompt once per pair instead of once per answer; the result is the same.
+        multiple_of: fill the stream with tokens nobody attends to up to a multiple of this, because
+            matrix products of odd sizes are slow on tensor cores and AMX.
+    """
+    texts = collate_answers(
+        [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs],
+        share_prefix=share_prefix,
+        multiple_of=multiple_of,
+    )
+    values = None
+    if reference is not None:
+        values = torch.from_numpy(np.concatenate([side for pair in reference for side in pair]))
+    return PairBatch(
+        texts=texts,
+        reference=values,
+        weight=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+        margin=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        label_prob=torch.tensor([pair.label_prob for pair in pairs], dtype=torch.float32),
+        rows=tuple(range(len(pairs)) if rows is None else rows),
+    )
+
+
+def collate_answers(
+    trees: Sequence[tuple[TokenIds, Sequence[TokenIds]]],
+    *,
+    share_prefix: bool = True,
+    multiple_of: int = 16,
+) -> AnswerBatch:
+    """Put prompts with any number of answers each into one stream; see ``collate``.
+
+    Raises:
+        ValueError: a prompt or an answer is empty, or a prompt has no answer.
+    """
+    if not share_prefix:
+        trees = [(prompt, (answer,)) for prompt, answers in trees for answer in answers]
+    size = sum(len(prompt) + sum(map(len, answers)) for prompt, answers in trees)
+    ids: list[
+        TokenIds
+    ] = []  # of each segment, in stream order: filler, roots with first answers, the rest
+    parents: list[int | None] = []
+    if size % multiple_of:
+        ids.append(np.zeros(-size % multiple_of, np.int32))
+        parents.append(None)
+    roots: list[int] = []
+    segment_of: dict[tuple[int, int], int] = {}  # (tree, answer) -> segment
+    for tree, (prompt, answers) in enumerate(trees):
+        roots.append(len(ids))
+        segment_of[tree, 0] = len(ids) + 1
+        ids += [prompt, answers[0]]
+        parents += [None, roots[-1]]
+    for tree, (_, answers) in enumerate(trees):
+        for index, answer in enumerate(answers[1:], start=1):
+            segment_of[tree, index] = len(ids)
+            ids.append(answer)
+            parents.append(roots[tree])
+    segments = Segments(tuple(map(len, ids)), tuple(parents))
+    return _index_answers(ids, segments, [segment_of[key] for key in sorted(segment_of)])
+
+
+def _index_answers(
+    ids: list[TokenIds], segments: Segments, answer_segments: list[int]
+) -> AnswerBatch:
+    """Build the stream of segments ``ids`` and the indexes of the tokens of ``answer_segments``."""
+    predictors = []
+    for segment in answer_segments:
+        *_, prompt, _ = segments.path(segment)
+        last_of_prompt = segments.starts[prompt] + segments.lengths[prompt] - 1
+        predictors.append(np.concatenate([[last_of_prompt], segments.tokens([segment])[:-1]]))
+    targets = np.concatenate([ids[segment] for segment in answer_segments])
+    lengths = [len(ids[segment]) for segment in answer_segments]
+    return AnswerBatch(
+        stream=TokenStream(
+            input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+            positions=torch.from_numpy(segments.positions()),
+            plan=plan_attention(segments),
+        ),
+        predictors=torch.from_numpy(np.concatenate(predictors)),
+        targets=torch.from_numpy(targets.astype(np.int64)),
+        answers=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        answer_count=len(lengths),
+    )
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """Which rows make up which optimizer step, computed from the step number alone.
+
+    Each epoch is a permutation of all rows, cut into steps of ``batch_size``; the last step of an
+    epoch takes what is left. Nothing is stored and nothing is replayed: a resumed run asks for the
+    next step.
+    """
+
+    pairs: int
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return math.ceil(self.pairs / self.batch_size)
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of optimizer step ``step``, counted from 0 over all epochs."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        first = step_of_epoch * self.batch_size
+        last = min(first + self.batch_size, self.pairs)
+        return [
+            permuted(index, self.pairs, seed=(self.seed, epoch)) for index in range(first, last)
+        ]
+
+
+def permuted(index: int, size: int, *, seed: tuple[int, ...]) -> int:
+    """Return where a seeded permutation of ``range(size)`` sends ``index``, in O(1) memory.
+
+    A Feistel network of four rounds permutes the next power of four; walking its cycle until it
+    lands below ``size`` permutes the range (Black and Rogaway 2002, "Ciphers with Arbitrary Finite
+    Domains").
+    """
+    half_bits = max(1, math.ceil(math.log2(max(size, 2)) / 2))
+    low = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & low
+        for round_number in range(4):
+            text = repr((seed, round_number, right)).encode()
+            mixed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+            left, right = right, left ^ (mixed & low)
+        index = left << half_bits | right
+        if index < size:
+            return index
+
+
+def pack(sizes: Sequence[int], *, capacity: int) -> list[list[int]]:
+    """Put items into as few bins of ``capacity`` as first-fit decreasing finds.
+
+    An item larger than ``capacity`` gets a bin of its own.
+
+    Returns:
+        The item indexes of each bin, ascending in each.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        for number, free in enumerate(room):
+            if sizes[item] <= free:
+                bins[number].append(item)
+                room[number] -= sizes[item]
+                break
+        else:
+            bins.append([item])
+            room.append(capacity - sizes[item])
+    return [sorted(items) for items in bins]

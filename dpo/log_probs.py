@@ -1,0 +1,233 @@
+"""Log-probabilities of answer tokens without ever holding the logits.
+
+Shapes: N tokens in the stream, K answer tokens, D hidden size, V vocabulary, C vocabulary entries
+in a tile.
+
+Only the K positions that predict an answer token reach the vocabulary, and the vocabulary is walked
+in tiles: a (K, C) tile of logits is folded into a running log-sum-exp and thrown away; the backward
+pass makes it again. Tiles run over the vocabulary and not over tokens, so each row of the weight's
+gradient is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dpo.batching import AnswerBatch
+from dpo.segments import TokenStream
+
+TILE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The map from hidden states to logits: ``z = softcap(scale * (h @ weight.T + bias))``.
+
+    Attributes:
+        weight: (V, D).
+        bias: (V,) or None.
+        scale: factor on the logits.
+        softcap: bounds logits by ``c * tanh(z / c)`` (Gemma 2); None for no bound.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class Policy(Protocol):
+    """What the engine asks of a model: hidden states of a stream, and how they become logits."""
+
+    def __call__(self, stream: TokenStream, /) -> Tensor:
+        """Return (N, D) final hidden states, after the last norm."""
+        ...
+
+    def output_head(self) -> OutputHead:
+        """Return the output projection; called after each forward pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """What one pass over the vocabulary says about K answer tokens.
+
+    Attributes:
+        log_probs: (K,) float32 (float64 from float64 models), nats, differentiable.
+        entropy: (K,) of the distribution each token was drawn from, nats, no gradient.
+        is_top: (K,) bool, is the token the most likely one?
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    is_top: Tensor
+
+
+def completion_log_probs(
+    policy: Policy, texts: AnswerBatch, *, tile_bytes: int = TILE_BYTES
+) -> TokenLogProbs:
+    """Score the answer tokens of ``texts`` under ``policy``.
+
+    Equals gathering the targets from the log-softmax of the full (N, V) logits.
+    """
+    hidden = policy(texts.stream).index_select(0, texts.predictors)  # (K, D)
+    return token_log_probs(hidden, texts.targets, policy.output_head(), tile_bytes=tile_bytes)
+
+
+def token_log_probs(
+    hidden: Tensor, targets: Tensor, head: OutputHead, *, tile_bytes: int = TILE_BYTES
+) -> TokenLogProbs:
+    """Log-probs of ``targets`` (K,) int64 from ``hidden`` (K, D).
+
+    The products run in the autocast dtype if there is one, sums and exponentials in float32
+    (float64 for float64 input).
+
+    Args:
+        hidden: (K, D), in the order of ``targets``.
+        targets: (K,) int64.
+        head: the output projection.
+        tile_bytes: memory for one tile of logits.
+    """
+    log_probs, entropy, is_top = _TiledLogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap, tile_bytes
+    )
+    return TokenLogProbs(log_probs, entropy, is_top)
+
+
+class _TiledLogProbs(torch.autograd.Function):
+    """Forward: running sums over vocabulary tiles. Backward: the tiles once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        tile_bytes: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        head = _TileMaker(hidden, weight, bias, scale, softcap, tile_bytes)
+        rows = len(hidden)
+        top = hidden.new_full((rows,), -torch.inf, dtype=head.wide)  # running max of z
+        total = torch.zeros_like(top)  # sum of e^(z - top)
+        total_z = torch.zeros_like(top)  # sum of z e^(z - top)
+        argmax = torch.zeros_like(targets)
+        for start, tile in head.tiles():
+            tile_top, tile_argmax = tile.max(dim=1)
+            argmax = torch.where(tile_top > top, tile_argmax + start, argmax)
+            new_top = torch.maximum(top, tile_top)
+            shrink = (top - new_top).exp()
+            exps = (tile - new_top[:, None]).exp_()  # (K, C)
+            total = total * shrink + exps.sum(dim=1)
+            total_z = total_z * shrink + torch.linalg.vecdot(exps, tile)
+            top = new_top
+        log_normalizer = top + total.log()
+        log_probs = head.target_logits(targets) - log_normalizer
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
+        ctx.options = (scale, softcap, tile_bytes, head.narrow)
+        entropy, is_top = log_normalizer - total_z / total, argmax == targets
+        ctx.mark_non_differentiable(entropy, is_top)
+        return log_probs, entropy, is_top
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
+        scale, softcap, tile_bytes, narrow = ctx.options
+        head = _TileMaker(hidden, weight, bias, scale, softcap, tile_bytes, narrow)
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if wants_hidden else None
+        grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_bias = torch.empty_like(bias) if wants_bias else None
+        narrow_hidden = hidden.to(narrow)
+
+        # d log_prob / d z = 1[target] - softmax(z): first the softmax, tile by tile
+        for start, tile in head.tiles():
+            stop = start + tile.shape[1]
+            slope = head.slope(tile)
+            tile.sub_(log_normalizer[:, None]).exp_().mul_(-grad[:, None])
+            if slope is not None:
+                tile.mul_(slope)
+            grad_logits = tile.to(narrow)  # (K, C)
+            if grad_hidden is not None:
+                grad_hidden += grad_logits @ weight[start:stop].to(narrow)
+            if grad_weight is not None:
+                grad_weight[start:stop] = grad_logits.T @ narrow_hidden
+            if grad_bias is not None:
+                grad_bias[start:stop] = tile.sum(dim=0)
+
+        # then the ones, exactly, where the targets are
+        slope = head.slope(head.target_logits(targets))
+        ones = grad if slope is None else grad * slope  # (K,)
+        if grad_hidden is not None:
+            grad_hidden += ones[:, None] * weight.index_select(0, targets)
+        if grad_weight is not None:
+            grad_weight.index_add_(0, targets, (ones[:, None] * hidden).to(weight.dtype))
+        if grad_bias is not None:
+            grad_bias.index_add_(0, targets, ones.to(grad_bias.dtype))
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+class _TileMaker:
+    """Makes (K, C) tiles of the logits of one batch.
+
+    ``narrow`` is the dtype of the products, ``wide`` that of everything after them.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        tile_bytes: int,
+        narrow: torch.dtype | None = None,
+    ) -> None:
+        device = hidden.device.type
+        if narrow is None and torch.is_autocast_enabled(device):
+            narrow = torch.get_autocast_dtype(device)
+        self.narrow = hidden.dtype if narrow is None else narrow
+        self.wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.scale, self.softcap = scale, softcap
+        self.tile_size = max(64, tile_bytes // (self.wide.itemsize * max(1, len(hidden))))
+
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the first vocabulary index and the (K, C) logits of each tile, in ``wide``."""
+        hidden = self.hidden.to(self.narrow)
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            for start in range(0, len(self.weight), self.tile_size):
+                weight = self.weight[start : start + self.tile_size].to(self.narrow)
+                tile = (hidden @ weight.T).to(self.wide)
+                if self.bias is not None:
+                    tile += self.bias[start : start + self.tile_size]
+                yield start, self._bound(tile)
+
+    def target_logits(self, targets: Tensor) -> Tensor:
+        """(K,) logits of ``targets``, as products in ``wide``: 16 bits lose the last digits."""
+        chosen = self.weight.index_select(0, targets).to(self.wide)  # (K, D)
+        logits = torch.linalg.vecdot(self.hidden.to(self.wide), chosen)
+        if self.bias is not None:
+            logits = logits + self.bias.index_select(0, targets)
+        return self._bound(logits)
+
+    def _bound(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """Derivative of the bounded logits by the raw products, or None for one everywhere."""
+        if self.softcap is not None:
+            return self.scale * (1 - (logits / self.softcap).square())
+        return None if self.scale == 1.0 else torch.full_like(logits, self.scale)

@@ -1,0 +1,191 @@
+"""Model folders: Hugging Face layout in and out, safetensors only.
+
+Tensors are mapped from the file and converted one by one: two copies of the model are never in
+memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dpo.errors import InputError
+from dpo.models.config import ModelConfig, read_config
+from dpo.models.decoder import Decoder
+
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+_TIED: Final = "lm_head.weight"
+_IGNORED_SUFFIX: Final = "rotary_emb.inv_freq"  # old checkpoints store what is computed
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """Load a decoder from a model folder.
+
+    Args:
+        folder: holds config.json and model.safetensors, or shards with an index.
+        dtype: of the parameters in memory, whatever they are stored as.
+        device: where they go.
+
+    Raises:
+        InputError: a file is missing, damaged, or does not fit config.json; all faults of one kind
+        together.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Decoder(config)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if config.ties_embeddings:
+        del expected[_TIED]
+    files = weight_files(folder)
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        weights |= _read_file(path, expected, dtype, torch.device(device))
+    missing = sorted(expected.keys() - weights.keys())
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} weights are missing: {', '.join(missing[:5])}")
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the safetensors files of a model folder.
+
+    Raises:
+        InputError: there are none, the index is damaged, a shard is absent or lies outside the
+        folder.
+    """
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    index = folder / INDEX
+    if not index.exists():
+        pickles = [path.name for path in sorted(folder.glob("*.bin"))]
+        hint = f" ({', '.join(pickles)} are pickles, which are never opened)" if pickles else ""
+        raise InputError(f"{folder}: no weights: expected {SINGLE} or {INDEX}{hint}")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{index}: not a safetensors index: no weight_map of file names"
+        ) from error
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index}: weight_map names {shard!r}, which is not in this folder")
+    absent = [shard for shard in shards if not (folder / shard).exists()]
+    if absent:
+        raise InputError(f"{index}: weight_map names absent files: {', '.join(absent)}")
+    return [folder / shard for shard in shards]
+
+
+def _read_file(
+    path: Path, expected: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Read the tensors of one file that are ``expected``, checking shapes before touching data."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            names = list(file.keys())
+            unknown = [n for n in names if n not in expected and not _may_be_ignored(n, expected)]
+            if unknown:
+                raise InputError(
+                    f"{path}: {len(unknown)} weights have no place in this architecture: "
+                    + ", ".join(sorted(unknown)[:5])
+                )
+            kept = [name for name in names if name in expected]
+            for name in kept:
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(expected[name]):
+                    raise InputError(
+                        f"{path}: {name} has shape {shape}, "
+                        f"config.json says {tuple(expected[name])}"
+                    )
+            return {name: file.get_tensor(name).to(dtype) for name in kept}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged or cut off: {error}") from error
+
+
+def _may_be_ignored(name: str, expected: Mapping[str, torch.Size]) -> bool:
+    return name.endswith(_IGNORED_SUFFIX) or (name == _TIED and _TIED not in expected)
+
+
+def save_model(
+    model: Decoder,
+    folder: Path,
+    *,
+    max_shard_bytes: int = 5 * 2**30,
+) -> None:
+    """Write config.json and the weights of ``model`` into an existing ``folder``.
+
+    The weights keep the dtype they have in memory: an update of 1e-6 would vanish in bfloat16.
+    Write into a folder that is renamed when complete (``dpo.files.atomic_directory``).
+    """
+    weights = model_weights(model)
+    shards = _split(weights, max_shard_bytes)
+    if len(shards) == 1:
+        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+    else:
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, start=1):
+            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            save_file(shard, folder / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, name)
+        size = sum(tensor.nbytes for tensor in weights.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    source = dict(model.config.source)
+    source.pop("dtype", None)
+    _write_json(folder / "config.json", source | {"torch_dtype": dtype})
+
+
+def model_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Name every parameter once, detached, contiguous, on the CPU: what a checkpoint stores."""
+    return {
+        name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()
+    }
+
+
+def _split(weights: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in weights.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def init_model(
+    config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """Make an untrained decoder: matrices from normal(0, 0.02), zero biases, unit norms."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = Decoder(config).to(dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
