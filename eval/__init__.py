@@ -1,1 +1,1 @@
-"""Is it better? Policies, metrics, off-policy value, bootstrap intervals, comparisons and reports."""
+"""Is it better? Policies, metrics, off-policy value, bootstrap intervals, comparisons, reports."""
