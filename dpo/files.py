@@ -1,7 +1,7 @@
 """Files that are complete when they have their name, manifests of hashes, and folder locks.
 
 What is written goes to ``<name>.tmp-<pid>-<random>`` beside its place, is forced to the disk and
-renamed: a killed process leaves rubbish under a temporary name, never a half file under a final one.
+renamed: a killed process leaves rubbish under temporary names, never a half file under a final one.
 Linux and macOS only: locks are ``flock`` locks, which the system releases when their process ends,
 however it ends.
 """
@@ -68,6 +68,13 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill on the way leaves all of it or nothing under its name."""
+    temporary = _temporary_name(path)
+    path.rename(temporary)
+    shutil.rmtree(temporary)
 
 
 def remove_leftovers(folder: Path, *, older_than_seconds: float = 0.0) -> list[Path]:

@@ -16,6 +16,7 @@ from dpo.files import (
     atomic_directory,
     atomic_write,
     read_json,
+    remove_folder,
     remove_leftovers,
     sha256_file,
     verify_manifest,
@@ -110,6 +111,19 @@ def test_failed_replacement_keeps_the_old_folder(tmp_path: Path) -> None:
         raise OSError("full")
 
     assert names(path) == ["old"]
+
+
+def test_removed_folder_leaves_its_name_before_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").mkdir()
+    monkeypatch.setattr("shutil.rmtree", fill_disk)
+    with pytest.raises(OSError, match="No space left"):
+        remove_folder(tmp_path / "one")
+    monkeypatch.undo()
+
+    assert not (tmp_path / "one").exists()
+    assert len(remove_leftovers(tmp_path)) == 1
 
 
 def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
