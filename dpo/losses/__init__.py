@@ -1,0 +1,198 @@
+"""Preference losses: from the log-probs of P pairs to one value per pair.
+
+Notation of the formulas: ``lw, ll`` are the sequence log-probs of the chosen and the rejected
+answer, ``rw, rl`` the same under the reference, ``n_w, n_l`` the answers' token counts,
+``u = lw - rw`` and ``v = ll - rl`` the log-ratios, ``D = u - v`` their gap, ``m`` the row's margin,
+``p`` its label probability, ``ls`` the log-sigmoid and ``s`` the sigmoid.
+
+Three columns of the data enter here. ``weight`` is the row's weight in the step's mean, in every
+loss. ``margin`` is the gap in reward that the pair should have: it is subtracted from the logit of
+every loss that is a function of one logit. ``label_prob`` is the probability that the label is
+right: the soft label of every loss that is a Bradley-Terry likelihood. A loss names the columns
+that it reads, and ``Loss.check`` refuses a column that it would ignore.
+
+To add a loss: a frozen dataclass whose fields are its options, a line in ``LOSSES``, and its golden
+values in ``tests/test_losses.py``, whose other tests then cover it by name.
+"""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+
+from torch import Tensor
+
+from dpo.errors import InputError
+from dpo.losses.base import (
+    MARGIN_AND_LABEL_PROB,
+    Loss,
+    PairLogProbs,
+    ReferenceFreeLoss,
+    ReferenceLoss,
+    bradley_terry,
+    negative_log_likelihood,
+)
+from dpo.losses.reference_free import AlphaPo, Cpo, Orpo, ReferenceFree, Sft, Simper, SimPo, SlicHf
+from dpo.losses.with_reference import (
+    ApoDown,
+    ApoZero,
+    CalDpo,
+    ChiPo,
+    DiscoPop,
+    Dpop,
+    DpoShift,
+    ExoPair,
+    FDpo,
+    Hinge,
+    Ipo,
+    IpoSum,
+    NcaPair,
+    RDpo,
+    Robust,
+    Rpo,
+    Sigmoid,
+    SigmoidNorm,
+    SppoHard,
+)
+
+__all__ = [
+    "LOSSES",
+    "CustomLoss",
+    "Loss",
+    "PairLogProbs",
+    "ReferenceFreeLoss",
+    "ReferenceLoss",
+    "bradley_terry",
+    "make_loss",
+    "negative_log_likelihood",
+]
+
+
+@dataclass(frozen=True)
+class CustomLoss(ReferenceLoss):
+    """A caller's own function from ``PairLogProbs`` to (P,).
+
+    It is taken to need the reference and to read every column; ``beta`` scales the rewards that are
+    reported. A loss with other needs is a subclass of ``Loss``.
+    """
+
+    reads = MARGIN_AND_LABEL_PROB
+    function: Callable[[PairLogProbs], Tensor] = negative_log_likelihood
+    name: str = "custom"
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Return the function's value.
+
+        Raises:
+            InputError: it is not one value per pair.
+        """
+        values: object = self.function(pairs)
+        if not isinstance(values, Tensor) or values.shape != pairs.chosen.shape:
+            found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise InputError(
+                f"the loss {self.name} must return one value per pair, a tensor of shape "
+                f"{tuple(pairs.chosen.shape)}, got {found}"
+            )
+        return values
+
+
+LOSSES: dict[str, type[Loss]] = {
+    "sigmoid": Sigmoid,
+    "robust": Robust,
+    "hinge": Hinge,
+    "ipo": Ipo,
+    "ipo_sum": IpoSum,
+    "sigmoid_norm": SigmoidNorm,
+    "rpo": Rpo,
+    "exo_pair": ExoPair,
+    "nca_pair": NcaPair,
+    "sppo_hard": SppoHard,
+    "apo_zero": ApoZero,
+    "apo_down": ApoDown,
+    "discopop": DiscoPop,
+    "chi_po": ChiPo,
+    "r_dpo": RDpo,
+    "dpop": Dpop,
+    "cal_dpo": CalDpo,
+    "dpo_shift": DpoShift,
+    "f_dpo": FDpo,
+    "sft": Sft,
+    "reference_free": ReferenceFree,
+    "cpo": Cpo,
+    "simpo": SimPo,
+    "alpha_po": AlphaPo,
+    "orpo": Orpo,
+    "slic_hf": SlicHf,
+    "simper": Simper,
+}
+
+Option = float | str
+
+
+def make_loss(loss: str | Loss | Callable[[PairLogProbs], Tensor], /, **options: Option) -> Loss:
+    """Build a loss from its name in ``LOSSES``, from ``"package.module:function"`` or an object.
+
+    The object, given or imported, is a ``Loss``, a subclass of it, or a function of
+    ``PairLogProbs``, whose further parameters are its options.
+
+    Raises:
+        InputError: there is no such loss, it has no such option, or an option is out of range.
+    """
+    if not isinstance(loss, str):
+        return _wrap(loss, getattr(loss, "__name__", type(loss).__name__), options)
+    if ":" in loss:
+        return _wrap(_imported(loss), loss, options)
+    if loss not in LOSSES:
+        nearest = difflib.get_close_matches(loss, LOSSES, n=1)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise InputError(f"unknown loss {loss!r}; {hint}There are: {', '.join(LOSSES)}")
+    return _build(LOSSES[loss], loss, options)
+
+
+def _build(entry: type[Loss], name: str, options: Mapping[str, Option]) -> Loss:
+    _refuse_unknown(name, options, [field.name for field in fields(entry)])
+    constructor: Callable[..., Loss] = entry
+    return constructor(**options)
+
+
+def _wrap(found: object, name: str, options: Mapping[str, Option]) -> Loss:
+    """Turn a loss, a class of losses or a function into a loss with these options."""
+    if isinstance(found, type) and issubclass(found, Loss):
+        return _build(found, name, options)
+    if isinstance(found, Loss):
+        _refuse_unknown(name, options, [])
+        return found
+    if not callable(found):
+        raise InputError(
+            f"the loss {name} must be a function of PairLogProbs, got {type(found).__name__}"
+        )
+    parameters = list(inspect.signature(found).parameters.values())[1:]
+    _refuse_unknown(name, options, [parameter.name for parameter in parameters])
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    beta = options.get("beta", defaults.get("beta", ReferenceLoss.beta))
+    constructor: Callable[..., Loss] = CustomLoss
+    return constructor(beta=beta, function=partial(found, **options), name=name)
+
+
+def _imported(path: str) -> object:
+    module_name, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"cannot import the loss {path!r}: {error}; is its folder on PYTHONPATH?"
+        ) from error
+    except AttributeError as error:
+        raise InputError(
+            f"the module {module_name!r} has no {attribute!r}, named by the loss {path!r}"
+        ) from error
+
+
+def _refuse_unknown(name: str, options: Mapping[str, Option], known: list[str]) -> None:
+    for option in options:
+        if option not in known:
+            raise InputError(
+                f"the loss {name} has no option {option!r}; it has: {', '.join(known) or 'none'}"
+            )
