@@ -1,8 +1,8 @@
 """Bootstrap confidence intervals for means and for every metric that is a function of sums.
 
-A metric is written as a *statistic*: a function of column sums. Accuracy is (sum of hits) / (sum of
-ones), an F1 score is a function of three counts, a self-normalised off-policy value is a ratio of two
-sums. A thousand resamples are then one matrix product, and the jackknife of BCa is a subtraction.
+A metric is written as a *statistic*: a function of column sums. Accuracy is (sum of hits) / (sum
+of ones), an F1 score is a function of three counts, a self-normalised off-policy value is a ratio
+of two sums. A thousand resamples are then one matrix product, the jackknife of BCa a subtraction.
 
 Shapes: N rows, U units (rows, or groups of rows), F columns, K kinds of unit, M statistics,
 B resamples.
@@ -115,7 +115,7 @@ def compute_confidence_interval(
         method: one of ``METHODS``.
         resamples: number of resamples.
         seed: seed of the draws.
-        groups: (N,) keys; values of one group (a session) depend on each other and are drawn together.
+        groups: (N,) keys; values of one group (a session) belong together and are drawn together.
         strata: (N,) keys; the number of units drawn from each stratum (a class) is held fixed.
 
     Raises:
@@ -137,8 +137,8 @@ def ratio_of_sums(sums: Floats) -> Floats:
 
 def divide(numerator: Floats, denominator: Floats) -> Floats:
     """Divide, NaN where the denominator is 0: a rate of nothing is undefined, not zero."""
-    nothing = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
-    return np.divide(numerator, denominator, out=nothing, where=denominator != 0.0)
+    defined = denominator != 0.0
+    return np.where(defined, numerator / np.where(defined, denominator, 1.0), np.nan)
 
 
 def quantiles(values: Floats, shares: Floats) -> Floats:
@@ -343,4 +343,4 @@ def _standard_errors(units: Units, statistic: Statistic, counts: Floats) -> Floa
         squares = np.add.reduceat(counts * effect**2, units.bounds[:-1], axis=1)  # (b, H)
         means = np.add.reduceat(counts * effect, units.bounds[:-1], axis=1) / sizes
         variances.append((squares - sizes * means**2).sum(axis=1))
-    return np.sqrt(np.maximum(np.stack(variances, axis=1), 0.0))
+    return np.asarray(np.sqrt(np.maximum(np.stack(variances, axis=1), 0.0)), dtype=np.float64)

@@ -1,7 +1,7 @@
 """Drawing units with replacement, fast and in bounded memory.
 
-A table of numbers is resampled by counts: ``counts @ table`` are the column sums of a resample. Rows
-of one group are added up first, since they are drawn together. Three forms of one draw, by size:
+A table of numbers is resampled by counts: ``counts @ table`` are the column sums of a resample.
+Rows of one group are added up first, since they are drawn together. Three forms of one draw:
 
 - every unit on its own, counts by index draws: exact;
 - equal units merged (0/1 outcomes, confusion cells), counts from a multinomial: exact;
