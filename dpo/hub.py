@@ -1,0 +1,168 @@
+"""Models and data sets from the Hugging Face Hub, at a pinned revision, through its cache.
+
+Only files that cannot run code are fetched: safetensors, JSON, chat templates; never a pickle. The
+environment is huggingface-hub's: ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpo.errors import InputError, RunError
+
+PAIR_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja"]
+_NOT_MODEL_FILES = ["*/*", "consolidated*"]  # other formats, and a second copy of the weights
+_NOT_PAIR_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+def is_dataset_id(name: str) -> bool:
+    """Tell whether a name could be ``owner/name``, a data set on the Hub."""
+    return "/" in name and _HUB_ID.fullmatch(name) is not None and name[0] != "."
+
+
+def commit_of(path: Path) -> str | None:
+    """Return the commit that a fetched file or folder belongs to; None if it was not fetched."""
+    parts = path.parts
+    if "snapshots" not in parts[:-1]:
+        return None
+    return parts[parts.index("snapshots") + 1]
+
+
+def fetch_model(name: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a model: a local one as it is, one of the Hub out of the cache.
+
+    Raises:
+        InputError: there is no such model or revision, it is gated, or it cannot be reached.
+        RunError: the Hub answered with an error of its own.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise InputError(f"revision {revision!r} has no meaning for the local folder {name}")
+        return Path(name)
+    if not _HUB_ID.fullmatch(str(name)) or str(name)[0] == ".":
+        raise InputError(f"{name}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    with _explained("model", str(name), revision):
+        folder = snapshot_download(
+            str(name),
+            revision=revision,
+            allow_patterns=_MODEL_FILES,
+            ignore_patterns=_NOT_MODEL_FILES,
+        )
+    return Path(folder)
+
+
+def fetch_dataset_files(
+    name: str, revision: str | None = None, split: str | None = None
+) -> list[Path]:
+    """Return the files of one split of a data set on the Hub, fetching what the cache lacks.
+
+    Raises:
+        InputError: there is no such data set, revision or split, or it is closed or out of reach.
+        RunError: the Hub answered with an error of its own.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with _explained("data set", name, revision):
+        try:
+            info = HfApi().dataset_info(name, revision=revision)
+        except HfHubHTTPError:
+            raise
+        except Exception:  # no answer: which class says so depends on the HTTP library beneath
+            folder = snapshot_download(
+                name, repo_type="dataset", revision=revision, local_files_only=True
+            )
+            return split_files(Path(folder), split)
+        files = choose_split([file.rfilename for file in info.siblings or ()], split, name)
+        folder = snapshot_download(
+            name, repo_type="dataset", revision=info.sha, allow_patterns=files
+        )
+    return [Path(folder, file) for file in files]
+
+
+def split_files(folder: Path, split: str | None) -> list[Path]:
+    """Return the files of one split of a data set in a local folder.
+
+    Raises:
+        InputError: the folder has no such split, or several and none is asked for.
+    """
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return [folder / name for name in choose_split(names, split, str(folder))]
+
+
+def choose_split(names: Iterable[str], split: str | None, where: str) -> list[str]:
+    """Choose the files of a split by their names.
+
+    A file's split is its path without suffix, shard number and a leading ``data/``:
+    ``data/train-00000-of-00002.parquet`` is of "train", ``harmless-base/test.jsonl.gz`` of
+    "harmless-base/test". It can be asked for in full, by its last part if only one split ends so,
+    or by its folder for all that lies therein. Without ``split``: the only one, else "train".
+
+    Raises:
+        InputError: no split or no single one is meant; the message lists those there are.
+    """
+    files_by_split: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        suffix = next((suffix for suffix in PAIR_SUFFIXES if name.lower().endswith(suffix)), None)
+        path = Path(name)
+        if suffix and path.name not in _NOT_PAIR_FILES and not path.parts[0].startswith("."):
+            stem = _SHARD.sub("", name[: -len(suffix)])
+            files_by_split[stem.removeprefix("data/")].append(name)
+    if not files_by_split:
+        raise InputError(f"{where}: no files of pairs; known types are {', '.join(PAIR_SUFFIXES)}")
+    if split is None and len(files_by_split) == 1:
+        return next(iter(files_by_split.values()))
+    wanted = split or "train"
+    ending = [key for key in files_by_split if key.endswith(f"/{wanted}")]
+    if wanted in files_by_split:
+        return files_by_split[wanted]
+    within = [
+        name
+        for key in files_by_split
+        if key.startswith(f"{wanted}/")
+        for name in files_by_split[key]
+    ]
+    if within:
+        return within
+    if len(ending) == 1:
+        return files_by_split[ending[0]]
+    raise InputError(
+        f"{where}: {'several splits' if ending else 'no split'} {wanted!r}; there are "
+        f"{', '.join(sorted(files_by_split))}"
+    )
+
+
+@contextmanager
+def _explained(what: str, name: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface-hub raises into errors that say what to do."""
+    from huggingface_hub import errors
+
+    there = f"{what} {name!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"{there} is gated: accept its terms on its page and set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"{there}: the Hub has no such revision") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"{there} is neither here nor on the Hub (if it is private, set HF_TOKEN)"
+        ) from error
+    except errors.HFValidationError as error:
+        raise InputError(f"{there} is neither here nor a valid id on the Hub: {error}") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise InputError(
+            f"{there} is neither here nor in the cache, and the Hub cannot be reached"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise RunError(f"{there}: the Hub answered: {error}") from error

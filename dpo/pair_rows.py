@@ -1,0 +1,260 @@
+r"""The layouts in which a row of a file can hold a preference pair.
+
+A row is one JSON object. Its layout is told from the types of its fields:
+
+========  ====================  =================================================================
+prompt    chosen and rejected   the prompt that results
+========  ====================  =================================================================
+text      text                  the prompt as it stands
+messages  messages              the prompt; answers that both begin with it are cut to what follows
+messages  text                  the prompt; each text becomes one assistant message
+text      messages              what both conversations share, which must hold the text; if they
+                                are answers alone, the text as a user message
+none      messages              the messages both share, up to the last that is not the assistant's
+none      text                  the text both share, up to the last "\n\nAssistant:"
+========  ====================  =================================================================
+
+OpenAI's ``input.messages, preferred_output, non_preferred_output`` are other names for the second.
+To add a layout, add a case to ``_split``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
+
+from dpo.errors import InputError
+from dpo.files import JSON
+from dpo.pair import Message, PreferencePair, Text, kind
+
+REQUIRED = ("prompt", "chosen", "rejected")
+OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools")
+
+_Conversation: TypeAlias = tuple[Message, ...]
+_HUMAN_TURN, _ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class ParsedRow(NamedTuple):
+    """A pair and the name of the layout it was found in."""
+
+    layout: str
+    pair: PreferencePair
+
+
+class _Split(NamedTuple):
+    layout: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+
+
+def parse_row(row: JSON, *, columns: Mapping[str, str], default_id: str) -> ParsedRow:
+    """Turn one decoded row into a pair.
+
+    Args:
+        row: the decoded JSON value.
+        columns: field of the pair -> column that holds it; other fields keep their names.
+        default_id: the pair's id if the row has none.
+
+    Raises:
+        InputError: the row is no pair; says which field, what was found and what was expected.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"expected a JSON object, found {kind(row)}")
+    fields = _fields(row, columns)
+    missing = [name for name in ("chosen", "rejected") if name not in fields]
+    if missing:
+        raise InputError(
+            f"missing {' and '.join(missing)}; the row has {', '.join(row) or 'nothing'}"
+        )
+    prompt = _text("prompt", fields["prompt"]) if "prompt" in fields else None
+    split = _split(prompt, _text("chosen", fields["chosen"]), _text("rejected", fields["rejected"]))
+    pair = PreferencePair(
+        split.prompt,
+        split.chosen,
+        split.rejected,
+        weight=_number("weight", fields.get("weight", 1.0)),
+        margin=_number("margin", fields.get("margin", 0.0)),
+        label_prob=_number("label_prob", fields.get("label_prob", 1.0)),
+        source=_name("source", fields.get("source")),
+        id=_name("id", fields.get("id", default_id)),
+        tools=_tools(fields.get("tools")),
+    )
+    return ParsedRow("OpenAI preference" if "preferred_output" in row else split.layout, pair)
+
+
+def pair_to_row(pair: PreferencePair) -> dict[str, JSON]:
+    """Return the row that ``parse_row`` reads back as the same pair; defaults are left out."""
+    row = {name: getattr(pair, name) for name in REQUIRED}
+    defaults = PreferencePair("prompt", "chosen", "rejected")
+    for name in OPTIONAL:
+        if getattr(pair, name) != getattr(defaults, name):
+            row[name] = getattr(pair, name)
+    return row
+
+
+def _fields(row: Mapping[str, JSON], columns: Mapping[str, str]) -> dict[str, JSON]:
+    """Name the row's columns as a pair's fields; an optional field that is null is absent."""
+    absent = [f"{column!r} (for {name})" for name, column in columns.items() if column not in row]
+    if absent:
+        raise InputError(f"missing column {', '.join(absent)}; the row has {', '.join(row)}")
+    fields = _openai_fields(row) if "preferred_output" in row else dict(row)
+    fields |= {name: row[column] for name, column in columns.items()}
+    return {
+        name: fields[name]
+        for name in REQUIRED + OPTIONAL
+        if name in fields and (name in REQUIRED or fields[name] is not None)
+    }
+
+
+def _openai_fields(row: Mapping[str, JSON]) -> dict[str, JSON]:
+    """Return a row of OpenAI's preference format under the names of a pair's fields."""
+    request = row.get("input")
+    if not isinstance(request, Mapping) or "messages" not in request:
+        raise InputError("preferred_output needs input.messages beside it")
+    if "non_preferred_output" not in row:
+        raise InputError("preferred_output needs non_preferred_output beside it")
+    return {
+        **row,
+        "prompt": request["messages"],
+        "chosen": row["preferred_output"],
+        "rejected": row["non_preferred_output"],
+        "tools": request.get("tools"),
+    }
+
+
+def _text(name: str, value: JSON) -> Text:
+    """Return text as it is and messages as a tuple; a message alone is a conversation of one."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if not isinstance(value, Sequence):
+        raise InputError(f"{name} must be text or a list of messages, found {kind(value)}")
+    return tuple(_message(f"{name}[{index}]", message) for index, message in enumerate(value))
+
+
+def _message(name: str, value: JSON) -> Message:
+    """Return a message without its null fields; ``from, value`` becomes ``role, content``."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} must be a message {{role, content}}, found {kind(value)}")
+    if value.keys() == {"from", "value"}:
+        role = value["from"]
+        role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+        return {"role": role, "content": value["value"]}
+    return {key: item for key, item in value.items() if item is not None or key == "content"}
+
+
+def _number(name: str, value: JSON) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} must be a number, found {kind(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise InputError(f"{name} must be finite, found {len(str(value))} digits") from error
+
+
+def _name(name: str, value: JSON) -> str | None:
+    """Return a name as text: ids are often whole numbers."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise InputError(f"{name} must be text, found {kind(value)}")
+
+
+def _tools(value: JSON) -> tuple[JSON, ...] | None:
+    """Return the list of tools, which some files hold as JSON within text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise InputError(f"tools is text but not JSON: {error}") from error
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise InputError(f"tools must be a list, found {kind(value)}")
+    return tuple(value) or None
+
+
+def _split(prompt: Text | None, chosen: Text, rejected: Text) -> _Split:
+    """Tell the layout from the types and set the prompt and the answers apart."""
+    match prompt, chosen, rejected:
+        case str(prompt), str(chosen), str(rejected):
+            return _Split("prompt and answers as text", prompt, chosen, rejected)
+        case tuple(prompt), tuple(chosen), tuple(rejected):
+            return _without_prompt("prompt and answers as messages", prompt, chosen, rejected)
+        case tuple(prompt), str(chosen), str(rejected):
+            layout = "prompt as messages, answers as text"
+            return _Split(layout, prompt, _said("assistant", chosen), _said("assistant", rejected))
+        case str(prompt), tuple(chosen), tuple(rejected):
+            return _beside_text("prompt as text, answers as messages", prompt, chosen, rejected)
+        case None, tuple(chosen), tuple(rejected):
+            return _shared_messages("messages that share a prompt", chosen, rejected)
+        case None, str(chosen), str(rejected):
+            return _shared_dialogue("dialogues as text that share a prompt", chosen, rejected)
+    raise InputError(
+        f"chosen is {kind(chosen)} and rejected is {kind(rejected)}: both must have the same form"
+    )
+
+
+def _said(role: str, content: str) -> _Conversation:
+    return ({"role": role, "content": content},)
+
+
+def _without_prompt(
+    layout: str, prompt: _Conversation, chosen: _Conversation, rejected: _Conversation
+) -> _Split:
+    """Cut the prompt from answers that both hold the whole conversation."""
+    size = len(prompt)
+    if chosen[:size] == prompt and rejected[:size] == prompt:
+        return _Split(layout, prompt, chosen[size:], rejected[size:])
+    return _Split(layout, prompt, chosen, rejected)
+
+
+def _beside_text(
+    layout: str, prompt: str, chosen: _Conversation, rejected: _Conversation
+) -> _Split:
+    """Read a text beside conversations, as in HuggingFaceH4/ultrafeedback_binarized."""
+    if all(messages and messages[0].get("role") == "assistant" for messages in (chosen, rejected)):
+        return _Split(layout, _said("user", prompt), chosen, rejected)
+    split = _shared_messages(layout, chosen, rejected)
+    if not any(message.get("content") == prompt for message in chosen[: len(split.prompt)]):
+        raise InputError("prompt is none of the messages that chosen and rejected share")
+    return split
+
+
+def _shared_messages(layout: str, chosen: _Conversation, rejected: _Conversation) -> _Split:
+    """Split after the last shared message that is not the assistant's.
+
+    So no answer is cut in two, even if both begin alike or one begins the other.
+    """
+    size = 0
+    for index, (left, right) in enumerate(zip(chosen, rejected, strict=False)):
+        if left != right:
+            break
+        if left.get("role") != "assistant":
+            size = index + 1
+    if not size:
+        raise InputError("chosen and rejected share no messages to be the prompt; give a prompt")
+    return _Split(layout, chosen[:size], chosen[size:], rejected[size:])
+
+
+def _shared_dialogue(layout: str, chosen: str, rejected: str) -> _Split:
+    """Split two dialogues as text, as in Anthropic/hh-rlhf, after the last mark of a turn.
+
+    The prompt ends with the mark and the answers are all that follows it, so no answer is cut in
+    two, even if both begin alike or one begins the other.
+    """
+    before, mark, answer = chosen.rpartition(_ASSISTANT_TURN)
+    if not mark:
+        raise InputError(
+            f"no prompt, and chosen has no {_ASSISTANT_TURN!r} to split at; give a prompt column"
+        )
+    prompt = before + mark
+    other = rejected.removeprefix(prompt)
+    if other == rejected or any(
+        turn in text for turn in (_HUMAN_TURN, _ASSISTANT_TURN) for text in (answer, other)
+    ):
+        raise InputError("chosen and rejected do not share every turn before the last answer")
+    return _Split(layout, prompt, answer, other)

@@ -1,0 +1,293 @@
+"""Preference pairs on disk and on the Hub.
+
+``read_pairs`` reads JSON Lines, JSON arrays (both also gzipped), Parquet and data sets of the Hub,
+in any layout of ``dpo.pair_rows``; ``write_pairs`` writes JSON Lines that read back as the same
+pairs. To add a file type, add its reader to ``_READERS``.
+"""
+
+import codecs
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from dpo.errors import InputError
+from dpo.files import JSON, atomic_write
+from dpo.hub import commit_of, fetch_dataset_files, is_dataset_id, split_files
+from dpo.pair import Message, PreferencePair, Text
+from dpo.pair_rows import OPTIONAL, REQUIRED, ParsedRow, pair_to_row, parse_row
+
+__all__ = [
+    "JSON", "LoadedPairs", "Message", "PreferencePair", "Text", "load_pairs", "read_pairs",
+    "write_pairs",
+]  # fmt: skip
+
+_SHOWN_FAULTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPairs:
+    """The pairs of a source and what is to be told about them.
+
+    Attributes:
+        pairs: in the order of the source; each has an id, ``row-<number>`` if the row gives none.
+        format: the layout of the rows, in words.
+        skipped: ``place: reason`` of each faulty row that was left out.
+        ignored_columns: columns of the rows that mean nothing to a pair.
+        revision: commit of the data set on the Hub; None for local files.
+    """
+
+    pairs: list[PreferencePair]
+    format: str
+    skipped: tuple[str, ...] = ()
+    ignored_columns: tuple[str, ...] = ()
+    revision: str | None = None
+
+
+class _Row(NamedTuple):
+    """A row as found: still to be decoded if it is bytes."""
+
+    number: int
+    place: str
+    content: "bytes | JSON"
+
+
+def read_pairs(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    split: str | None = None,
+    on_bad_row: str = "error",
+) -> list[PreferencePair]:
+    """Return the pairs of ``load_pairs``, which takes the same arguments."""
+    return load_pairs(
+        source, columns=columns, revision=revision, split=split, on_bad_row=on_bad_row
+    ).pairs
+
+
+def load_pairs(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    split: str | None = None,
+    on_bad_row: str = "error",
+) -> LoadedPairs:
+    """Read every pair of a file, a folder of files, or a data set of the Hub.
+
+    Rows are read one after another (a JSON array: at once). The layout of the first good row is
+    that of all: a row in another layout is faulty.
+
+    Args:
+        source: a path, or the id of a data set on the Hub (``owner/name``).
+        columns: field of a pair -> column that holds it, for rows with other names.
+        revision: branch, tag or commit of a Hub data set.
+        split: which of the splits that a folder's or a data set's file names tell; "train" if None.
+        on_bad_row: "error" refuses the source if any row is faulty, "skip" leaves such rows out.
+
+    Raises:
+        InputError: the source is not found, unreadable, or has faulty rows: 20 are listed.
+    """
+    columns = dict(columns or {})
+    unknown = columns.keys() - {*REQUIRED, *OPTIONAL}
+    if unknown:
+        raise InputError(
+            f"columns: a pair has no {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(REQUIRED + OPTIONAL)}"
+        )
+    if on_bad_row not in ("error", "skip"):
+        raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
+    files = _locate(source, revision=revision, split=split)
+    reading = _Reading(columns)
+    for row in _numbered(files):
+        reading.add(row)
+    return reading.result(str(source), on_bad_row, commit_of(files[0]))
+
+
+def write_pairs(pairs: Iterable[PreferencePair], path: str | Path) -> None:
+    """Write pairs as JSON Lines, whole or not at all; the same pairs give the same bytes.
+
+    Raises:
+        InputError: the name does not end in ``.jsonl`` or ``.jsonl.gz``.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"{path}: pairs are written to .jsonl or .jsonl.gz")
+    lines = (json.dumps(pair_to_row(pair), ensure_ascii=False) + "\n" for pair in pairs)
+    data = "".join(lines).encode()
+    atomic_write(path, gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
+
+
+class _Reading:
+    """What has been found while going through the rows of a source."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self.columns = columns
+        self.pairs: list[PreferencePair] = []
+        self.faults: list[str] = []
+        self.layout: str | None = None
+        self.place_of_id: dict[str, str] = {}
+        self.seen_columns: dict[str, None] = {}
+
+    def add(self, row: _Row) -> None:
+        """Keep the pair of a row, or its fault."""
+        try:
+            content = _decode(row.content) if isinstance(row.content, bytes) else row.content
+            parsed = parse_row(content, columns=self.columns, default_id=f"row-{row.number}")
+            self._check(parsed, row.place)
+        except InputError as error:
+            self.faults.append(f"{row.place}: {error}")
+            return
+        self.pairs.append(parsed.pair)
+        if isinstance(content, Mapping):
+            self.seen_columns |= dict.fromkeys(content)
+
+    def _check(self, parsed: ParsedRow, place: str) -> None:
+        """Compare a row with those before it: all have one layout, and no two have one id."""
+        self.layout = self.layout or parsed.layout
+        if parsed.layout != self.layout:
+            raise InputError(f"layout '{parsed.layout}', but the rows before: '{self.layout}'")
+        name = str(parsed.pair.id)
+        first = self.place_of_id.setdefault(name, place)
+        if first != place:
+            raise InputError(f"id {name!r} is already that of {first}")
+
+    def result(self, source: str, on_bad_row: str, revision: str | None) -> LoadedPairs:
+        """Return what was read, or refuse it."""
+        if self.faults and (on_bad_row == "error" or not self.pairs):
+            shown = self.faults[:_SHOWN_FAULTS]
+            more = len(self.faults) - len(shown)
+            count = f"{len(self.faults)} faulty row{'s' * (len(self.faults) > 1)}"
+            raise InputError(
+                "\n".join([f"{source}: {count}", *shown, *([f"and {more} more"] if more else [])])
+            )
+        if not self.pairs or self.layout is None:
+            raise InputError(f"{source}: no rows; expected at least one preference pair")
+        used = {*REQUIRED, *OPTIONAL, *self.columns.values()}
+        if self.layout == "OpenAI preference":
+            used |= {"input", "preferred_output", "non_preferred_output"}
+        ignored = tuple(column for column in self.seen_columns if column not in used)
+        return LoadedPairs(self.pairs, self.layout, tuple(self.faults), ignored, revision)
+
+
+def _locate(source: str | Path, *, revision: str | None, split: str | None) -> list[Path]:
+    """Return the files of a source, fetching those of a Hub data set."""
+    path = Path(source)
+    if path.is_dir():
+        _refuse(source, revision=revision)
+        return split_files(path, split)
+    if path.exists():
+        _refuse(source, revision=revision, split=split)
+        return [path]
+    if isinstance(source, str) and is_dataset_id(source) and _reader(path) is None:
+        return fetch_dataset_files(source, revision, split)
+    raise InputError(f"{source}: no such file")
+
+
+def _refuse(source: str | Path, **options: str | None) -> None:
+    """Refuse options that would be ignored."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(f"{name} {value!r} has no meaning for the local {source}")
+
+
+def _numbered(files: list[Path]) -> Iterator[_Row]:
+    """Yield the rows of all files; numbers, from which ids are made, run on from file to file."""
+    last = 0
+    for path in files:
+        read = _reader(path)
+        if read is None:
+            raise InputError(f"{path}: unknown type of file; known are {', '.join(_READERS)}")
+        before, place = last, ""
+        try:
+            for row in read(path):
+                last, place = before + row.number, row.place
+                yield row._replace(number=last)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(
+                f"{path}: damaged gzip file after {place or 'its start'}: {error}"
+            ) from error
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[_Row]] | None:
+    name = path.name.lower()
+    return next((read for suffix, read in _READERS.items() if name.endswith(suffix)), None)
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _json_lines(path: Path) -> Iterator[_Row]:
+    """Yield a row for each line that is not blank, numbered by its line."""
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if content.strip():
+                yield _Row(number, f"{path}:{number}", content)
+
+
+def _json_array(path: Path) -> Iterator[_Row]:
+    """Yield a row for each item of an array; JSON Lines named ``.json`` are read as such."""
+    with _open(path) as stream:
+        data = stream.read().removeprefix(codecs.BOM_UTF8)
+    if not data.lstrip().startswith(b"["):
+        yield from _json_lines(path)
+        return
+    try:
+        items = _decode(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    assert isinstance(items, list)
+    for number, item in enumerate(items, start=1):
+        yield _Row(number, f"{path}: row {number}", item)
+
+
+def _parquet(path: Path) -> Iterator[_Row]:
+    """Yield a row for each row of a Parquet file."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: Parquet needs pip install 'dpo-engine[parquet]'") from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for content in batch.to_pylist():
+                number += 1
+                yield _Row(number, f"{path}: row {number}", content)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: damaged Parquet file: {error}") from error
+
+
+def _decode(data: bytes) -> JSON:
+    """Decode JSON, refusing a key that is there twice: one of the two would be lost."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
+    try:
+        content: JSON = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"malformed JSON: {error}") from error
+    return content
+
+
+def _object(items: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    content = dict(items)
+    if len(content) < len(items):
+        raise ValueError("an object has one key twice")
+    return content
+
+
+_READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _json_lines,
+    ".json": _json_array,
+    ".json.gz": _json_array,
+    ".parquet": _parquet,
+}
