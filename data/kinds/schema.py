@@ -1,0 +1,216 @@
+"""JSON records declared once, as frozen dataclasses.
+
+The annotations of a dataclass say what its JSON must hold; the reader, which reports every fault of
+a record together, and the writer both follow from them::
+
+    @dataclass(frozen=True, slots=True)
+    class QueryFeatures:
+        query_length: Count                                  # "queryLength": a whole number >= 0
+        query_complexity: Share                              # "queryComplexity": in [0, 1]
+        semantic_category: Literal["social", "question"]     # one of these texts
+
+A field is a ``bool``, a ``str``, a ``Literal`` of texts, an ``Annotated`` int or float with its
+``Range``, a ``tuple[..., ...]`` of one of these, or another such dataclass, which is a nested
+object. ``| None = None`` makes it optional: None is left out of the JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
+
+from dpo.data.kinds.javascript import MAX_SAFE_INTEGER
+from dpo.errors import InputError
+from dpo.files import JSON
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Record = TypeVar("Record", bound="DataclassInstance")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers from ``low`` to ``high``, both included; None leaves the upper end open."""
+
+    low: float
+    high: float | None = None
+
+
+Count = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
+class RecordSchema(Generic[Record]):
+    """Reads one dataclass from decoded JSON and checks everything its annotations say."""
+
+    def __init__(self, record: type[Record]) -> None:
+        self._make: Callable[..., Record] = record
+        hints = typing.get_type_hints(record, include_extras=True)
+        self._fields = tuple(
+            _field(field, hints[field.name]) for field in dataclasses.fields(record)
+        )
+        self._json_names = {field.json_name for field in self._fields}
+
+    def parse(self, value: object, where: str) -> Record:
+        """Return the record that decoded JSON holds.
+
+        Raises:
+            InputError: ``where`` and every fault: what is missing, unknown, of another type or out
+                of range, each named by its path, such as ``contextFeatures.turnNumber``.
+        """
+        faults: list[str] = []
+        record = self._read(value, "", faults)
+        if record is None:
+            raise InputError(f"{where}: {'; '.join(faults)}")
+        return record
+
+    def _read(self, value: object, path: str, faults: list[str]) -> Record | None:
+        """Return the record, or None after adding what is wrong with it to ``faults``."""
+        if not isinstance(value, Mapping):
+            faults.append(f"{path or 'the record'} must be an object, got {_shown(value)}")
+            return None
+        faults_before = len(faults)
+        prefix = f"{path}." if path else ""
+        values: dict[str, object] = {}
+        for field in self._fields:
+            item = value.get(field.json_name)
+            if item is not None:
+                values[field.name] = field.read(item, prefix + field.json_name, faults)
+            elif field.is_required:
+                faults.append(f"{prefix}{field.json_name} is missing")
+        for name in sorted(value.keys() - self._json_names, key=str):
+            known = ", ".join(sorted(self._json_names))
+            faults.append(f"{prefix}{name} is not a field, expected only {known}")
+        return self._make(**values) if len(faults) == faults_before else None
+
+
+def to_json(record: DataclassInstance) -> dict[str, JSON]:
+    """Return the record as a JSON object, optional fields that are None left out."""
+    return {
+        json_name: _plain(value)
+        for name, json_name in _names(type(record))
+        if (value := getattr(record, name)) is not None
+    }
+
+
+_Reader = Callable[[object, str, list[str]], object]
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    name: str
+    json_name: str
+    is_required: bool
+    read: _Reader
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """A value without fields of its own: how to convert it, and what to say when that fails."""
+
+    expected: str
+    convert: Callable[[object], object]  # raises ValueError
+
+    def read(self, value: object, path: str, faults: list[str]) -> object:
+        try:
+            return self.convert(value)
+        except ValueError:
+            faults.append(f"{path} must be {self.expected}, got {_shown(value)}")
+            return None
+
+
+def _field(field: dataclasses.Field[object], annotation: object) -> _Field:
+    is_required = field.default is dataclasses.MISSING
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation, _ = typing.get_args(annotation)  # X | None
+    read: _Reader
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        read = RecordSchema(annotation)._read
+    else:
+        read = _leaf(annotation).read
+    return _Field(field.name, _camel_case(field.name), is_required, read)
+
+
+def _leaf(annotation: object) -> _Leaf:
+    arguments = typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    if annotation is bool:
+        return _Leaf("true or false", functools.partial(_instance, type_=bool))
+    if annotation is str:
+        return _Leaf("text", functools.partial(_instance, type_=str))
+    if origin is Literal:
+        return _Leaf(
+            f"one of {', '.join(arguments)}", functools.partial(_choice, choices=arguments)
+        )
+    if origin is Annotated:
+        return _number(*arguments)
+    if origin is tuple:
+        item = _leaf(arguments[0])
+        return _Leaf(f"a list, each {item.expected}", functools.partial(_items, item=item))
+    raise TypeError(f"a record's field cannot be {annotation}")
+
+
+def _number(type_: type[int] | type[float], allowed: Range) -> _Leaf:
+    largest = MAX_SAFE_INTEGER if type_ is int else sys.float_info.max
+    high = largest if allowed.high is None else allowed.high
+    noun = "a whole number" if type_ is int else "a number"
+    bounds = f">= {allowed.low:g}" if allowed.high is None else f"in [{allowed.low:g}, {high:g}]"
+
+    def convert(value: object) -> int | float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError
+        if not allowed.low <= value <= high or (type_ is int and value != int(value)):
+            raise ValueError
+        return type_(value)  # 5.0 is the whole number 5: JSON has one type of number
+
+    return _Leaf(f"{noun} {bounds}", convert)
+
+
+def _instance(value: object, *, type_: type) -> object:
+    if not isinstance(value, type_):
+        raise ValueError
+    return value
+
+
+def _choice(value: object, *, choices: tuple[str, ...]) -> object:
+    if value not in choices:
+        raise ValueError
+    return value
+
+
+def _items(value: object, *, item: _Leaf) -> tuple[object, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError
+    return tuple(item.convert(each) for each in value)
+
+
+@functools.cache
+def _names(record: type[DataclassInstance]) -> tuple[tuple[str, str], ...]:
+    return tuple((field.name, _camel_case(field.name)) for field in dataclasses.fields(record))
+
+
+def _plain(value: object) -> JSON:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_json(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    assert isinstance(value, bool | int | float | str)
+    return value
+
+
+def _camel_case(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(word.capitalize() for word in others)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= 60 else f"{text[:57]}..."
