@@ -110,8 +110,8 @@ class AlphaPo(SimPo):
 class Orpo(ReferenceFreeLoss):
     """``-a - beta ls(o)`` with ``a = lw/n_w``: Hong et al., arXiv:2403.07691, eq. 6.
 
-    ``o = a - log(1 - e^a) - b + log(1 - e^b)`` with ``b = ll/n_l`` is the log odds ratio; ``beta`` is
-    the paper's lambda.
+    ``o = a - log(1 - e^a) - b + log(1 - e^b)``, with ``b = ll/n_l``, is the log odds ratio;
+    ``beta`` is the paper's lambda.
     """
 
     def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,114 @@
+"""The optimizer, gradient clipping and the learning-rate schedules.
+
+A schedule maps an update's number ``step`` (from 0), the updates in the ``warmup`` and those in the
+``total`` of the run to a factor on the learning rate. All rise linearly from 0 over the warm-up.
+
+To add a schedule: a function of those three and a line in ``SCHEDULES``, by which tests go.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+Schedule = Callable[[int, int, int], float]
+ParameterGroup = dict[str, Any]  # as torch.optim takes it
+
+FUSED_DEVICES: Final = frozenset({"cpu", "cuda", "mps", "xpu"})
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
+    """Divide the parameters that are trained into those with weight decay and those without.
+
+    Decayed are the matrices, embeddings among them, and not the biases and the gains of norms: the
+    usual convention, also transformers'. A tied parameter is listed once; the order is the model's.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(
+    groups: Sequence[ParameterGroup],
+    *,
+    learning_rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+) -> torch.optim.AdamW:
+    """Make an AdamW over ``groups``, in one fused kernel on the devices that have one."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(
+        groups,
+        lr=learning_rate,
+        betas=(beta1, beta2),
+        eps=epsilon,
+        fused=devices <= FUSED_DEVICES,
+    )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients in place so that their joint L2 norm is at most ``max_norm``.
+
+    Never waits for the device. A norm that is not finite spoils the gradients: the caller looks at
+    it before the update.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: None leaves the gradients as they are.
+
+    Returns:
+        The norm before clipping: a scalar, float32 at least.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype)))
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm
+
+
+def linear(step: int, warmup: int, total: int) -> float:
+    """Fall linearly to 0 at ``total``."""
+    if step < warmup:
+        return step / warmup
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+def cosine(step: int, warmup: int, total: int) -> float:
+    """Fall along half a cosine to 0 at ``total``."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def constant(step: int, warmup: int, total: int) -> float:
+    """Stay at 1."""
+    return min(1.0, step / warmup) if warmup else 1.0
+
+
+def warmup_stable_decay(step: int, warmup: int, total: int, *, decay_share: float = 0.2) -> float:
+    """Stay at 1, then fall linearly to 0 over the last ``decay_share`` of the updates.
+
+    Hu et al., arXiv:2404.06395; a fifth is the share that Hägele et al., arXiv:2405.18392, use.
+    """
+    if step < warmup:
+        return step / warmup
+    decay_start = max(warmup, total - round(decay_share * total))
+    return min(1.0, max(0.0, (total - step) / max(1, total - decay_start)))
+
+
+SCHEDULES: Final[dict[str, Schedule]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "constant": constant,
+    "wsd": warmup_stable_decay,
+}
