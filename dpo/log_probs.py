@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class OutputHead:
     softcap: float | None = None
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What the engine asks of a model: hidden states of a stream, and how they become logits."""
 

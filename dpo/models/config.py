@@ -17,7 +17,16 @@ from dpo.errors import InputError
 
 HubConfig = Mapping[str, Any]  # the decoded config.json
 
-ROPE_KINDS: Final = ("default", "linear", "llama3")
+_ROPE_OPTIONS: Final[dict[str, dict[str, str]]] = {  # kind -> our name: name in config.json
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_frequency_factor": "low_freq_factor",
+        "high_frequency_factor": "high_freq_factor",
+        "original_context": "original_max_position_embeddings",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class Rope:
 
     Attributes:
         theta: base of the geometric series of frequencies.
-        kind: one of ``ROPE_KINDS``.
+        kind: "default", "linear" or "llama3".
         factor: context extension factor of "linear" and "llama3".
         low_frequency_factor: "llama3" only; wavelengths above context / this are scaled by the
             factor.
@@ -190,19 +199,12 @@ def _parse_rope(config: HubConfig, where: str) -> Rope:
     scaling: HubConfig = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise InputError(
-            f"{where}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_KINDS)}"
-        )
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, kind, factor=float(scaling["factor"]))
+    if kind not in _ROPE_OPTIONS:
+        supported = ", ".join(_ROPE_OPTIONS)
+        raise InputError(f"{where}: rope type {kind!r} is not supported; supported are {supported}")
+    missing = [name for name in _ROPE_OPTIONS[kind].values() if name not in scaling]
+    if missing:
+        raise InputError(f"{where}: rope type {kind!r} needs {missing[0]!r}")
     return Rope(
-        theta,
-        kind,
-        factor=float(scaling["factor"]),
-        low_frequency_factor=float(scaling["low_freq_factor"]),
-        high_frequency_factor=float(scaling["high_freq_factor"]),
-        original_context=int(scaling["original_max_position_embeddings"]),
+        theta, kind, **{ours: scaling[theirs] for ours, theirs in _ROPE_OPTIONS[kind].items()}
     )

@@ -1,0 +1,239 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpo.batching import collate_answers
+from dpo.errors import InputError
+from dpo.log_probs import completion_log_probs
+from dpo.models import ARCHITECTURES, init_model, load_model, parse_config, save_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+VARIANTS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SIZES),
+    "llama, tied, llama3 rope": lambda: transformers.LlamaConfig(
+        **SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
+    "llama, linear rope": lambda: transformers.LlamaConfig(
+        **SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    ),
+    "llama, biases": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral, window": lambda: transformers.MistralConfig(**SIZES, sliding_window=7),
+    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+    "qwen2, window": lambda: transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny random transformers model of each variant, saved to its ``name_or_path``."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(VARIANTS[request.param]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases start as ones and zeros: make them tell
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path_factory.mktemp("peer")
+    model.save_pretrained(folder)
+    model.name_or_path = str(folder)
+    return model
+
+
+def trees(vocab_size: int = 97) -> list[tuple[Any, list[Any]]]:
+    generator = np.random.default_rng(0)
+
+    def text(longest: int) -> Any:
+        return generator.integers(0, vocab_size, generator.integers(1, longest), dtype=np.int32)
+
+    return [(text(12), [text(9), text(9), text(4)]) for _ in range(3)]
+
+
+def peer_log_probs(peer: Any) -> Tensor:
+    rows = []
+    for prompt, answers in trees():
+        for answer in answers:
+            ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
+            with torch.no_grad():
+                log_probs = peer(ids).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+            rows.append(log_probs.gather(1, ids[0, len(prompt) :, None])[:, 0])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_log_probs_equal_those_of_transformers(peer: Any, share_prefix: bool) -> None:
+    model = load_model(peer.name_or_path)
+    texts = collate_answers(trees(), share_prefix=share_prefix)
+    found = completion_log_probs(model, texts).log_probs
+    torch.testing.assert_close(found, peer_log_probs(peer), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 20_000])
+def test_saved_model_has_the_same_logits_in_transformers(
+    peer: Any, tmp_path: Path, max_shard_bytes: int
+) -> None:
+    save_model(load_model(peer.name_or_path), tmp_path, max_shard_bytes=max_shard_bytes)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(back(ids).logits, peer(ids).logits)
+
+
+def test_every_architecture_is_held_against_transformers() -> None:
+    tested = {name.split(",")[0] for name in VARIANTS}
+    assert tested == set(ARCHITECTURES)
+
+
+def test_saved_shards_load_again(tmp_path: Path) -> None:
+    model = init_model(parse_config(SIZES | {"model_type": "llama"}), seed=1)
+    save_model(model, tmp_path, max_shard_bytes=20_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again = load_model(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+
+
+def test_loading_converts_and_keeps_tied_weights_one_tensor(tmp_path: Path) -> None:
+    config = parse_config(SIZES | {"model_type": "llama", "tie_word_embeddings": True})
+    save_model(init_model(config), tmp_path)
+    model = load_model(tmp_path, dtype=torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_initialisation_is_a_function_of_the_seed() -> None:
+    config = parse_config(SIZES | {"model_type": "llama"})
+    first, second, other = (init_model(config, seed=seed).lm_head.weight for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+# Refusals
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_model(init_model(parse_config(SIZES | {"model_type": "llama"})), tmp_path)
+    return tmp_path
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not a model folder: config\.json is missing"):
+        load_model(tmp_path)
+
+
+def test_broken_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json: not valid JSON"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "t5"}, "model_type 't5' is not supported; supported are llama"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"quantization_config": {}}, "quantised weights cannot be trained"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_size": "big"}, "hidden_size must be a positive integer, got 'big'"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads 4 is no multiple of num_key_value_heads 3",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs 'factor'"),
+    ],
+)
+def test_unsupported_config_is_refused(
+    folder: Path, changes: dict[str, object], message: str
+) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(folder: Path) -> None:
+    change_config(folder, vocab_size=98)
+    with pytest.raises(InputError, match=r"has shape \(97, 32\), config.json says \(98, 32\)"):
+        load_model(folder)
+
+
+def test_missing_weights_are_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path)
+    with pytest.raises(InputError, match=r"1 weights are missing: model\.norm\.weight"):
+        load_model(folder)
+
+
+def test_weights_without_a_place_are_named(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {"model.extra": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match=r"1 weights have no place .*: model\.extra"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 2000])
+def test_cut_off_weights_are_refused(folder: Path, kept: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged or cut off"):
+        load_model(folder)
+
+
+def test_pickled_weights_are_never_opened(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin are pickles, which are never opened"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "not a safetensors index"),
+        ("{", "not a safetensors index"),
+        (
+            '{"weight_map": {"a": "model-1.safetensors"}}',
+            r"names absent files: model-1\.safetensors",
+        ),
+        ('{"weight_map": {"a": "../model.safetensors"}}', r"names '\.\./model\.safetensors'"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd'"),
+        ('{"weight_map": {"a": 3}}', "names 3"),
+    ],
+)
+def test_bad_index_is_refused(folder: Path, index: str, message: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=message):
+        load_model(folder)
