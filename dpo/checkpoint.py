@@ -1,0 +1,254 @@
+"""Training checkpoints: complete or not there, checked byte for byte, and free of pickle.
+
+A checkpoint is a folder ``step-000100`` with one ``<stem>.safetensors`` for each mapping of named
+tensors (model, optimizer, random number generators), ``state.json`` for all that is not a tensor,
+and ``manifest.json`` with the hash of every file. The writer holds the run's ``FolderLock``.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dpo.errors import InputError, RunError
+from dpo.files import (
+    JSON,
+    atomic_directory,
+    read_json,
+    remove_folder,
+    remove_leftovers,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint, read and found sound.
+
+    Attributes:
+        path: the folder it was read from.
+        step: optimizer steps done when it was written.
+        tensors: file stem to named tensors, on the CPU; names that shared memory share it again.
+        state: what was given to ``save_checkpoint`` as ``state``.
+    """
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class NewestCheckpoint:
+    """What ``latest_checkpoint`` found.
+
+    Attributes:
+        checkpoint: the newest sound one, or None if there is none.
+        damaged: for every newer one, newest first, what is wrong with it.
+    """
+
+    checkpoint: Checkpoint | None
+    damaged: tuple[str, ...]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, JSON],
+) -> Path:
+    """Write ``folder/step-<step>`` in one step, in the place of one of that step if there is one.
+
+    Args:
+        folder: the run's folder of checkpoints.
+        step: optimizer steps done.
+        tensors: file stem to named tensors, on any device; tied tensors are stored once.
+        state: everything else that resuming needs.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: it could not be written; what was there before is unharmed, nothing is added.
+    """
+    remove_leftovers(folder)
+    path = folder / f"step-{step:06d}"
+    with atomic_directory(path, replace=True) as temporary:
+        for stem, named in tensors.items():
+            write_tensors(temporary / f"{stem}.safetensors", named)
+        write_json(temporary / "state.json", {"format": FORMAT, "step": step, "state": state})
+        write_manifest(temporary)
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint after comparing every file with its hash.
+
+    Raises:
+        InputError: ``path`` is no checkpoint, or one of a later format.
+        RunError: it is damaged; the message names the files and both hashes.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such checkpoint folder")
+    if faults := verify_manifest(path):
+        raise RunError("\n  ".join([f"checkpoint {path} is damaged:", *faults]))
+    content = read_json(path / "state.json")
+    if content["format"] != FORMAT:
+        raise InputError(f"{path}: checkpoint format {content['format']}, expected {FORMAT}")
+    tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(path, content["step"], tensors, content["state"])
+
+
+def latest_checkpoint(folder: Path) -> NewestCheckpoint:
+    """Read the newest sound checkpoint, going back over damaged ones."""
+    damaged: list[str] = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            return NewestCheckpoint(load_checkpoint(path), tuple(damaged))
+        except (RunError, OSError) as error:
+            damaged.append(str(error))
+    return NewestCheckpoint(None, tuple(damaged))
+
+
+def set_aside_later(folder: Path, step: int) -> list[Path]:
+    """Rename checkpoints after ``step`` to ``<name>.aside``, and return their new paths.
+
+    A run that resumes at ``step`` calls this: a damaged or abandoned later checkpoint must neither
+    be resumed by accident nor be kept by ``prune`` in the place of one of this run.
+    """
+    moved = []
+    for path in _checkpoints(folder):
+        if _step(path) > step:
+            aside = path.with_name(f"{path.name}.aside")
+            if aside.exists():
+                remove_folder(aside)
+            moved.append(path.rename(aside))
+    return moved
+
+
+def prune(folder: Path, *, keep: int, best: int | None = None) -> list[Path]:
+    """Remove checkpoints but the newest ``keep`` and that of step ``best``; return the removed."""
+    if keep < 1:
+        raise InputError(f"keep must be at least 1 checkpoint, got {keep}")
+    removed = [path for path in _checkpoints(folder)[:-keep] if _step(path) != best]
+    for path in removed:
+        remove_folder(path)
+    return removed
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as safetensors; a tensor under a second name is stored as that name only.
+
+    Raises:
+        OSError: the file could not be written.
+    """
+    first_names: dict[object, str] = {}
+    storages: set[int] = set()
+    stored: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        first = first_names.setdefault(_identity(tensor) or name, name)
+        if first != name:
+            shared[name] = first
+            continue
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        stored[name] = plain.clone() if storage in storages else plain
+        storages.add(storage)
+    path.touch()  # for the usual permissions: only the owner can read what safetensors makes
+    mode = path.stat().st_mode
+    try:
+        save_file(stored, path, {"shared": json.dumps(shared)})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    path.chmod(mode)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors that ``write_tensors`` wrote, those of one memory sharing it again."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        shared = json.loads((file.metadata() or {}).get("shared", "{}"))
+    return tensors | {name: tensors[first] for name, first in shared.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return the optimizer's state as ``<parameter name>/<key>`` to tensor.
+
+    Rates, decays and other settings of the groups are not part of it: the configuration has them.
+
+    Raises:
+        InputError: a parameter is not the model's, or a state is not a tensor.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {}
+    for parameter, state in optimizer.state.items():
+        if parameter not in names:
+            raise InputError(
+                f"the optimizer has a parameter of shape {tuple(parameter.shape)} "
+                "that the model has not: its state cannot be saved by name"
+            )
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise InputError(
+                    f"optimizer state {key!r} of {names[parameter]} is "
+                    f"{type(value).__name__}, expected a tensor"
+                )
+            tensors[f"{names[parameter]}/{key}"] = value
+    return tensors
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Replace the optimizer's state by copies of what ``optimizer_tensors`` returned, bit for bit.
+
+    Unlike ``Optimizer.load_state_dict``, it goes by parameter name, not by position, and casts
+    nothing.
+
+    Raises:
+        InputError: a state belongs to no parameter that the optimizer trains.
+    """
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    parameters = {name: p for name, p in model.named_parameters() if p in groups}
+    optimizer.state.clear()
+    for name, value in tensors.items():
+        parameter_name, _, key = name.rpartition("/")
+        if parameter_name not in parameters:
+            raise InputError(
+                f"the checkpoint has optimizer state {name!r}, "
+                f"but no parameter {parameter_name!r} is trained"
+            )
+        parameter = parameters[parameter_name]
+        group = groups[parameter]
+        # torch.optim: step counts live beside the parameter only if the update runs there whole.
+        on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+        device = torch.device("cpu") if on_host else parameter.device
+        optimizer.state[parameter][key] = value.to(device, copy=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...] | None:
+    """Return what equals only for tensors over the very same memory; None for empty tensors."""
+    if tensor.numel() == 0:
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
