@@ -1,0 +1,201 @@
+"""What a policy is evaluated on: states, the actions that were taken, and what they earned.
+
+Read from the JSON Lines that the dataset builder writes beside its pairs, or given as
+``dpo.data`` examples, or as the mappings ``{"state", "expected_action", "reward"}``.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from dpo.data.kinds import KINDS, PolicyKind
+from dpo.errors import InputError
+from dpo.eval.policies import Action, State
+
+ACTION_NAMES = ("expected_action", "expectedAction", "action")
+SHOWN_FAULTS = 5
+JSONObject: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationExample:
+    """One logged decision."""
+
+    state: State
+    expected_action: Action
+    """The action that was taken; whether it was good is what ``reward`` says."""
+    reward: float
+    """What the action earned, in [-1, 1]."""
+    id: str
+    session_id: str
+    """Examples of one session are not independent."""
+    decided_at: datetime | None = None
+    propensity: float | None = None
+    """Chance with which the deciding policy took this action here, in (0, 1]."""
+
+
+def read_examples(path: str | Path, kind: PolicyKind | None = None) -> list[EvaluationExample]:
+    """Read examples from JSON Lines and refuse data that cannot tell policies apart.
+
+    Args:
+        path: a file with one example a line.
+        kind: of the states and actions; None finds it from the first line (see ``detect_kind``).
+
+    Raises:
+        InputError: no such file, no examples, lines that are no examples of this kind (all faults
+            together), or examples that all have the same action class.
+    """
+    path = Path(path)
+    rows = _read_rows(path)
+    kind = detect_kind(rows[0], f"{path}:1") if kind is None else kind
+    examples, faults = [], []
+    for number, row in enumerate(rows, start=1):
+        try:
+            examples.append(_parse(row, kind, f"{path}:{number}", str(number)))
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError(_listed(faults, len(rows), kind))
+    classes = {kind.action_class(example.expected_action) for example in examples}
+    if len(classes) == 1:
+        raise InputError(
+            f"{path}: all {len(rows)} examples have the action class {classes.pop()!r}; a policy "
+            "that always says so would look perfect: evaluate on at least two classes"
+        )
+    return examples
+
+
+def detect_kind(row: object, where: str) -> PolicyKind:
+    """Return the one kind whose states have the groups that ``row["state"]`` has.
+
+    Raises:
+        InputError: no kind, or more than one, reads the state.
+    """
+    state = row.get("state") if isinstance(row, Mapping) else None
+    fitting = [kind for kind in KINDS.values() if _reads(kind, state)]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise InputError(
+        f"{where}: expected an example with a state of one of the kinds {', '.join(KINDS)}; "
+        f"{len(fitting)} of them read this state"
+    )
+
+
+def as_examples(items: Iterable[object], kind: PolicyKind) -> list[EvaluationExample]:
+    """Bring examples of any of the accepted forms into one.
+
+    Raises:
+        InputError: an item of no such form, a state or an action that is not of ``kind``, a reward
+            that is not finite or a propensity outside (0, 1]; no items at all.
+    """
+    examples = [_convert(item, kind, index) for index, item in enumerate(items)]
+    if not examples:
+        raise InputError("test_data is empty: there is nothing to evaluate on")
+    return examples
+
+
+def _convert(item: object, kind: PolicyKind, index: int) -> EvaluationExample:
+    where = f"test_data[{index}]"
+    if isinstance(item, EvaluationExample):
+        return _checked(item, where)
+    if isinstance(item, Mapping):
+        return _parse(item, kind, where, str(index))
+    metadata = getattr(item, "metadata", None)
+    if metadata is None or not all(hasattr(item, name) for name in ("state", "action", "reward")):
+        raise InputError(
+            f"{where}: expected an example with state, action, reward and metadata, or a mapping "
+            f"with state, expected_action and reward, got {type(item).__name__}"
+        )
+    return _checked(
+        EvaluationExample(
+            item.state,  # type: ignore[attr-defined]  # checked above
+            item.action,  # type: ignore[attr-defined]
+            item.reward,  # type: ignore[attr-defined]
+            metadata.id,
+            metadata.session_id,
+            metadata.decided_at,
+            metadata.propensity,
+        ),
+        where,
+    )
+
+
+def _parse(row: object, kind: PolicyKind, where: str, number: str) -> EvaluationExample:
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: expected an object, got {type(row).__name__}")
+    action = next((row[name] for name in ACTION_NAMES if name in row), None)
+    missing = [name for name in ("state", "reward") if name not in row]
+    if missing or action is None:
+        names = missing + ([ACTION_NAMES[0]] if action is None else [])
+        raise InputError(f"{where}: not an example: missing {', '.join(names)}")
+    metadata = row.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise InputError(f"{where}: metadata must be an object, got {metadata!r}")
+    state = row["state"]
+    example = EvaluationExample(
+        state=kind.parse_state(state, f"{where}: state") if isinstance(state, Mapping) else state,
+        expected_action=(
+            kind.parse_action(action, f"{where}: action") if isinstance(action, Mapping) else action
+        ),
+        reward=row["reward"],
+        id=str(metadata.get("id", number)),
+        session_id=str(metadata.get("sessionId", f"example {number}")),
+        decided_at=_parse_time(metadata.get("decidedAt"), where),
+        propensity=metadata.get("propensity"),
+    )
+    return _checked(example, where)
+
+
+def _checked(example: EvaluationExample, where: str) -> EvaluationExample:
+    reward, propensity = example.reward, example.propensity
+    if not _is_number(reward) or not -1.0 <= reward <= 1.0:
+        raise InputError(f"{where}: reward must be a number in [-1, 1], got {reward!r}")
+    if propensity is not None and not (_is_number(propensity) and 0.0 < propensity <= 1.0):
+        raise InputError(f"{where}: propensity must be a number in (0, 1], got {propensity!r}")
+    return example
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _parse_time(text: object, where: str) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(str(text))
+    except ValueError as error:
+        raise InputError(f"{where}: decidedAt must be an ISO 8601 time, got {text!r}") from error
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _reads(kind: PolicyKind, state: object) -> bool:
+    try:
+        kind.parse_state(state, "state")
+    except InputError:
+        return False
+    return True
+
+
+def _read_rows(path: Path) -> list[JSONObject]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected examples, one JSON object a line")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON: {error}") from error
+    if not rows:
+        raise InputError(f"{path} holds no examples: there is nothing to evaluate on")
+    return rows
+
+
+def _listed(faults: Sequence[str], rows: int, kind: PolicyKind) -> str:
+    shown = "\n".join(faults[:SHOWN_FAULTS])
+    more = f"\nand {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+    return f"{len(faults)} of {rows} lines are no {kind.name} examples:\n{shown}{more}"
