@@ -52,6 +52,12 @@ def adamw(
     )
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Change the learning rate of every group of ``optimizer``."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Scale the gradients in place so that their joint L2 norm is at most ``max_norm``.
 

@@ -1,0 +1,289 @@
+"""Metrics of a window of pairs: kept on the device, made of sums and counts, read once.
+
+A window is what one line of ``metrics.jsonl`` is about: the pairs since the last line, or those of
+an evaluation. Every metric is a function of sums over its pairs, or of all its gaps, so none
+depends on how the window was split into micro-batches.
+
+``gap = r_w - r_l`` below is the difference of the rewards that the loss gives to the two answers
+(``beta u - beta v`` for DPO), ``omega`` the row's weight, other letters as in ``dpo.losses``; a
+mean is over pairs unless it says tokens.
+
+============================== ===================================================================
+loss                           sum(w loss) / sum(w), with w the loss's weight of the pair
+rewards/chosen, rejected       sum(omega r_w) / sum(omega), the same of r_l
+rewards/margin                 sum(omega gap) / sum(omega)
+rewards/margin_p05, p50, p95   quantiles of gap
+rewards/accuracy               share of gap > 0, where a tie counts half
+rewards/accuracy_strict        share of gap > 0
+rewards/tie_rate               share of gap = 0
+rewards/accuracy_len_controlled  mean of the accuracies of n_w > n_l, n_w = n_l and n_w < n_l
+rewards/saturated              share of s(gap) > 0.99
+grad_weight                    mean s(-gap): the factor on a pair's gradient in DPO
+logps/chosen, rejected         mean lw, mean ll
+logps_tok/chosen, rejected     sum(lw) / sum(n_w), sum(ll) / sum(n_l)
+nll/chosen, ppl                -sum(lw) / sum(n_w), and e to that
+length/chosen, rejected, diff  mean n_w, mean n_l, mean n_w - n_l
+length/reward_corr             Pearson correlation of n_w - n_l and gap
+calibration/ece                sum over ten bins of s(gap) of abs(sum(s(gap) - label_prob)) / pairs
+calibration/brier              mean (s(gap) - label_prob)^2
+entropy                        of the policy, mean over the tokens of both answers, nats
+token_accuracy                 share of the chosen answers' tokens that are the most likely one
+============================== ===================================================================
+
+And against a reference:
+
+============================== ===================================================================
+kl/k1_seq_chosen, rejected     mean u, mean v
+kl/k1_tok                      sum(u + v) / sum(n_w + n_l)
+kl/k3_tok                      mean of ``k3_estimate`` over the tokens of both answers
+displacement/chosen            mean u: below 0 where the chosen answers became less likely
+displacement/share_u_negative  share of u < 0
+============================== ===================================================================
+
+The ``kl`` metrics are estimates over given answers, not over the policy's own: gauges of drift. A
+metric whose denominator is 0 is left out.
+
+Shapes: P pairs, K tokens, C columns, M sums.
+
+To add a metric: its numerator and denominator in one of the ``_*_quotients``, or a line in
+``_derived`` if it is made of several.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from dpo.losses import Loss, PairLogProbs
+from dpo.losses.base import MAX_EXPONENT
+
+if TYPE_CHECKING:
+    from dpo.scoring import ScoredPairs
+
+_QUANTILES: Final = {
+    "rewards/margin_p05": 0.05,
+    "rewards/margin_p50": 0.5,
+    "rewards/margin_p95": 0.95,
+}
+_BINS: Final = 10
+
+Quotients = dict[str, tuple[Tensor, Tensor]]  # numerators and denominators, each yet to be summed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenStatistics:
+    """What single tokens add to the metrics; each field is summed, whatever its shape.
+
+    Attributes:
+        entropy: of the policy at the tokens of both answers, nats.
+        chosen_is_top: whether a chosen answer's token is the most likely one.
+        k3: ``k3_estimate`` at the tokens of both answers; None without a reference.
+    """
+
+    entropy: Tensor
+    chosen_is_top: Tensor
+    k3: Tensor | None = None
+
+
+def k3_estimate(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
+    """Return ``e^(r - l) - 1 - (r - l)`` >= 0 of each token, (K,); the exponent stops at 80."""
+    difference = (reference_log_probs - log_probs).clamp(max=MAX_EXPONENT)
+    return difference.expm1() - difference
+
+
+class MetricSums:
+    """One window; feed it each micro-batch, read it once."""
+
+    def __init__(self) -> None:
+        """Start an empty window."""
+        self._has_reference = True
+        self._columns: list[Tensor] = []  # (C, P) of each micro-batch
+        self._token_sums: list[Tensor] = []  # (2, 3) of each micro-batch
+
+    def add(self, loss: Loss, scored: "ScoredPairs", losses: Tensor) -> None:
+        """Add a scored micro-batch and the loss of each of its pairs, (P,), without waiting."""
+        pairs, tokens, reference = scored.pairs, scored.tokens, scored.batch.reference
+        is_chosen = scored.batch.texts.answers % 2 == 0  # (K,)
+        with torch.no_grad():
+            statistics = TokenStatistics(
+                entropy=tokens.entropy,
+                chosen_is_top=tokens.is_top & is_chosen,
+                k3=None if reference is None else k3_estimate(tokens.log_probs, reference),
+            )
+            weights, rewards = loss.pair_weights(pairs), loss.rewards(pairs)
+        has_reference = reference is not None
+        self.update(pairs, losses, weights, rewards, statistics, has_reference=has_reference)
+
+    @torch.no_grad()
+    def update(
+        self,
+        pairs: PairLogProbs,
+        losses: Tensor,
+        weights: Tensor,
+        rewards: tuple[Tensor, Tensor],
+        tokens: TokenStatistics | None = None,
+        *,
+        has_reference: bool = True,
+    ) -> None:
+        """Add a micro-batch, without waiting for the device.
+
+        Args:
+            pairs: its log-probs.
+            losses: (P,) the loss of each pair.
+            weights: (P,) ``Loss.pair_weights``.
+            rewards: (P,) each, ``Loss.rewards``.
+            tokens: where given, adds the metrics of single tokens.
+            has_reference: if not, the window has no metrics against a reference.
+        """
+        self._has_reference &= has_reference
+        of_pairs = [getattr(pairs, field.name) for field in fields(pairs)]
+        self._columns.append(torch.stack([*of_pairs, losses, weights, *rewards]))
+        if tokens is not None:
+            self._token_sums.append(_token_sums(pairs, tokens))
+
+    def merge(self, other: "MetricSums") -> None:
+        """Add the window of ``other`` to this one."""
+        self._has_reference &= other._has_reference
+        self._columns += other._columns
+        self._token_sums += other._token_sums
+
+    @torch.no_grad()
+    def result(self) -> dict[str, float]:
+        """Return the metrics, of which an empty window has none, by one transfer to the host."""
+        if not self._columns:
+            return {}
+        quotients, gap = _pair_quotients(_wide(torch.cat(self._columns, dim=1)))
+        token_sums = torch.stack([gap.new_zeros(2, len(_TOKEN_METRICS)), *self._token_sums])
+        sums = torch.cat([_summed(quotients), token_sums.sum(dim=0)], dim=1)  # (2, M)
+        levels = torch.tensor(list(_QUANTILES.values()), dtype=gap.dtype, device=gap.device)
+        values = torch.cat([sums.flatten(), gap.quantile(levels)]).tolist()
+
+        names = [*quotients, *_TOKEN_METRICS]
+        numerators, denominators = values[: len(names)], values[len(names) : 2 * len(names)]
+        ratios = {
+            name: numerator / denominator
+            for name, numerator, denominator in zip(names, numerators, denominators, strict=True)
+            if denominator
+        }
+        quantiles = dict(zip(_QUANTILES, values[2 * len(names) :], strict=True))
+        metrics = {**ratios, **quantiles, **_derived(ratios)}
+        return {name: value for name, value in metrics.items() if self._is_public(name)}
+
+    def _is_public(self, name: str) -> bool:
+        against_reference = name.startswith(("kl/", "displacement/"))
+        return not name.startswith("_") and (self._has_reference or not against_reference)
+
+
+_TOKEN_METRICS: Final = ("entropy", "token_accuracy", "kl/k3_tok")
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Widen to float64, where the device has it: float32 sums would depend on the split."""
+    return values if values.device.type == "mps" else values.double()
+
+
+def _pair_quotients(columns: Tensor) -> tuple[Quotients, Tensor]:
+    """Return all quotients over pairs, and the gaps, of (C, P) columns."""
+    *of_pairs, losses, weights, chosen, rejected = columns
+    pairs, gap = PairLogProbs(*of_pairs), chosen - rejected
+    quotients = {
+        "loss": (weights * losses, weights),
+        "rewards/chosen": (pairs.weight * chosen, pairs.weight),
+        "rewards/rejected": (pairs.weight * rejected, pairs.weight),
+        "rewards/margin": (pairs.weight * gap, pairs.weight),
+        **_log_prob_quotients(pairs),
+        **_gap_quotients(pairs, gap),
+        **_calibration_quotients(pairs, gap),
+    }
+    return quotients, gap
+
+
+def _log_prob_quotients(pairs: PairLogProbs) -> Quotients:
+    """Return what the log-probs and the lengths say; (P,) each."""
+    one = torch.ones_like(pairs.chosen)
+    u, v = pairs.chosen_log_ratio, pairs.rejected_log_ratio
+    return {
+        "logps/chosen": (pairs.chosen, one),
+        "logps/rejected": (pairs.rejected, one),
+        "logps_tok/chosen": (pairs.chosen, pairs.chosen_tokens),
+        "logps_tok/rejected": (pairs.rejected, pairs.rejected_tokens),
+        "nll/chosen": (-pairs.chosen, pairs.chosen_tokens),
+        "kl/k1_seq_chosen": (u, one),
+        "kl/k1_seq_rejected": (v, one),
+        "kl/k1_tok": (u + v, pairs.chosen_tokens + pairs.rejected_tokens),
+        "displacement/chosen": (u, one),
+        "displacement/share_u_negative": ((u < 0).to(u.dtype), one),
+        "length/chosen": (pairs.chosen_tokens, one),
+        "length/rejected": (pairs.rejected_tokens, one),
+    }
+
+
+def _gap_quotients(pairs: PairLogProbs, gap: Tensor) -> Quotients:
+    """Return what the gaps say, alone and against the lengths; (P,) each."""
+    one = torch.ones_like(gap)
+    win, tie = (gap > 0).to(gap.dtype), (gap == 0).to(gap.dtype)
+    longer = pairs.chosen_tokens - pairs.rejected_tokens
+    strata = {"_longer": longer > 0, "_equal": longer == 0, "_shorter": longer < 0}
+    return {
+        "rewards/accuracy": (win + tie / 2, one),
+        "rewards/accuracy_strict": (win, one),
+        "rewards/tie_rate": (tie, one),
+        "rewards/saturated": ((gap.sigmoid() > 0.99).to(gap.dtype), one),
+        "grad_weight": ((-gap).sigmoid(), one),
+        "length/diff": (longer, one),
+        "_gap": (gap, one),
+        "_gap^2": (gap.square(), one),
+        "_diff^2": (longer.square(), one),
+        "_diff*gap": (longer * gap, one),
+        **{name: ((win + tie / 2) * rows, rows * one) for name, rows in strata.items()},
+    }
+
+
+def _calibration_quotients(pairs: PairLogProbs, gap: Tensor) -> Quotients:
+    """Return the error of ``s(gap)`` as a forecast of the label, whole and by bin; (P,) each."""
+    one = torch.ones_like(gap)
+    error = gap.sigmoid() - pairs.label_prob
+    bins = (gap.sigmoid() * _BINS).floor().clamp(max=_BINS - 1)
+    return {
+        "calibration/brier": (error.square(), one),
+        **{f"_bin{index}": (error * (bins == index), one) for index in range(_BINS)},
+    }
+
+
+def _summed(quotients: Quotients) -> Tensor:
+    """Sum numerators and denominators over the pairs: (2, M)."""
+    numerators, denominators = zip(*quotients.values(), strict=True)
+    return torch.stack([torch.stack(numerators), torch.stack(denominators)]).sum(dim=2)
+
+
+def _token_sums(pairs: PairLogProbs, tokens: TokenStatistics) -> Tensor:
+    """Return the numerators and denominators of ``_TOKEN_METRICS``: (2, 3)."""
+    chosen_tokens = _wide(pairs.chosen_tokens).sum()
+    both = chosen_tokens + _wide(pairs.rejected_tokens).sum()
+    zero = torch.zeros_like(both)
+    numerators = [tokens.entropy, tokens.chosen_is_top, zero if tokens.k3 is None else tokens.k3]
+    denominators = [both, chosen_tokens, zero if tokens.k3 is None else both]
+    sums = [numerator.sum(dtype=zero.dtype) for numerator in numerators]
+    return torch.stack([torch.stack(sums), torch.stack(denominators)])
+
+
+def _derived(ratios: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that are functions of several quotients."""
+    strata = [ratios[name] for name in ("_longer", "_equal", "_shorter") if name in ratios]
+    derived = {
+        "rewards/accuracy_len_controlled": sum(strata) / len(strata),
+        "calibration/ece": sum(abs(ratios[f"_bin{index}"]) for index in range(_BINS)),
+    }
+    if ratios.get("nll/chosen", math.inf) < math.log(1e300):
+        derived["ppl"] = math.exp(ratios["nll/chosen"])
+    gap, diff = ratios["_gap"], ratios["length/diff"]
+    gap_variance = ratios["_gap^2"] - gap**2
+    diff_variance = ratios["_diff^2"] - diff**2
+    # What round-off leaves of a variance of 0 is far below this share of the square.
+    if gap_variance > 1e-12 * gap**2 and diff_variance > 1e-12 * diff**2:
+        covariance = ratios["_diff*gap"] - gap * diff
+        derived["length/reward_corr"] = covariance / math.sqrt(gap_variance * diff_variance)
+    return derived
