@@ -1,0 +1,149 @@
+"""Preference pairs as token ids, in columns.
+
+Shapes: P pairs, T tokens in all of them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenIds = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedPair:
+    """A preference pair as the model reads it.
+
+    Attributes:
+        prompt_ids: int32, at least one.
+        chosen_ids: int32, at least one; follows the prompt.
+        rejected_ids: int32, at least one; follows the prompt.
+        weight: of the pair's loss within its step.
+        margin: by how much the chosen reward should exceed the rejected one, in nats.
+        label_prob: probability that the label is right.
+        id: names the pair in messages.
+        source: where the pair comes from.
+    """
+
+    prompt_ids: TokenIds
+    chosen_ids: TokenIds
+    rejected_ids: TokenIds
+    weight: float = 1.0
+    margin: float = 0.0
+    label_prob: float = 1.0
+    id: str = ""
+    source: str | None = None
+
+
+class TokenizedPairs(Sequence[TokenizedPair]):
+    """P tokenized pairs in flat arrays, which may be memory-mapped.
+
+    Example: prompt ``[5, 6]``, chosen ``[7, 2]``, rejected ``[8]`` are ``tokens = [5, 6, 7, 2, 8]``
+    and ``offsets = [0, 2, 4, 5]``.
+
+    Args:
+        tokens: (T,) int32, prompt, chosen and rejected of each pair in turn.
+        offsets: (3 P + 1,) int64, where each of them begins in ``tokens``; the last is T.
+        weights: (P,) float32.
+        margins: (P,) float32.
+        label_probs: (P,) float32.
+        ids: P names.
+        sources: P sources.
+
+    Raises:
+        ValueError: the columns do not fit together, or a text has no tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        margins: NDArray[np.float32],
+        label_probs: NDArray[np.float32],
+        ids: Sequence[str],
+        sources: Sequence[str | None],
+    ) -> None:
+        self.tokens = tokens
+        self.offsets = offsets
+        self.weights = weights
+        self.margins = margins
+        self.label_probs = label_probs
+        self.ids = ids
+        self.sources = sources
+        columns = (weights, margins, label_probs, ids, sources)
+        if {len(column) for column in columns} != {(len(offsets) - 1) / 3}:
+            raise ValueError(
+                f"{len(offsets)} offsets need {(len(offsets) - 1) / 3} rows in every column, found "
+                f"{[len(column) for column in columns]}"
+            )
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 1).any():
+            raise ValueError(
+                f"offsets must rise from 0 to {len(tokens)}, by at least one token each"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedPair: ...
+    @overload
+    def __getitem__(self, index: slice) -> "TokenizedPairs": ...
+    def __getitem__(self, index: int | slice) -> "TokenizedPair | TokenizedPairs":
+        """Return a pair, whose arrays are views, or a copy of some pairs."""
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        row = range(len(self))[index]
+        starts = self.offsets[3 * row : 3 * row + 4]
+        prompt_ids, chosen_ids, rejected_ids = (
+            self.tokens[begin:end] for begin, end in pairwise(starts)
+        )
+        return TokenizedPair(
+            prompt_ids,
+            chosen_ids,
+            rejected_ids,
+            weight=float(self.weights[row]),
+            margin=float(self.margins[row]),
+            label_prob=float(self.label_probs[row]),
+            id=self.ids[row],
+            source=self.sources[row],
+        )
+
+    def take(self, rows: Iterable[int]) -> "TokenizedPairs":
+        """Return a copy of the pairs in ``rows``, in that order."""
+        return columns_of([self[row] for row in rows])
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Count the tokens of each pair: (P, 3) int64, prompt, chosen, rejected."""
+        return np.diff(self.offsets).reshape(-1, 3)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all columns, in hexadecimal: equal for equal content, whatever holds it."""
+        digest = hashlib.sha256()
+        for column in (self.tokens, self.offsets, self.weights, self.margins, self.label_probs):
+            digest.update(np.ascontiguousarray(column).data)
+        digest.update(json.dumps([list(self.ids), list(self.sources)]).encode())
+        return digest.hexdigest()
+
+
+def columns_of(pairs: Sequence[TokenizedPair]) -> TokenizedPairs:
+    """Put pairs into columns."""
+    texts = [ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)]
+    return TokenizedPairs(
+        tokens=np.concatenate(texts or [np.empty(0, np.int32)]).astype(np.int32, copy=False),
+        offsets=np.array([0, *accumulate(map(len, texts))], dtype=np.int64),
+        weights=np.array([pair.weight for pair in pairs], dtype=np.float32),
+        margins=np.array([pair.margin for pair in pairs], dtype=np.float32),
+        label_probs=np.array([pair.label_prob for pair in pairs], dtype=np.float32),
+        ids=[pair.id for pair in pairs],
+        sources=[pair.source for pair in pairs],
+    )

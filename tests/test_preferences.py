@@ -1,0 +1,489 @@
+import gzip
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dpo.errors import InputError
+from dpo.preferences import JSON, Message, PreferencePair, Text, load_pairs, read_pairs, write_pairs
+
+ROW: dict[str, JSON] = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
+USER: Message = {"role": "user", "content": "2+2?"}
+FOUR: Message = {"role": "assistant", "content": "4"}
+FIVE: Message = {"role": "assistant", "content": "5"}
+
+
+def write_rows(path: Path, *rows: Mapping[str, JSON]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_row(tmp_path: Path, row: Mapping[str, JSON]) -> PreferencePair:
+    return read_pairs(write_rows(tmp_path / "pairs.jsonl", row))[0]
+
+
+def fault_of(tmp_path: Path, row: Mapping[str, JSON]) -> str:
+    with pytest.raises(InputError) as caught:
+        read_row(tmp_path, row)
+    return str(caught.value).split("pairs.jsonl:1: ")[1]
+
+
+texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+messages = st.builds(lambda role, content: {"role": role, "content": content}, texts, texts)
+answers = st.lists(
+    st.builds(lambda content: {"role": "assistant", "content": content}, texts), min_size=1
+).map(tuple)
+prompts = st.lists(messages, min_size=1).map(tuple)
+
+
+def pairs_of(
+    prompt: st.SearchStrategy[Text], answer: st.SearchStrategy[Text]
+) -> st.SearchStrategy[PreferencePair]:
+    """Draw pairs that the checks let through and whose answers do not repeat the prompt."""
+    two_answers = st.tuples(answer, answer).filter(lambda both: both[0] != both[1])
+    return st.builds(
+        lambda prompt, both, **fields: PreferencePair(prompt, *both, **fields),
+        prompt,
+        two_answers,
+        weight=st.floats(0, 1e300),
+        margin=st.floats(allow_nan=False, allow_infinity=False),
+        label_prob=st.floats(0, 1),
+        source=st.none() | texts,
+        tools=st.none() | st.lists(st.dictionaries(texts, texts), min_size=1).map(tuple),
+    ).filter(lambda pair: isinstance(pair.prompt, str) or pair.prompt[-1]["role"] != "assistant")
+
+
+lists_of_pairs = st.one_of(
+    st.lists(pairs_of(texts, texts), min_size=1, max_size=3),
+    st.lists(pairs_of(prompts, answers), min_size=1, max_size=3),
+).map(lambda pairs: [replace(pair, id=f"pair {index}") for index, pair in enumerate(pairs)])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@settings(
+    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(pairs=lists_of_pairs)
+def test_pairs_written_are_read_back_the_same(
+    tmp_path: Path, suffix: str, pairs: list[PreferencePair]
+) -> None:
+    path = tmp_path / f"pairs{suffix}"
+
+    write_pairs(pairs, path)
+    back = read_pairs(path)
+
+    assert back == pairs
+    assert [pair.id for pair in back] == [pair.id for pair in pairs]
+
+
+def test_row_without_id_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(f"\n{json.dumps(ROW)}\n\n{json.dumps(ROW)}\n")
+
+    assert [pair.id for pair in read_pairs(path)] == ["row-2", "row-4"]
+
+
+def test_written_file_holds_only_what_is_not_default(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+
+    write_pairs([PreferencePair("p", "é", "r", weight=2.0)], path)
+
+    assert path.read_text("utf-8") == (
+        '{"prompt": "p", "chosen": "é", "rejected": "r", "weight": 2.0}\n'
+    )
+
+
+def test_same_pairs_give_the_same_gzip_bytes(tmp_path: Path) -> None:
+    pairs = [PreferencePair("p", "c", "r")]
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        write_pairs(pairs, tmp_path / name)
+
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+
+
+def test_pairs_are_written_to_no_other_type_of_file(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"pairs\.csv: pairs are written to \.jsonl or \.jsonl\.gz"
+    ):
+        write_pairs([], tmp_path / "pairs.csv")
+
+
+class TestLayouts:
+    def test_text(self, tmp_path: Path) -> None:
+        loaded = load_pairs(write_rows(tmp_path / "pairs.jsonl", ROW))
+        assert loaded.pairs == [PreferencePair("2+2=", "4", "5")]
+        assert loaded.format == "prompt and answers as text"
+
+    def test_messages(self, tmp_path: Path) -> None:
+        pair = read_row(tmp_path, {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]})
+        assert pair == PreferencePair((USER,), (FOUR,), (FIVE,))
+
+    def test_answers_that_hold_the_whole_conversation(self, tmp_path: Path) -> None:
+        row: dict[str, JSON] = {
+            "prompt": [USER],
+            "chosen": [USER, FOUR],
+            "rejected": [USER, FIVE],
+        }
+        assert read_row(tmp_path, row) == PreferencePair((USER,), (FOUR,), (FIVE,))
+
+    def test_prompt_as_messages_and_answers_as_text(self, tmp_path: Path) -> None:
+        pair = read_row(tmp_path, {"prompt": [USER], "chosen": "4", "rejected": "5"})
+        assert pair == PreferencePair((USER,), (FOUR,), (FIVE,))
+
+    def test_prompt_as_text_beside_conversations(self, tmp_path: Path) -> None:
+        row: dict[str, JSON] = {
+            "prompt": "2+2?",
+            "chosen": [USER, FOUR],
+            "rejected": [USER, FIVE],
+            "score_chosen": 8.5,
+        }
+        loaded = load_pairs(write_rows(tmp_path / "pairs.jsonl", row))
+        assert loaded.pairs == [PreferencePair((USER,), (FOUR,), (FIVE,))]
+        assert loaded.ignored_columns == ("score_chosen",)
+
+    def test_prompt_as_text_beside_answers_as_messages(self, tmp_path: Path) -> None:
+        pair = read_row(tmp_path, {"prompt": "2+2?", "chosen": [FOUR], "rejected": [FIVE]})
+        assert pair == PreferencePair((USER,), (FOUR,), (FIVE,))
+
+    def test_shared_messages_are_the_prompt(self, tmp_path: Path) -> None:
+        system: Message = {"role": "system", "content": ""}
+        row: dict[str, JSON] = {
+            "chosen": [system, USER, FOUR],
+            "rejected": [system, USER, FIVE],
+        }
+        assert read_row(tmp_path, row) == PreferencePair((system, USER), (FOUR,), (FIVE,))
+
+    def test_shared_assistant_message_stays_in_the_answers(self, tmp_path: Path) -> None:
+        row: dict[str, JSON] = {"chosen": [USER, FOUR], "rejected": [USER, FOUR, FIVE]}
+        assert read_row(tmp_path, row) == PreferencePair((USER,), (FOUR,), (FOUR, FIVE))
+
+    @pytest.mark.parametrize(
+        ("chosen", "rejected"),
+        [(" ok", " ok then"), (" ok then", " ok"), ("a ", "b"), (" 4", " 5")],
+    )
+    def test_shared_dialogue_is_split_at_the_last_turn(
+        self, tmp_path: Path, chosen: str, rejected: str
+    ) -> None:
+        prompt = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: 2+2\n\nAssistant:"
+        pair = read_row(tmp_path, {"chosen": prompt + chosen, "rejected": prompt + rejected})
+        assert pair == PreferencePair(prompt, chosen, rejected)
+
+    def test_openai_preference(self, tmp_path: Path) -> None:
+        tool: Message = {"type": "function", "function": {"name": "add"}}
+        row: dict[str, JSON] = {
+            "input": {"messages": [USER], "tools": [tool]},
+            "preferred_output": [FOUR],
+            "non_preferred_output": [FIVE],
+        }
+        loaded = load_pairs(write_rows(tmp_path / "pairs.jsonl", row))
+        assert loaded.pairs == [PreferencePair((USER,), (FOUR,), (FIVE,), tools=(tool,))]
+        assert (loaded.format, loaded.ignored_columns) == ("OpenAI preference", ())
+
+    def test_columns_name_the_fields_of_other_rows(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "pairs.jsonl", {"question": "2+2=", "good": "4", "bad": "5"})
+        columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+        assert read_pairs(path, columns=columns) == [PreferencePair("2+2=", "4", "5")]
+
+    def test_from_and_value_are_role_and_content(self, tmp_path: Path) -> None:
+        row: dict[str, JSON] = {
+            "conversations": [{"from": "human", "value": "2+2?"}],
+            "chosen": {"from": "gpt", "value": "4"},
+            "rejected": {"from": "gpt", "value": "5"},
+        }
+        path = write_rows(tmp_path / "pairs.jsonl", row)
+        pairs = read_pairs(path, columns={"prompt": "conversations"})
+        assert pairs == [PreferencePair((USER,), (FOUR,), (FIVE,))]
+
+    def test_null_fields_of_a_message_are_absent(self, tmp_path: Path) -> None:
+        answer: Message = {**FOUR, "tool_calls": None}
+        pair = read_row(tmp_path, {"prompt": [USER], "chosen": [answer], "rejected": [FIVE]})
+        assert pair.chosen == (FOUR,)
+
+    def test_optional_fields(self, tmp_path: Path) -> None:
+        row = {**ROW, "weight": 2, "margin": -1, "label_prob": 0.8, "source": "s", "id": 7}
+        pair = read_row(tmp_path, {**row, "tools": '[{"name": "add"}]'})
+        assert pair == PreferencePair(
+            "2+2=", "4", "5", 2.0, -1.0, 0.8, "s", tools=({"name": "add"},)
+        )
+        assert pair.id == "7"
+
+    def test_null_optional_field_is_its_default(self, tmp_path: Path) -> None:
+        pair = read_row(tmp_path, {**ROW, "weight": None, "id": None, "tools": None})
+        assert (pair.weight, pair.id, pair.tools) == (1.0, "row-1", None)
+
+
+class TestFaultyRows:
+    @pytest.mark.parametrize(
+        ("change", "fault"),
+        [
+            ({"chosen": True}, "chosen must be text or a list of messages, found a boolean"),
+            ({"chosen": 4}, "chosen must be text or a list of messages, found a number"),
+            ({"prompt": None}, "prompt must be text or a list of messages, found null"),
+            ({"chosen": " \n"}, "chosen is empty"),
+            ({"prompt": ""}, "prompt is empty"),
+            ({"prompt": []}, "prompt is empty"),
+            ({"chosen": "5"}, "chosen and rejected are identical"),
+            ({"chosen": "\ud800"}, "chosen holds half of a surrogate pair"),
+            ({"chosen": [FOUR]}, "chosen is a list and rejected is text"),
+            ({"weight": -1}, "weight must be a finite number >= 0, found -1.0"),
+            ({"weight": math.nan}, "weight must be a finite number >= 0, found nan"),
+            ({"weight": True}, "weight must be a number, found a boolean"),
+            ({"weight": 10**400}, "weight must be finite, found 401 digits"),
+            ({"margin": math.inf}, "margin must be a finite number, found inf"),
+            ({"margin": "1"}, "margin must be a number, found text"),
+            ({"label_prob": 1.5}, "label_prob must be a number in [0, 1], found 1.5"),
+            ({"source": 1.5}, "source must be text, found a number"),
+            ({"source": ""}, "source must be text and not empty, found ''"),
+            ({"id": ["x"]}, "id must be text, found a list"),
+            ({"tools": "[{"}, "tools is text but not JSON"),
+            ({"tools": {"a": 1}}, "tools must be a list, found an object"),
+        ],
+    )
+    def test_fields(self, tmp_path: Path, change: dict[str, JSON], fault: str) -> None:
+        assert fault_of(tmp_path, {**ROW, **change}).startswith(fault)
+
+    @pytest.mark.parametrize(
+        ("prompt", "chosen", "fault"),
+        [
+            ([USER], ["4"], "chosen[0] must be a message {role, content}, found text"),
+            ([USER], [{"role": "assistant", "content": None}], "chosen[0].content is null"),
+            ([USER], [{"role": "assistant"}], "chosen[0].content is missing"),
+            ([USER], [{"role": "assistant", "content": True}], "chosen[0].content must be text or"),
+            ([USER], [{"role": "assistant", "content": ""}], "chosen[0] is empty"),
+            ([USER], [{"content": "4"}], "chosen[0].role must be text, found null"),
+            ([USER], [{**FOUR, "x": math.nan}], "chosen[0] cannot be written as JSON"),
+            ([USER], [FOUR, USER], "chosen[1] is a user message, which would be trained on"),
+            ([USER], [USER, FOUR], "chosen[0] is a user message, which would be trained on"),
+            (
+                [{**USER, "content": [{"type": "image"}]}],
+                [FOUR],
+                "prompt[0].content must be text or",
+            ),
+        ],
+    )
+    def test_messages(self, tmp_path: Path, prompt: JSON, chosen: JSON, fault: str) -> None:
+        row: dict[str, JSON] = {"prompt": prompt, "chosen": chosen, "rejected": [FIVE]}
+        assert fault_of(tmp_path, row).startswith(fault)
+
+    @pytest.mark.parametrize(
+        ("row", "fault"),
+        [
+            ({"prompt": "p", "chosen": "c"}, "missing rejected; the row has prompt, chosen"),
+            ({}, "missing chosen and rejected; the row has nothing"),
+            ({"chosen": [FOUR], "rejected": [FIVE]}, "chosen and rejected share no messages"),
+            ({"chosen": "a", "rejected": "b"}, "no prompt, and chosen has no '\\n\\nAssistant:'"),
+            (
+                {
+                    "chosen": "\n\nHuman: a\n\nAssistant: 1",
+                    "rejected": "\n\nHuman: b\n\nAssistant: 2",
+                },
+                "chosen and rejected do not share every turn before the last answer",
+            ),
+            (
+                {
+                    "chosen": "\n\nHuman: a\n\nAssistant: 1",
+                    "rejected": "\n\nHuman: a\n\nAssistant: 2\n\nHuman: b",
+                },
+                "chosen and rejected do not share every turn before the last answer",
+            ),
+            (
+                {"prompt": "other", "chosen": [USER, FOUR], "rejected": [USER, FIVE]},
+                "prompt is none of the messages that chosen and rejected share",
+            ),
+            ({"input": {}, "preferred_output": []}, "preferred_output needs input.messages"),
+            (
+                {"input": {"messages": [USER]}, "preferred_output": [FOUR]},
+                "preferred_output needs non_preferred_output",
+            ),
+        ],
+    )
+    def test_layouts(self, tmp_path: Path, row: Mapping[str, JSON], fault: str) -> None:
+        assert fault_of(tmp_path, row).startswith(fault)
+
+    @pytest.mark.parametrize(
+        ("line", "fault"),
+        [
+            (b"{", "malformed JSON: "),
+            (b"[" * 100_000, "malformed JSON: "),
+            (b'{"chosen": "a", "chosen": "b"}', "malformed JSON: an object has one key twice"),
+            (b"[1]", "expected a JSON object, found a list"),
+            (b'{"prompt": "\xff"}', "not UTF-8: invalid start byte at byte 13"),
+        ],
+    )
+    def test_lines(self, tmp_path: Path, line: bytes, fault: str) -> None:
+        path = tmp_path / "pairs.jsonl"
+        path.write_bytes(line)
+        with pytest.raises(InputError) as caught:
+            read_pairs(path)
+        assert f"{path}:1: {fault}" in str(caught.value)
+
+    def test_every_fault_of_a_row_is_named(self, tmp_path: Path) -> None:
+        fault = fault_of(tmp_path, {**ROW, "prompt": " ", "weight": -1})
+        assert fault == "prompt is empty; weight must be a finite number >= 0, found -1.0"
+
+    def test_all_faulty_rows_are_reported_together(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "pairs.jsonl", *[{**ROW, "chosen": ""}, ROW] * 22)
+        with pytest.raises(InputError) as caught:
+            read_pairs(path)
+        lines = str(caught.value).split("\n")
+        assert lines[0] == f"{path}: 22 faulty rows"
+        assert lines[1:21] == [f"{path}:{line}: chosen is empty" for line in range(1, 41, 2)]
+        assert lines[21:] == ["and 2 more"]
+
+    def test_skipped_rows_are_listed(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "pairs.jsonl", ROW, {"prompt": "p"}, {**ROW, "prompt": "3="})
+        loaded = load_pairs(path, on_bad_row="skip")
+        assert [pair.id for pair in loaded.pairs] == ["row-1", "row-3"]
+        assert loaded.skipped == (f"{path}:2: missing chosen and rejected; the row has prompt",)
+
+    def test_source_of_faulty_rows_alone_is_refused_even_if_they_may_be_skipped(
+        self, tmp_path: Path
+    ) -> None:
+        path = write_rows(tmp_path / "pairs.jsonl", {"prompt": "p"})
+        with pytest.raises(InputError, match="1 faulty row\n"):
+            load_pairs(path, on_bad_row="skip")
+
+    def test_layouts_are_not_mixed(self, tmp_path: Path) -> None:
+        other: dict[str, JSON] = {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]}
+        path = write_rows(tmp_path / "pairs.jsonl", ROW, other)
+        with pytest.raises(
+            InputError, match=r"pairs\.jsonl:2: layout 'prompt and answers as messages'"
+        ):
+            read_pairs(path)
+
+    def test_ids_are_not_shared(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "pairs.jsonl", {**ROW, "id": "a"}, {**ROW, "id": "a"})
+        with pytest.raises(InputError, match=f"pairs.jsonl:2: id 'a' is already that of {path}:1"):
+            read_pairs(path)
+
+
+class TestFiles:
+    def test_json_array(self, tmp_path: Path) -> None:
+        path = tmp_path / "pairs.json"
+        path.write_text(json.dumps([ROW, {**ROW, "prompt": "3="}], indent=1))
+        assert [pair.id for pair in read_pairs(path)] == ["row-1", "row-2"]
+
+    def test_gzipped_json_array_with_faulty_row(self, tmp_path: Path) -> None:
+        path = tmp_path / "pairs.json.gz"
+        path.write_bytes(gzip.compress(json.dumps([ROW, 3]).encode()))
+        with pytest.raises(InputError, match="row 2: expected a JSON object, found a number"):
+            read_pairs(path)
+
+    def test_json_lines_under_the_name_of_an_array(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "pairs.json", ROW, {**ROW, "prompt": "3="})
+        assert len(read_pairs(path)) == 2
+
+    def test_malformed_array(self, tmp_path: Path) -> None:
+        path = tmp_path / "pairs.json"
+        path.write_text("[{}")
+        with pytest.raises(InputError, match=r"pairs\.json: malformed JSON"):
+            read_pairs(path)
+
+    def test_byte_order_mark(self, tmp_path: Path) -> None:
+        path = tmp_path / "pairs.jsonl"
+        path.write_text(json.dumps(ROW), encoding="utf-8-sig")
+        assert len(read_pairs(path)) == 1
+
+    def test_line_separators_of_unicode_end_no_row(self, tmp_path: Path) -> None:
+        path = tmp_path / "pairs.jsonl"
+        path.write_text(json.dumps({**ROW, "prompt": "a\u2028b"}, ensure_ascii=False), "utf-8")
+        assert read_pairs(path)[0].prompt == "a\u2028b"
+
+    def test_parquet(self, tmp_path: Path) -> None:
+        arrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        rows: list[dict[str, JSON]] = [
+            {"chosen": [USER, FOUR], "rejected": [USER, {**FIVE, "name": "x"}], "weight": None}
+        ]
+        parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+        assert read_pairs(tmp_path / "pairs.parquet") == [
+            PreferencePair((USER,), (FOUR,), ({**FIVE, "name": "x"},))
+        ]
+
+    def test_damaged_parquet(self, tmp_path: Path) -> None:
+        path = tmp_path / "pairs.parquet"
+        path.write_bytes(b"PAR1")
+        with pytest.raises(InputError, match="damaged Parquet file"):
+            read_pairs(path)
+
+    def test_parquet_without_its_extra(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "pairs.parquet").touch()
+        monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+        with pytest.raises(InputError, match=r"pip install 'dpo-engine\[parquet\]'"):
+            read_pairs(tmp_path / "pairs.parquet")
+
+    @pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: b"no gzip"])
+    def test_damaged_gzip(self, tmp_path: Path, damage: object) -> None:
+        path = tmp_path / "pairs.jsonl.gz"
+        assert callable(damage)
+        path.write_bytes(damage(gzip.compress(json.dumps(ROW).encode() + b"\n")))
+        with pytest.raises(InputError, match="damaged gzip file after"):
+            read_pairs(path)
+
+    def test_folder_gives_its_train_split(self, tmp_path: Path) -> None:
+        write_rows(tmp_path / "train-00000-of-00002.jsonl", ROW)
+        write_rows(tmp_path / "train-00001-of-00002.jsonl", {**ROW, "prompt": "3="})
+        write_rows(tmp_path / "test.jsonl", {**ROW, "prompt": "4="})
+        assert [pair.id for pair in read_pairs(tmp_path)] == ["row-1", "row-2"]
+        assert read_pairs(tmp_path, split="test")[0].prompt == "4="
+
+    @pytest.mark.parametrize("content", [b"", b"\n \n"])
+    def test_empty_file(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "pairs.jsonl"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="no rows; expected at least one preference pair"):
+            read_pairs(path)
+
+    def test_unknown_type(self, tmp_path: Path) -> None:
+        (tmp_path / "pairs.csv").touch()
+        with pytest.raises(
+            InputError, match=r"pairs\.csv: unknown type of file; known are \.jsonl"
+        ):
+            read_pairs(tmp_path / "pairs.csv")
+
+    @pytest.mark.parametrize("name", ["data/pairs.jsonl", "pairs", "./a/b", Path("a/b")])
+    def test_absent_file(self, name: str | Path) -> None:
+        with pytest.raises(InputError, match="no such file"):
+            read_pairs(name)
+
+    def test_options_that_would_be_ignored(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "pairs.jsonl", ROW)
+        with pytest.raises(InputError, match="split 'test' has no meaning for the local"):
+            read_pairs(path, split="test")
+        with pytest.raises(InputError, match="revision 'main' has no meaning for the local"):
+            read_pairs(tmp_path, revision="main")
+        with pytest.raises(
+            InputError, match="columns: a pair has no answer; it has prompt, chosen"
+        ):
+            read_pairs(path, columns={"answer": "a"})
+        with pytest.raises(
+            InputError, match=r"missing column 'a' \(for chosen\); the row has prompt"
+        ):
+            read_pairs(path, columns={"chosen": "a"})
+        with pytest.raises(InputError, match="on_bad_row must be 'error' or 'skip', got 'drop'"):
+            read_pairs(path, on_bad_row="drop")
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"prompt": [USER]}, "prompt must be text or a tuple of messages, found a list"),
+        ({"prompt": (USER,)}, "prompt, chosen and rejected must all be text or all be messages"),
+        ({"prompt": ("hi",)}, r"prompt\[0\] must be a message"),
+        ({"tools": [USER]}, "tools must be a tuple, found a list"),
+        ({"tools": ({"a": {1}},)}, "tools cannot be written as JSON: found a set"),
+        ({"weight": None}, "weight must be a finite number >= 0, found null"),
+    ],
+)
+def test_pair_made_in_code_is_checked_too(fields: dict[str, JSON], fault: str) -> None:
+    values: dict[str, JSON] = {"prompt": "p", "chosen": "c", "rejected": "r", **fields}
+    with pytest.raises(InputError, match=fault):
+        PreferencePair(**values)  # type: ignore[arg-type]  # wrong types are what is tested
