@@ -1,6 +1,6 @@
 """Policy kinds: what a decision of each policy looks like, says and is worth.
 
-A new kind is one file and one entry in ``KINDS``; see ``data/README.md``.
+A new kind is one file and one entry in ``KINDS``; see ``README.md`` beside this file.
 """
 
 from dpo.data.kinds.base import BaselineDecision, PolicyKind, Reward, TypedKind

@@ -1,7 +1,7 @@
 """What a policy kind is: one object that knows its states, actions, texts, rules and rewards.
 
 A new kind is one file with a state and an action dataclass (see ``schema``), one subclass of
-``TypedKind`` and one object of it; ``data/README.md`` shows a complete one.
+``TypedKind`` and one object of it; ``data/kinds/README.md`` shows a complete one.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, NamedTuple, TypeVar
 
 from dpo.data.kinds.javascript import MAX_SAFE_INTEGER
 from dpo.errors import InputError
@@ -80,16 +80,20 @@ class RecordSchema(Generic[Record]):
         faults_before = len(faults)
         prefix = f"{path}." if path else ""
         values: dict[str, object] = {}
-        for field in self._fields:
-            item = value.get(field.json_name)
+        for name, json_name, is_required, read in self._fields:
+            item = value.get(json_name)
             if item is not None:
-                values[field.name] = field.read(item, prefix + field.json_name, faults)
-            elif field.is_required:
-                faults.append(f"{prefix}{field.json_name} is missing")
-        for name in sorted(value.keys() - self._json_names, key=str):
-            known = ", ".join(sorted(self._json_names))
-            faults.append(f"{prefix}{name} is not a field, expected only {known}")
+                values[name] = read(item, prefix + json_name, faults)
+            elif is_required:
+                faults.append(f"{prefix}{json_name} is missing")
+        if not self._json_names.issuperset(value):
+            faults.extend(self._unknown(value, prefix))
         return self._make(**values) if len(faults) == faults_before else None
+
+    def _unknown(self, value: Mapping[object, object], prefix: str) -> Iterator[str]:
+        known = ", ".join(sorted(self._json_names))
+        for name in sorted(value.keys() - self._json_names, key=str):
+            yield f"{prefix}{name} is not a field, expected only {known}"
 
 
 def to_json(record: DataclassInstance) -> dict[str, JSON]:
@@ -104,8 +108,7 @@ def to_json(record: DataclassInstance) -> dict[str, JSON]:
 _Reader = Callable[[object, str, list[str]], object]
 
 
-@dataclass(frozen=True, slots=True)
-class _Field:
+class _Field(NamedTuple):
     name: str
     json_name: str
     is_required: bool
@@ -160,14 +163,14 @@ def _leaf(annotation: object) -> _Leaf:
 
 def _number(type_: type[int] | type[float], allowed: Range) -> _Leaf:
     largest = MAX_SAFE_INTEGER if type_ is int else sys.float_info.max
-    high = largest if allowed.high is None else allowed.high
+    low, high = allowed.low, largest if allowed.high is None else allowed.high
     noun = "a whole number" if type_ is int else "a number"
-    bounds = f">= {allowed.low:g}" if allowed.high is None else f"in [{allowed.low:g}, {high:g}]"
+    bounds = f">= {low:g}" if allowed.high is None else f"in [{low:g}, {high:g}]"
 
     def convert(value: object) -> int | float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError
-        if not allowed.low <= value <= high or (type_ is int and value != int(value)):
+        if not low <= value <= high or (type_ is int and value != int(value)):
             raise ValueError
         return type_(value)  # 5.0 is the whole number 5: JSON has one type of number
 
