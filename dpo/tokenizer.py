@@ -86,8 +86,8 @@ class Tokenizer:
     def encode_after(self, text: str) -> list[int]:
         """Return the ids of a text that goes on after another, without merging with it.
 
-        Equals ``encode`` where text can begin anywhere; tokenizers of the SentencePiece family put a
-        space before a text, which is left out here.
+        Equals ``encode`` where text can begin anywhere; tokenizers of the SentencePiece family
+        put a space before a text, which is left out here.
         """
         for before in ("\n", "a"):
             start, whole = self.encode_batch([before, before + text])
@@ -104,7 +104,7 @@ class Tokenizer:
         return self._special.search(text) is not None
 
     def save(self, folder: Path) -> None:
-        """Write the files of the tokenizer, from which transformers' AutoTokenizer makes the same ids."""
+        """Write the tokenizer's files, from which transformers' AutoTokenizer gives the same ids."""
         for file, content in self._files.items():
             atomic_write(folder / file, content)
 
@@ -175,10 +175,16 @@ def train_bpe(
     pad: str | None = None,
     chat_template: str | None = CHATML,
 ) -> Tokenizer:
-    """Make a byte-level BPE tokenizer from texts; takes what ``byte_tokenizer`` takes.
+    """Make a byte-level BPE tokenizer from texts; the special tokens come last.
 
     Args:
-        vocab_size: ids in all, at least 256 and one for each special token.
+        texts: what to learn from; the same texts give the same tokenizer.
+        vocab_size: ids in all, at most; at least 256 and one for each special token.
+        specials: the special tokens in the order of their ids; must hold the three below.
+        bos: token that begins every plain text.
+        eos: token that ends an answer.
+        pad: token for padding, ``eos`` if None.
+        chat_template: its source; None for none.
 
     Raises:
         InputError: ``vocab_size`` is too small, or a token is not among ``specials``.
@@ -212,7 +218,7 @@ def _made(
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
             pair=f"{bos} $A $B",
-            special_tokens=[(bos, specials.index(bos) + 256)],
+            special_tokens=[(bos, backend.token_to_id(bos))],
         )
     named = {"bos_token": bos, "eos_token": eos, "pad_token": pad or eos}
     config = {
@@ -294,11 +300,10 @@ def _stop_ids(contents: Mapping[str, Mapping[str, JSON]], name: str) -> list[int
     for file in _MODEL_FILES:
         value = contents.get(file, {}).get("eos_token_id")
         if value is not None:
-            ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(id_, int) and not isinstance(id_, bool) for id_ in ids):
-                raise InputError(
-                    f"{name}/{file}: eos_token_id must be an id or several, got {value}"
-                )
+            values = value if isinstance(value, list) else [value]
+            ids = [id_ for id_ in values if isinstance(id_, int) and not isinstance(id_, bool)]
+            if len(ids) < len(values):
+                raise InputError(f"{name}/{file}: eos_token_id must be ids, found {value}")
             return ids
     return []
 
