@@ -76,7 +76,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     if not gradients:
         return torch.zeros(())
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype)))
+    # The public get_total_norm would round the norm of bfloat16 gradients to three digits.
+    norms = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
     return norm

@@ -131,7 +131,7 @@ LOSSES: dict[str, type[Loss]] = {
 Option = float | str
 
 
-def make_loss(loss: str | Loss | Callable[[PairLogProbs], Tensor], /, **options: Option) -> Loss:
+def make_loss(loss: str | Loss | type[Loss] | Callable[..., Tensor], /, **options: Option) -> Loss:
     """Build a loss from its name in ``LOSSES``, from ``"package.module:function"`` or an object.
 
     The object, given or imported, is a ``Loss``, a subclass of it, or a function of
@@ -168,12 +168,20 @@ def _wrap(found: object, name: str, options: Mapping[str, Option]) -> Loss:
         raise InputError(
             f"the loss {name} must be a function of PairLogProbs, got {type(found).__name__}"
         )
-    parameters = list(inspect.signature(found).parameters.values())[1:]
-    _refuse_unknown(name, options, [parameter.name for parameter in parameters])
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-    beta = options.get("beta", defaults.get("beta", ReferenceLoss.beta))
-    constructor: Callable[..., Loss] = CustomLoss
-    return constructor(beta=beta, function=partial(found, **options), name=name)
+    signature = inspect.signature(found)
+    try:
+        arguments = signature.bind(None, **options)
+    except TypeError as error:
+        known = list(signature.parameters)[1:]
+        raise InputError(
+            f"cannot call the loss {name}: {error}; its options are: {', '.join(known) or 'none'}"
+        ) from error
+    arguments.apply_defaults()
+    return CustomLoss(
+        beta=arguments.arguments.get("beta", ReferenceLoss.beta),
+        function=partial(found, **options),
+        name=name,
+    )
 
 
 def _imported(path: str) -> object:
