@@ -1,0 +1,98 @@
+"""The command ``dpo``: a table of commands, each imported when it is called.
+
+A command parses, calls the one function that does the work, and prints what comes back. To add one,
+add a line to ``COMMANDS`` and a module that holds a click command or group.
+"""
+
+import difflib
+import errno
+import importlib
+from dataclasses import dataclass
+
+import click
+
+from dpo.errors import InputError, RunError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a command is, as ``module:attribute``, and its line in ``dpo --help``."""
+
+    target: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Entry("dpo.cli.demo:demo", "Train a tiny model on a small task, offline."),
+    "train": Entry("dpo.cli.train:train", "Train a model on preference pairs."),
+    "score": Entry("dpo.cli.score:score", "Write log-probs and rewards of every pair."),
+    "reference": Entry("dpo.cli.reference:reference", "Compute reference log-probs only."),
+}
+
+
+class InputFailure(click.ClickException):
+    """The user's input is wrong."""
+
+    exit_code = 2
+
+
+class CommandTable(click.Group):
+    """A group that imports the command it is asked for, and turns errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name].target.partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of a call; one that is unknown is refused with the nearest name."""
+        if args[0] not in COMMANDS:
+            nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; an error that a user is meant to see becomes a message and an exit code.
+
+        Any other exception is a defect of this package and keeps its traceback.
+        """
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            raise InputFailure(str(error)) from error
+        except RunError as error:
+            raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone: click's to handle
+                raise
+            place = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{place}{error.strerror or error}") from error
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
+
+
+@click.command(
+    cls=CommandTable,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done; 1 the run failed; 2 the input is wrong; 128+n stopped by signal n.",
+)
+@click.version_option(package_name="dpo-engine", prog_name="dpo")
+def main() -> None:
+    """Direct Preference Optimization: train, score and evaluate language models on preferences."""

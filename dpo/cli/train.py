@@ -1,0 +1,30 @@
+"""``dpo train``."""
+
+import click
+
+from dpo.cli.options import config_flags, resolve_flags
+from dpo.progress import Console
+
+
+@click.command
+@config_flags(
+    "model", "revision", "data", "data_split", "data_revision",
+    "eval_data", "eval_data_split", "eval_data_revision", "eval_split", "columns", "on_bad_row",
+    "out", "reference", "reference_revision", "reference_cache.", "tokenize.",
+    "loss.", "train.",
+)  # fmt: skip
+@click.pass_context
+def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flags: object) -> None:
+    """Train a model on preference pairs.
+
+    With --out RUN the model is written to RUN/model, the metrics of each step to RUN/metrics.jsonl
+    and a page about the run to RUN/report.html.
+    """
+    resolved = resolve_flags(context)
+    if print_config:
+        click.echo(resolved.to_toml(), nl=False)
+        return
+    from dpo import run
+
+    result = run.train(resolved.config, console=Console(quiet=quiet))
+    click.echo(result)

@@ -1,0 +1,166 @@
+"""What a run is: the model, the data and every option, as one value that TOML can hold.
+
+The text beside a field is its documentation and its line in ``dpo train --help``. To add an option,
+add a field to its section; to add a section, add a dataclass and a field of ``RunConfig``. The
+config file, ``--set``, the flag and ``--print-config`` follow from the fields (``dpo.settings``).
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+from dpo.errors import InputError
+from dpo.tokenization import TokenizeOptions
+from dpo.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from dpo.losses import Loss
+
+OnBadRow = Literal["error", "skip"]
+NONE = "none"  # TOML has no null: an optional value that is off is this word
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """The loss and its own options, which are checked when it is built."""
+
+    name: Annotated[str, "Name of a loss, or package.module:function of your own."] = "sigmoid"
+    options: Mapping[str, float | str] = field(default_factory=dict)
+
+    def build(self) -> "Loss":
+        """Make the loss; imports torch.
+
+        Raises:
+            InputError: there is no such loss, or it refuses an option.
+        """
+        from dpo.losses import make_loss
+
+        return make_loss(self.name, **self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCacheConfig:
+    """Where the reference log-probs are kept."""
+
+    dir: Annotated[
+        str | None, "Folder of the reference log-probs, shared by runs; none: the user's cache."
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """A run of ``dpo train``, ``dpo reference`` or ``dpo score``.
+
+    Raises:
+        InputError: a value is empty or out of range, or two options contradict each other.
+    """
+
+    model: Annotated[str, "Model to start from: a folder, or an id of the Hugging Face Hub."]
+    data: Annotated[str, "Preference pairs: .jsonl[.gz], .json, .parquet, or an id of the Hub."]
+    out: Annotated[str, "What is written: a folder for the run; of dpo score, the file of scores."]
+    revision: Annotated[str | None, "Commit, tag or branch of a model on the Hub."] = None
+    reference: Annotated[str | None, "Reference model; none: the model as it starts."] = None
+    reference_revision: Annotated[
+        str | None, "Commit, tag or branch of a reference on the Hub."
+    ] = None
+    data_split: Annotated[str | None, "Split of a data set on the Hub."] = None
+    data_revision: Annotated[str | None, "Commit, tag or branch of a data set on the Hub."] = None
+    eval_data: Annotated[str | None, "Held-out pairs, in the forms of --data."] = None
+    eval_data_split: Annotated[str | None, "Split of held-out pairs on the Hub."] = None
+    eval_data_revision: Annotated[
+        str | None, "Commit, tag or branch of held-out pairs on the Hub."
+    ] = None
+    eval_split: Annotated[
+        float | None, "Share of --data to hold out, in (0, 1); in place of --eval-data."
+    ] = None
+    columns: Annotated[
+        Mapping[str, str], "Columns under other names: prompt=question,chosen=response_a,..."
+    ] = field(default_factory=dict)
+    on_bad_row: Annotated[OnBadRow, "At a faulty row: stop, or skip and count it."] = "error"
+    tokenize: TokenizeOptions = field(default_factory=TokenizeOptions)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    reference_cache: ReferenceCacheConfig = field(default_factory=ReferenceCacheConfig)
+
+    def __post_init__(self) -> None:
+        if faults := [*self._faults(), *self._contradictions()]:
+            raise InputError("\n".join(faults))
+
+    def _faults(self) -> Iterator[str]:
+        for name in ("model", "data", "out"):
+            if not getattr(self, name):
+                yield f"{name} must not be empty"
+        if self.eval_split is not None and not 0 < self.eval_split < 1:
+            yield f"eval_split must be in (0, 1), got {self.eval_split}"
+        if self.on_bad_row not in get_args(OnBadRow):
+            yield (
+                f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, "
+                f"got {self.on_bad_row!r}"
+            )
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.eval_data is not None and self.eval_split is not None:
+            yield "eval_data and eval_split: give one, not both"
+        if self.eval_data is None and self.eval_split is None:
+            for name in ("eval_every", "keep_best", "early_stopping"):
+                if getattr(self.train, name):
+                    yield f"train.{name} needs held-out pairs: give eval_data or eval_split"
+        for name, needed in (
+            ("reference_revision", "reference"),
+            ("eval_data_split", "eval_data"),
+            ("eval_data_revision", "eval_data"),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                yield f"{name} needs {needed}, which is not given"
+
+    def to_toml(self, origins: Mapping[str, str] | None = None) -> str:
+        """Write the config as TOML, which reads back as the same config.
+
+        Args:
+            origins: where the value of each key came from, to be said in a comment.
+        """
+        lines: list[str] = []
+        tables: dict[str, list[str]] = {"": lines}
+        for key, value in self.flat().items():
+            table, _, name = key.rpartition(".")
+            entry = f"{name} = {_toml_value(value)}"
+            if origins is not None:
+                entry = f"{entry:<40}  # {origins.get(key, 'default')}"
+            tables.setdefault(table, []).append(entry)
+        parts = ["\n".join(tables.pop(""))]
+        parts += [f"[{table}]\n" + "\n".join(entries) for table, entries in tables.items()]
+        return "\n\n".join(parts) + "\n"
+
+    def flat(self) -> dict[str, object]:
+        """Return every value under its key, ``table.name`` or, at the top, ``name``."""
+        return dict(_flat(self, ""))
+
+
+def _flat(section: object, prefix: str) -> Iterator[tuple[str, object]]:
+    assert is_dataclass(section)
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if is_dataclass(value):
+            yield from _flat(value, f"{item.name}.")
+        elif isinstance(section, LossConfig) and item.name == "options":
+            yield from ((f"{prefix}{name}", option) for name, option in value.items())
+        else:
+            yield prefix + item.name, value
+
+
+def _toml_value(value: object) -> str:
+    match value:
+        case None:
+            return json.dumps(NONE)
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return repr(value)
+        case str():
+            # a JSON string is a TOML string, but for this one character
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case Mapping():
+            entries = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
+            return "{ " + ", ".join(entries) + " }" if value else "{}"
+    raise TypeError(f"no TOML for {type(value).__name__}")

@@ -1,0 +1,309 @@
+"""From a config file, ``--set`` and flags to a checked config that knows where it came from.
+
+Sources are layers of settings; a later layer overrides an earlier one. Every fault of every layer
+is found before any is reported.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from dpo.config import NONE, LossConfig, RunConfig
+from dpo.errors import InputError
+
+# Two ways to say one thing: the one that is set takes the place of the other of an earlier layer.
+_ALTERNATIVES = {
+    "train.micro_batch_size": "train.tokens_per_micro_batch",
+    "train.tokens_per_micro_batch": "train.micro_batch_size",
+    "train.epochs": "train.steps",
+    "train.steps": "train.epochs",
+    "eval_data": "eval_split",
+    "eval_split": "eval_data",
+}
+_NUMBER_OR_TEXT = float | str  # what an option of a loss can be
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One value as the user gave it.
+
+    Attributes:
+        key: ``table.name``, or ``name`` at the top of the file.
+        value: as TOML decodes it, or the text of a command line.
+        origin: where it was given, as the user would say it.
+        is_text: whether the value is still to be read from text.
+    """
+
+    key: str
+    value: object
+    origin: str
+    is_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A config, and the origin of each key that is not a default."""
+
+    config: RunConfig
+    origins: Mapping[str, str]
+
+    def to_toml(self) -> str:
+        """Write the config as TOML with the origin of each value beside it."""
+        return self.config.to_toml(self.origins)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A key of the config: its type without None, whether None is allowed, help and default."""
+
+    kind: Any
+    is_optional: bool
+    help: str
+    default: object = None
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a ``Literal``; empty for other types."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+
+@cache
+def known_options() -> Mapping[str, Option]:
+    """Return every key of the config except a loss's own options."""
+    return dict(_options(RunConfig, ""))
+
+
+def read_settings(path: Path) -> list[Setting]:
+    """Read a layer from a TOML file.
+
+    Raises:
+        InputError: the file cannot be read, or is not TOML.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the config file: {error.strerror}") from error
+    return [Setting(key, value, str(path)) for key, value in _flat_document(document, "")]
+
+
+def parse_assignment(text: str) -> Setting:
+    """Read ``key=value`` of ``--set``.
+
+    Raises:
+        InputError: there is no ``=``.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text}: expected key=value, as in train.batch_size=64")
+    return Setting(key.strip(), value.strip(), f"--set {key.strip()}", is_text=True)
+
+
+def resolve(*layers: Sequence[Setting]) -> Resolved:
+    """Lay the layers over the defaults and check the result, the loss's options included.
+
+    Raises:
+        InputError: a key is unknown, a value has another type or is out of range, a required value
+            is missing, or options contradict each other; all faults are named.
+    """
+    values: dict[str, object] = {}
+    origins: dict[str, str] = {}
+    faults: list[str] = []
+    for layer in layers:
+        given = {setting.key for setting in layer}
+        for setting in layer:
+            try:
+                value = _checked(setting)
+            except InputError as error:
+                faults.append(str(error))
+                continue
+            values[setting.key], origins[setting.key] = value, setting.origin
+            other = _ALTERNATIVES.get(setting.key)
+            if other in values and other not in given and value is not None:
+                values[other], origins[other] = None, f"{setting.origin} takes its place"
+    try:
+        config = _build_run(values)
+    except InputError as error:
+        faults += [_with_origins(line, origins) for line in str(error).splitlines()]
+    if faults:
+        raise InputError("\n".join(faults))
+    return Resolved(_with_loss_defaults(config, origins), origins)
+
+
+def _build_run(values: Mapping[str, object]) -> RunConfig:
+    """Make the sections and the config of them, or raise the faults of all of them."""
+    faults: list[str] = []
+    top: dict[str, Any] = {key: value for key, value in values.items() if "." not in key}
+    for item in fields(RunConfig):
+        if item.default is MISSING and item.default_factory is MISSING and item.name not in top:
+            faults.append(
+                f"{item.name} is missing: give --{item.name} or set it in the config file"
+            )
+            top[item.name] = "missing"  # to go on and find further faults
+    for name, section in _sections().items():
+        prefix = f"{name}."
+        arguments: dict[str, Any] = {
+            key.removeprefix(prefix): value
+            for key, value in values.items()
+            if key.startswith(prefix)
+        }
+        if section is LossConfig:
+            options = {key: arguments.pop(key) for key in [*arguments] if key != "name"}
+            arguments["options"] = options
+        try:
+            top[name] = section(**arguments)
+        except InputError as error:
+            faults.append(str(error))
+    try:
+        config = RunConfig(**top)
+    except InputError as error:
+        faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))
+    return config
+
+
+def _with_loss_defaults(config: RunConfig, origins: Mapping[str, str]) -> RunConfig:
+    """Check the loss's options and spell out those that were left at their defaults."""
+    from dpo.losses import LOSSES
+
+    try:
+        loss = config.loss.build()
+    except InputError as error:
+        given = {origin for key, origin in origins.items() if key.startswith("loss.")}
+        raise InputError(f"{error} (from {', '.join(sorted(given))})") from error
+    if config.reference is not None and not loss.needs_reference:
+        raise InputError(
+            f"reference is given ({config.reference}), but the loss {config.loss.name} reads none"
+        )
+    if config.loss.name not in LOSSES:
+        return config
+    options = {item.name: getattr(loss, item.name) for item in fields(loss)}
+    return replace(config, loss=LossConfig(config.loss.name, options))
+
+
+def _with_origins(fault: str, origins: Mapping[str, str]) -> str:
+    """Say behind a fault where the values that it names were given."""
+    words = dict.fromkeys(word.strip(".") for word in re.findall(r"[\w.-]+", fault))
+    given = [f"{word}: {origins[word]}" for word in words if word in origins]
+    return f"{fault} ({', '.join(given)})" if given else fault
+
+
+def _checked(setting: Setting) -> object:
+    """Return the setting's value in the type of its option."""
+    option = _option(setting)
+    value = _from_text(str(setting.value), option) if setting.is_text else setting.value
+    if option.is_optional and value == NONE:
+        return None
+    if not _fits(value, option):
+        raise InputError(
+            f"{setting.origin}: {setting.key} must be {_expected(option)}, got {_in_words(value)}"
+        )
+    return float(value) if option.kind is float and isinstance(value, int) else value
+
+
+def _option(setting: Setting) -> Option:
+    table, _, name = setting.key.partition(".")
+    if setting.key in known_options():
+        return known_options()[setting.key]
+    if table == "loss" and name:
+        return Option(_NUMBER_OR_TEXT, is_optional=False, help="an option of the loss")
+    if setting.key in _sections():
+        raise InputError(f"{setting.origin}: {setting.key} is a table, name a key of it")
+    raise InputError(f"{setting.origin}: unknown key {setting.key!r}{_hint(setting.key)}")
+
+
+def _hint(key: str) -> str:
+    known = [*known_options(), "loss.beta", "loss.label_smoothing"]
+    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = same_name or difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _from_text(text: str, option: Option) -> object:
+    """Read the text of a command line; text that does not fit is returned as it is."""
+    if option.kind is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if get_origin(option.kind) is Mapping:
+        pairs = [part.partition("=") for part in text.split(",") if part]
+        return {name.strip(): value.strip() for name, _, value in pairs}
+    read = {int: int, float: float, _NUMBER_OR_TEXT: float}.get(option.kind, str)
+    try:
+        return read(text)
+    except ValueError:
+        return text
+
+
+def _fits(value: object, option: Option) -> bool:
+    if option.choices:
+        return value in option.choices
+    if get_origin(option.kind) is Mapping:
+        return isinstance(value, dict) and all(
+            isinstance(item, str) and item for pair in value.items() for item in pair
+        )
+    if isinstance(value, bool):
+        return option.kind is bool
+    return isinstance(value, int | float if option.kind is float else option.kind)
+
+
+def _expected(option: Option) -> str:
+    if option.choices:
+        words = f"one of {', '.join(option.choices)}"
+    elif get_origin(option.kind) is Mapping:
+        words = "a table of texts, as in prompt=question"
+    else:
+        words = {
+            bool: "true or false",
+            int: "an integer",
+            float: "a number",
+            str: "a text",
+            _NUMBER_OR_TEXT: "a number or a text",
+        }[option.kind]
+    return f"{words}, or none" if option.is_optional else words
+
+
+def _in_words(value: object) -> str:
+    kinds = {bool: "a boolean", int: "an integer", float: "a number", str: "a text", list: "a list"}
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{shown} ({kinds.get(type(value), 'a ' + type(value).__name__)})"
+
+
+def _flat_document(document: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
+    """Yield ``table.name`` and value of each entry."""
+    for name, value in document.items():
+        key = prefix + name
+        if isinstance(value, dict) and key not in known_options() and (value or key in _sections()):
+            yield from _flat_document(value, f"{key}.")
+        else:
+            yield key, value
+
+
+@cache
+def _sections() -> Mapping[str, Any]:
+    hints = get_type_hints(RunConfig)
+    return {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+
+
+def _options(config: type, prefix: str) -> Iterator[tuple[str, Option]]:
+    hints = get_type_hints(config, include_extras=True)
+    for item in fields(config):
+        hint = hints[item.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _options(hint, f"{item.name}.")
+        elif get_origin(hint) is Annotated:
+            kind, text = get_args(hint)
+            default = None if item.default is MISSING else item.default
+            yield prefix + item.name, _described(kind, text, default)
+
+
+def _described(hint: Any, text: str, default: object) -> Option:
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [member for member in members if member is not NoneType]
+    return Option(kinds[0], is_optional=NoneType in members, help=text, default=default)
