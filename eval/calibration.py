@@ -64,14 +64,9 @@ def calibrate(
             f"confidences must lie in [0, 1]; decision {first} (counted from 0) has "
             f"{confidence[first]}"
         )
-    index = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-    member = np.eye(BINS)[index]  # (N, R)
-    squares = (confidence - right) ** 2
-    columns = np.concatenate(
-        [member, member * confidence[:, None], member * right[:, None], squares[:, None]], axis=1
-    )  # (N, 3 R + 1)
+    columns = calibration_columns(confidence, right)  # (N, 3 R + 1)
     error, brier, *rates = bootstrap(columns, _scores, options, groups=groups, strata=strata)
-    counts, sums = member.sum(axis=0), member.T @ confidence  # (R,)
+    counts, sums = np.split(columns.sum(axis=0)[: 2 * BINS], 2)  # (R,)
     return Calibration(
         error,
         brier,
@@ -83,6 +78,26 @@ def calibrate(
             if counts[i]
         ),
     )
+
+
+def calibration_columns(confidence: Floats, right: Floats) -> Floats:
+    """Return bin membership, confidences and outcomes by bin, and squared errors: (N, 3 R + 1)."""
+    index = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+    member = np.eye(BINS)[index]  # (N, R)
+    squares = (confidence - right) ** 2
+    return np.concatenate(
+        [member, member * confidence[:, None], member * right[:, None], squares[:, None]], axis=1
+    )
+
+
+def expected_error(sums: Floats) -> Floats:
+    """Map sums of ``calibration_columns`` (B, 3 R + 1) to the calibration error: (B, 1)."""
+    return _scores(sums)[:, :1]
+
+
+def brier_score(sums: Floats) -> Floats:
+    """Map sums of ``calibration_columns`` (B, 3 R + 1) to the Brier score: (B, 1)."""
+    return _scores(sums)[:, 1:2]
 
 
 def _scores(sums: Floats) -> Floats:

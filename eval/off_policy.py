@@ -14,6 +14,7 @@ No number is given where the log says too little about the policy's choices (see
 Shapes: N examples, A arms (the actions, or action classes, that are told apart), P features.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ class OffPolicyValue:
 
     doubly_robust: ConfidenceInterval | None
     """The estimate to use; the other three are shown so that disagreement is seen."""
-    direct: ConfidenceInterval | None
-    """Its interval takes the reward model as given and so is too short."""
+    direct: float | None
+    """Without an interval: the error of a reward model does not show in its own predictions."""
     ips: ConfidenceInterval | None
     snips: ConfidenceInterval | None
     reward_std_dev: float | None
@@ -151,9 +152,13 @@ def arm_key(kind: PolicyKind, action: Action, arms: Arms) -> str:
     """
     if arms == "class":
         return kind.action_class(action)
-    offered = {name for each in kind.actions() for name in kind.action_to_json(each)}
     fields = kind.action_to_json(action)
-    return json.dumps({name: fields[name] for name in sorted(fields.keys() & offered)})
+    return json.dumps({name: fields[name] for name in sorted(fields.keys() & _offered(kind))})
+
+
+@functools.cache
+def _offered(kind: PolicyKind) -> frozenset[str]:
+    return frozenset(name for action in kind.actions() for name in kind.action_to_json(action))
 
 
 def policy_chances(log: DecisionLog, decisions: Sequence[PolicyDecision]) -> Floats:
@@ -179,15 +184,22 @@ def estimate_value(
     """
     uncut = importance_weights(log, chances)
     weights = np.minimum(uncut, np.sqrt(len(uncut)))
-    refusal = _refusal(weights)
-    intervals: list[ConfidenceInterval | None] = [None] * 4
-    deviation = None
+    refusal = overlap_refusal(uncut)
+    intervals: list[ConfidenceInterval | None] = [None] * 3
+    direct = deviation = None
     if refusal is None:
-        columns = value_columns(log, chances)
-        intervals = list(bootstrap(columns, value_statistics, options, groups=log.groups))
+        columns = np.concatenate(
+            [
+                robust_columns(log, chances),
+                np.stack([weights * log.rewards, weights], axis=1),
+            ],
+            axis=1,
+        )  # (N, 4)
+        intervals = list(bootstrap(columns, _estimates, options, groups=log.groups))
+        direct = float((chances * log.expected).sum(axis=1).mean())
         around = weights @ log.rewards / weights.sum()
         deviation = float(np.sqrt(weights @ (log.rewards - around) ** 2 / weights.sum()))
-    robust, direct, ips, snips = intervals
+    robust, ips, snips = intervals
     return OffPolicyValue(
         doubly_robust=robust,
         direct=direct,
@@ -203,24 +215,19 @@ def estimate_value(
     )
 
 
-def value_columns(log: DecisionLog, chances: Floats) -> Floats:
-    """Return what ``value_statistics`` needs the sums of: (N, 5)."""
+def robust_columns(log: DecisionLog, chances: Floats) -> Floats:
+    """Return each example's doubly robust term, and ones: (N, 2); the value is their ratio."""
     rows = np.arange(len(log.taken))
     weights = np.minimum(importance_weights(log, chances), np.sqrt(len(rows)))
     direct = (chances * log.expected).sum(axis=1)
     errors = log.rewards - log.expected[rows, log.taken]
-    return np.stack(
-        [direct + weights * errors, direct, weights * log.rewards, weights, np.ones(len(rows))],
-        axis=1,
-    )
+    return np.stack([direct + weights * errors, np.ones(len(rows))], axis=1)
 
 
-def value_statistics(sums: Floats) -> Floats:
-    """Map (B, 5) sums to the doubly robust, direct, IPS and SNIPS estimates: (B, 4)."""
-    robust, direct, weighted, weights, count = (sums[:, i : i + 1] for i in range(5))
-    return np.concatenate(
-        [robust / count, direct / count, weighted / count, divide(weighted, weights)], axis=1
-    )
+def _estimates(sums: Floats) -> Floats:
+    """Map (B, 4) sums to the doubly robust, IPS and SNIPS estimates: (B, 3)."""
+    robust, count, weighted, weights = (sums[:, i : i + 1] for i in range(4))
+    return np.concatenate([robust / count, weighted / count, divide(weighted, weights)], axis=1)
 
 
 def importance_weights(log: DecisionLog, chances: Floats) -> Floats:
@@ -234,7 +241,9 @@ def effective_size(weights: Floats) -> float:
     return float(weights.sum()) ** 2 / squares if squares > 0.0 else 0.0
 
 
-def _refusal(weights: Floats) -> str | None:
+def overlap_refusal(uncut: Floats) -> str | None:
+    """Say why weights (N,) are too few or too uneven for an estimate; None if they are not."""
+    weights = np.minimum(uncut, np.sqrt(len(uncut)))
     effective, coverage = effective_size(weights), float(weights.mean())
     if effective < MIN_EFFECTIVE:
         return (
