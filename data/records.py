@@ -70,7 +70,7 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class DecisionOutcome:
     """What became of a decision, as known at one time.
 
     Attributes:
@@ -113,7 +113,7 @@ def decision_to_json(decision: Decision) -> dict[str, JSON]:
     return _record(decision, _DECISION)
 
 
-def outcome_from_json(value: object, where: str) -> Outcome:
+def outcome_from_json(value: object, where: str) -> DecisionOutcome:
     """Return the outcome that decoded JSON holds.
 
     Raises:
@@ -122,10 +122,10 @@ def outcome_from_json(value: object, where: str) -> Outcome:
     values = _checked(value, _OUTCOME, where)
     if values["reward"] is None and values["outcome"] is None:
         raise InputError(f"{where}: an outcome needs a reward, an outcome or both")
-    return Outcome(**values)
+    return DecisionOutcome(**values)
 
 
-def outcome_to_json(outcome: Outcome) -> dict[str, JSON]:
+def outcome_to_json(outcome: DecisionOutcome) -> dict[str, JSON]:
     """Return the documented record; what is not known is left out."""
     return _record(outcome, _OUTCOME)
 
@@ -203,7 +203,7 @@ def _checked(value: object, rules: "Mapping[str, _Rule]", where: str) -> dict[st
     return values
 
 
-def _record(source: Decision | Outcome, rules: "Mapping[str, _Rule]") -> dict[str, JSON]:
+def _record(source: Decision | DecisionOutcome, rules: "Mapping[str, _Rule]") -> dict[str, JSON]:
     record = {name: value for name in rules if (value := getattr(source, name)) is not None}
     for name in ("decided_at", "at"):
         if name in record:
@@ -271,13 +271,13 @@ _OUTCOME = {"decision_id": _TEXT, "at": _TIME, "reward": _REWARD, "outcome": _OB
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
 
-def _set_utc(record: Decision | Outcome, name: str) -> None:
+def _set_utc(record: Decision | DecisionOutcome, name: str) -> None:
     time: datetime = getattr(record, name)
     if time.tzinfo is not UTC:
         object.__setattr__(record, name, time.astimezone(UTC))
 
 
-def _set_floats(record: Decision | Outcome, *names: str) -> None:
+def _set_floats(record: Decision | DecisionOutcome, *names: str) -> None:
     for name in names:
         if isinstance(value := getattr(record, name), int):
             object.__setattr__(record, name, float(value))
