@@ -202,6 +202,8 @@ def _checked(setting: Setting) -> object:
     value = _from_text(str(setting.value), option) if setting.is_text else setting.value
     if option.is_optional and value == NONE:
         return None
+    if isinstance(value, str) and not _is_unicode(value):
+        raise InputError(f"{setting.origin}: {setting.key} is not valid UTF-8: {value!r}")
     if not _fits(value, option):
         raise InputError(
             f"{setting.origin}: {setting.key} must be {_expected(option)}, got {_in_words(value)}"
@@ -251,6 +253,14 @@ def _fits(value: object, option: Option) -> bool:
     if isinstance(value, bool):
         return option.kind is bool
     return isinstance(value, int | float if option.kind is float else option.kind)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not text
+        return False
+    return True
 
 
 def _expected(option: Option) -> str:

@@ -22,7 +22,7 @@ _AT_LEAST_ONE: _Range = ("at least 1", lambda value: value >= 1)
 _AT_LEAST_ZERO: _Range = ("at least 0", lambda value: 0 <= value < math.inf)
 _ABOVE_ZERO: _Range = ("above 0 and finite", lambda value: 0 < value < math.inf)
 _FRACTION: _Range = ("in [0, 1)", lambda value: 0 <= value < 1)
-_RANGES = {
+_RANGES: dict[str, _Range] = {
     "batch_size": _AT_LEAST_ONE,
     "micro_batch_size": _AT_LEAST_ONE,
     "tokens_per_micro_batch": _AT_LEAST_ONE,
@@ -35,8 +35,8 @@ _RANGES = {
     "beta1": _FRACTION,
     "beta2": _FRACTION,
     "epsilon": _ABOVE_ZERO,
-    "threads": _AT_LEAST_ONE,
-    "seed": _AT_LEAST_ZERO,
+    "threads": ("in [1, 1024]", lambda value: 1 <= value <= 1024),
+    "seed": ("in [0, 2^63)", lambda value: 0 <= value < 2**63),
     "eval_every": _AT_LEAST_ONE,
     "save_every": _AT_LEAST_ONE,
     "keep": _AT_LEAST_ONE,
@@ -83,14 +83,14 @@ class TrainConfig:
         "float32"
     )
     device: Annotated[Device, "Where to train; auto takes CUDA if there is one."] = "auto"
-    threads: Annotated[int | None, "CPU threads, >= 1; none leaves torch's choice."] = None
+    threads: Annotated[int | None, "CPU threads, in [1, 1024]; none leaves torch's choice."] = None
     compile: Annotated[bool, "Compile the model with torch.compile."] = False
     activation_checkpointing: Annotated[
         bool, "Keep no activations inside layers: less memory, a third more arithmetic."
     ] = False
     share_prefix: Annotated[bool, "Compute a prompt once for both of its answers."] = True
 
-    seed: Annotated[int, "Seed of the order of pairs and of every random draw, >= 0."] = 0
+    seed: Annotated[int, "Seed of the order of pairs and of every random draw, in [0, 2^63)."] = 0
     eval_every: Annotated[
         int | None, "Evaluate every so many steps, >= 1; none: before the first and after the last."
     ] = None

@@ -23,10 +23,14 @@ class Entry:
 
 
 COMMANDS = {
-    "demo": Entry("dpo.cli.demo:demo", "Train a tiny model on a small task, offline."),
     "train": Entry("dpo.cli.train:train", "Train a model on preference pairs."),
-    "score": Entry("dpo.cli.score:score", "Write log-probs and rewards of every pair."),
-    "reference": Entry("dpo.cli.reference:reference", "Compute reference log-probs only."),
+    "score": Entry(
+        "dpo.cli.score:score", "Write log-probs, implicit rewards and margin of every pair."
+    ),
+    "reference": Entry(
+        "dpo.cli.reference:reference",
+        "Compute the reference log-probs of a data set and keep them for later runs.",
+    ),
 }
 
 

@@ -27,4 +27,10 @@ def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flag
     from dpo import run
 
     result = run.train(resolved.config, console=Console(quiet=quiet))
-    click.echo(result)
+    if result.first is not None and result.last is not None:
+        click.echo(f"{'held out':<18}{'before':>10}{'after':>10}")
+        for name in ("loss", "rewards/accuracy", "rewards/margin"):
+            before, after = result.first[f"eval/{name}"], result.last[f"eval/{name}"]
+            click.echo(f"{name:<18}{before:>10.4f}{after:>10.4f}")
+    click.echo(f"model   {result.model}")
+    click.echo(f"report  {result.report}")
