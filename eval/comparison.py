@@ -26,7 +26,7 @@ from dpo.eval.evaluation import (
     prepare_log,
 )
 from dpo.eval.examples import as_examples
-from dpo.eval.metrics import METRICS, Decided, decide_examples
+from dpo.eval.metrics import METRICS, Decided, Metric, Subject, decide_examples
 from dpo.eval.policies import Action, Policy, RulesPolicy
 from dpo.eval.resampling import Floats, make_units
 from dpo.eval.significance import (
@@ -129,7 +129,11 @@ def compare_policies(
     a, b = decide_together((policy_a, policy_b), test_data, options)
     evaluation_a, evaluation_b = evaluate_decided(a, options), evaluate_decided(b, options)
     differences = paired_differences(a, b, options.bootstrap)
-    verdict = _verdict(metric, differences, a, b)
+    verdict = (
+        judge(metric, differences[metric])
+        if metric in differences
+        else Verdict("tie", f"{metric} cannot be compared: {_why_not(a, b)}")
+    )
     disagreements = _disagreements(a, b)
     value_a, value_b = evaluation_a.avg_reward, evaluation_b.avg_reward
     return PolicyComparison(
@@ -172,27 +176,53 @@ def paired_differences(a: Decided, b: Decided, options: BootstrapOptions) -> dic
         InputError: as ``bootstrap``.
     """
     names = [name for name in METRICS if not (name == "avg_reward" and (a.refusal or b.refusal))]
-    found = [metric_difference(name, a, b, options) for name in names]
-    adjusted = holm([each.p_value for each in found])
+    metrics = {name: METRICS[name] for name in names}
+    return metric_differences(metrics, a, b, options, groups=a.log.groups)
+
+
+def metric_differences(
+    metrics: Mapping[str, Metric[Subject]],
+    a: Subject,
+    b: Subject,
+    options: BootstrapOptions,
+    *,
+    groups: Sequence[str] | None = None,
+) -> dict[str, Difference]:
+    """Return B minus A of each metric that is defined, p-values adjusted for their number.
+
+    Raises:
+        InputError: as ``bootstrap``.
+    """
+    found = {
+        name: metric_difference(metric, a, b, options, groups=groups)
+        for name, metric in metrics.items()
+    }
+    defined = {name: each for name, each in found.items() if not math.isnan(each.interval.mean)}
+    adjusted = holm([each.p_value for each in defined.values()])
     return {
         name: replace(each, adjusted_p_value=p_value)
-        for name, each, p_value in zip(names, found, adjusted, strict=True)
-        if not math.isnan(each.interval.mean)  # nothing to compare: no bad examples, say
+        for (name, each), p_value in zip(defined.items(), adjusted, strict=True)
     }
 
 
-def metric_difference(name: str, a: Decided, b: Decided, options: BootstrapOptions) -> Difference:
+def metric_difference(
+    metric: Metric[Subject],
+    a: Subject,
+    b: Subject,
+    options: BootstrapOptions,
+    *,
+    groups: Sequence[str] | None = None,
+) -> Difference:
     """Return B minus A of one metric; its p-value is not adjusted.
 
     Raises:
         InputError: as ``bootstrap``.
     """
-    metric = METRICS[name]
     both = np.concatenate([metric.columns(a), metric.columns(b)], axis=1)  # (N, 2 F)
     statistic = difference_of(metric.statistic)
-    interval = bootstrap(both, statistic, options, groups=a.log.groups)[0]
+    interval = bootstrap(both, statistic, options, groups=groups)[0]
     p_value = swap_p_value(
-        make_units(both, a.log.groups).table,
+        make_units(both, groups).table,
         metric.statistic,
         permutations=options.resamples,
         seed=options.seed,
@@ -243,40 +273,41 @@ def decide_together(
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class Verdict:
+    """Who wins, and why, in a sentence."""
+
     winner: Winner
     reason: str
 
 
-def _verdict(
-    metric: str, differences: Mapping[str, Difference], a: Decided, b: Decided
-) -> _Verdict:
-    """Say who wins and why."""
-    if metric not in differences:
-        why = "; ".join(
-            f"{name} ({each.policy}): {each.refusal}"
-            for name, each in (("A", a), ("B", b))
-            if each.refusal
-        )
-        return _Verdict("tie", f"{metric} cannot be compared: {why or 'it is undefined here'}")
-    found = differences[metric]
+def judge(metric: str, found: Difference) -> Verdict:
+    """Name a winner only where the interval excludes zero and the permutation test agrees."""
     interval = found.interval
     what = f"{metric} of B minus A is {_signed(interval)}"
     if interval.standard_error == 0.0 and interval.mean == 0.0:
-        return _Verdict("tie", f"{what}: the policies are alike on every example")
+        return Verdict("tie", f"{what}: the policies are alike on every example")
     if not interval.excludes(0.0):
-        return _Verdict(
+        return Verdict(
             "tie",
             f"{what}, which zero fits; a true difference of {found.smallest_detectable:.4f} would "
             "have been found with a power of 80%",
         )
-    if found.p_value > 1.0 - interval.confidence:
-        return _Verdict(
+    if not found.is_significant(found.p_value):
+        return Verdict(
             "tie",
             f"{what}, but p = {found.p_value:.4f} in the permutation test: too few examples differ",
         )
     winner: Winner = "B" if (interval.mean > 0.0) == found.is_better_higher else "A"
-    return _Verdict(winner, f"{what}, p = {found.p_value:.4f}")
+    return Verdict(winner, f"{what}, p = {found.p_value:.4f}")
+
+
+def _why_not(a: Decided, b: Decided) -> str:
+    refusals = [
+        f"{name} ({each.policy}): {each.refusal}"
+        for name, each in (("A", a), ("B", b))
+        if each.refusal
+    ]
+    return "; ".join(refusals) or "it is undefined on these examples"
 
 
 def _signed(interval: ConfidenceInterval) -> str:

@@ -8,6 +8,7 @@ Shapes: N examples, F columns, B resamples.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -27,6 +28,8 @@ from dpo.eval.off_policy import (
 )
 from dpo.eval.policies import Policy, PolicyDecision, decide_all
 from dpo.eval.resampling import Floats
+
+Subject = TypeVar("Subject")  # what a metric measures: decisions, or scored pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,11 @@ def decide_examples(
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(Generic[Subject]):
     """One figure: ``statistic`` of the sums of ``columns``."""
 
-    columns: Callable[[Decided], Floats]
-    """(N, F)."""
+    columns: Callable[[Subject], Floats]
+    """(N, F) of what is measured."""
     statistic: Statistic
     is_better_higher: bool = True
 
@@ -128,7 +131,7 @@ def _bad_agreement(decided: Decided) -> Floats:
     return np.stack([bad * decided.is_right, bad], axis=1)
 
 
-METRICS: dict[str, Metric] = {
+METRICS: dict[str, Metric[Decided]] = {
     "avg_reward": Metric(_value, ratio_of_sums),
     "accuracy": Metric(_confusion, statistic_of("accuracy")),
     "f1": Metric(_confusion, statistic_of("f1")),

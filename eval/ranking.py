@@ -77,7 +77,12 @@ def rank_policies(
     }
     sign = 1.0 if METRICS[metric].is_better_higher else -1.0
     usable.sort(key=lambda each: -sign * estimates[each.policy].mean)
-    found = [metric_difference(metric, each, usable[0], options.bootstrap) for each in usable[1:]]
+    found = [
+        metric_difference(
+            METRICS[metric], each, usable[0], options.bootstrap, groups=each.log.groups
+        )
+        for each in usable[1:]
+    ]
     adjusted = holm([each.p_value for each in found])
     behind: list[Difference | None] = [None] if usable else []
     behind += [
@@ -113,7 +118,7 @@ class ABTest:
     difference: ConfidenceInterval
     """B minus A, each side resampled on its own."""
     p_value: float
-    """Two-sided, of dealing the sessions to the sides again."""
+    """Two-sided, of labelling the sessions again at random."""
     effect_size: float | None
     """Cohen's d: the difference over the pooled standard deviation of single examples; None for
     metrics that are not a mean over examples."""
@@ -158,11 +163,12 @@ def ab_test(
     kind, ways, groups = METRICS[metric], options.bootstrap, a.log.groups
     is_b = _deal(groups, split_ratio, ways.seed)  # (N,)
     as_a, as_b = kind.columns(a), kind.columns(b)  # (N, F)
-    shown = np.where(is_b[:, None], _beside(0.0 * as_a, as_b), _beside(as_a, 0.0 * as_b))
+    seen = np.where(is_b[:, None], as_b, as_a)  # (N, F): what the example's own side makes of it
+    sides = np.concatenate([seen * ~is_b[:, None], seen * is_b[:, None]], axis=1)  # (N, 2 F)
     statistic = difference_of(kind.statistic)
-    difference = bootstrap(shown, statistic, ways, groups=groups, strata=is_b.tolist())[0]
+    difference = bootstrap(sides, statistic, ways, groups=groups, strata=is_b.tolist())[0]
     p_value = relabel_p_value(
-        make_units(_beside(as_a, as_b), groups).table,
+        make_units(seen, groups).table,
         make_units(is_b[:, None].astype(np.float64), groups).table[:, 0] > 0.0,
         kind.statistic,
         permutations=ways.resamples,
@@ -182,10 +188,6 @@ def ab_test(
         effect_size=_effect_size(as_a[~is_b], as_b[is_b]),
         winner=winner,
     )
-
-
-def _beside(a: Floats, b: Floats) -> Floats:
-    return np.concatenate([a, b], axis=1)
 
 
 def _deal(groups: Sequence[str], split_ratio: float, seed: int) -> NDArray[np.bool_]:

@@ -94,32 +94,30 @@ def swap_p_value(table: Floats, statistic: Statistic, *, permutations: int, seed
 def relabel_p_value(
     table: Floats, in_b: NDArray[np.bool_], statistic: Statistic, *, permutations: int, seed: int
 ) -> float:
-    """Test whether units could have been dealt to A and B the other way.
+    """Test whether units of A and of B, as they turned out, could have been labelled otherwise.
 
     Args:
-        table: (U, 2 F) sums of each unit, what it gives as one of A's before what as one of B's.
+        table: (U, F) sums of each unit.
         in_b: (U,) true for units of B.
         statistic: maps sums (B, F) to (B, 1).
-        permutations: random deals with the same number of units on each side.
-        seed: of the deals.
+        permutations: random labels with the same number of units on each side.
+        seed: of the labels.
 
     Returns:
         The two-sided p-value, (1 + as extreme) / (1 + permutations).
     """
-    half = table.shape[1] // 2
-    as_a, as_b = table[:, :half], table[:, half:]
     generator = np.random.default_rng(seed)
 
-    def differences(deal: Floats) -> Floats:
-        return statistic(deal @ as_b) - statistic((1.0 - deal) @ as_a)
+    def differences(labels: Floats) -> Floats:
+        return statistic(labels @ table) - statistic((1.0 - labels) @ table)
 
     observed = float(differences(in_b[None].astype(np.float64))[0, 0])
     extreme = 0
     chunk = max(1, CHUNK_ELEMENTS // len(table))
     for start in range(0, permutations, chunk):
         size = min(chunk, permutations - start)
-        deals = generator.permuted(np.tile(in_b, (size, 1)), axis=1)  # (b, U)
-        extreme += _count_extreme(differences(deals.astype(np.float64)), observed)
+        labels = generator.permuted(np.tile(in_b, (size, 1)), axis=1)  # (b, U)
+        extreme += _count_extreme(differences(labels.astype(np.float64)), observed)
     return (1 + extreme) / (1 + permutations)
 
 
