@@ -140,7 +140,7 @@ def true_value(
     states = simulated_situations(kind_name, situations)
     rewards = [true_reward(kind_name, state, choose(state)) for state in states]
     means = [
-        sum(map(float.__mul__, weights, rewards)) / sum(weights)
+        sum(weight * reward for weight, reward in zip(weights, rewards, strict=True)) / sum(weights)
         for weights in _drifting_weights(len(states), drift)
     ]
     return sum(means) / len(means)

@@ -1,0 +1,61 @@
+"""The examples of data/kinds/README.md run, and the kind of one's own in it is a full one."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.data.kinds import PolicyKind
+from dpo.data.records import decision_from_json
+from dpo.errors import InputError
+
+README = Path(__file__).parents[2] / "data" / "kinds" / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+RECORDS = re.findall(r"```json\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(block: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(block, README.name, "exec"), names)
+    return names
+
+
+@pytest.fixture
+def chat() -> PolicyKind:
+    kind: PolicyKind = run(next(block for block in BLOCKS if "ChatKind" in block))["CHAT"]
+    return kind
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_an_example_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(block)
+
+    printed = [float(line) for line in capsys.readouterr().out.split()]
+    assert printed == sorted(printed, reverse=True)  # the best policy before the rules
+
+
+def test_a_stored_decision_of_an_own_kind_becomes_prompt_response_and_reward(
+    chat: PolicyKind,
+) -> None:
+    decision = decision_from_json(json.loads(RECORDS[0]), "README")
+
+    state = chat.parse_state(decision.state, "state")
+    action = chat.parse_action(decision.action, "action")
+
+    assert decision.policy == chat.name
+    assert decision.outcome is not None
+    assert chat.render_prompt(state) == "What is DPO?"
+    assert chat.parse_response(chat.render_action(action)) == action
+    assert chat.action_class(action) == "answered"
+    assert chat.action_class(chat.baseline(state).action) == "refused"
+    assert chat.reward(decision.outcome, action).value == 1
+    assert chat.group_key(state) == ("what", "is", "dpo?")
+
+
+def test_an_own_kind_refuses_bad_input_by_name(chat: PolicyKind) -> None:
+    with pytest.raises(InputError, match="row 1: question must be text, got 3"):
+        chat.parse_state({"question": 3}, "row 1")
+    with pytest.raises(InputError, match="thumb must be one of up, down, got"):
+        chat.reward({"thumb": "sideways"}, chat.parse_response("So."))
