@@ -128,6 +128,13 @@ def test_printed_config_is_a_config_file(tmp_path: Path) -> None:
     assert str(path) in second
 
 
+def test_switch_that_is_turned_off_is_named_as_it_was_given() -> None:
+    result = dpo("train", *NEEDED, "--no-prefix-sharing", "--compile", "--print-config")
+    origins = {line.split(" = ")[0]: line.rsplit("# ")[-1] for line in result.stdout.splitlines()}
+    assert origins["share_prefix"] == "--no-prefix-sharing"
+    assert origins["compile"] == "--compile"
+
+
 def test_columns_are_given_as_pairs_of_names() -> None:
     assert printed("--columns", "prompt=question,chosen=a")["columns"] == {
         "prompt": "question",
