@@ -225,7 +225,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _shown(value: float | None) -> str:
-    return _NOTHING if value is None or math.isnan(value) else f"{value:.4g}"
+    if value is None or math.isnan(value):
+        return _NOTHING
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 _PAGE = """<!DOCTYPE html>

@@ -7,15 +7,17 @@ is found before any is reported.
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dpo.config import NONE, LossConfig, RunConfig
 from dpo.errors import InputError
+
+Section = TypeVar("Section")
 
 # Two ways to say one thing: the one that is set takes the place of the other of an earlier layer.
 _ALTERNATIVES = {
@@ -128,18 +130,16 @@ def resolve(*layers: Sequence[Setting]) -> Resolved:
             other = _ALTERNATIVES.get(setting.key)
             if other in values and other not in given and value is not None:
                 values[other], origins[other] = None, f"{setting.origin} takes its place"
-    try:
-        config = _build_run(values)
-    except InputError as error:
-        faults += [_with_origins(line, origins) for line in str(error).splitlines()]
-    if faults:
+    unplaced: list[str] = []
+    config = _build_run(values, unplaced)
+    faults += [_with_origins(fault, origins) for fault in unplaced]
+    if config is None or faults:
         raise InputError("\n".join(faults))
     return Resolved(_with_loss_defaults(config, origins), origins)
 
 
-def _build_run(values: Mapping[str, object]) -> RunConfig:
-    """Make the sections and the config of them, or raise the faults of all of them."""
-    faults: list[str] = []
+def _build_run(values: Mapping[str, object], faults: list[str]) -> RunConfig | None:
+    """Make the sections and the config of them; add the faults of all of them to ``faults``."""
     top: dict[str, Any] = {key: value for key, value in values.items() if "." not in key}
     for item in fields(RunConfig):
         if item.default is MISSING and item.default_factory is MISSING and item.name not in top:
@@ -157,17 +157,19 @@ def _build_run(values: Mapping[str, object]) -> RunConfig:
         if section is LossConfig:
             options = {key: arguments.pop(key) for key in [*arguments] if key != "name"}
             arguments["options"] = options
-        try:
-            top[name] = section(**arguments)
-        except InputError as error:
-            faults.append(str(error))
+        if (made := _make(section, arguments, faults)) is not None:
+            top[name] = made
+    return _make(RunConfig, top, faults)
+
+
+def _make(
+    section: Callable[..., Section], arguments: Mapping[str, object], faults: list[str]
+) -> Section | None:
     try:
-        config = RunConfig(**top)
+        return section(**arguments)
     except InputError as error:
-        faults.append(str(error))
-    if faults:
-        raise InputError("\n".join(faults))
-    return config
+        faults += str(error).splitlines()
+        return None
 
 
 def _with_loss_defaults(config: RunConfig, origins: Mapping[str, str]) -> RunConfig:

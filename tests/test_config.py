@@ -129,7 +129,7 @@ configs = st.builds(
 
 
 @given(configs)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_config_reads_back_from_its_toml(config: RunConfig) -> None:
     document = tomllib.loads(config.to_toml())
     values = [

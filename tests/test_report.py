@@ -67,14 +67,14 @@ def test_table_holds_first_and_last_values(tmp_path: Path) -> None:
     records: list[dict[str, object]] = [
         {"step": 0, "eval/loss": 0.6931},
         {"step": 1, "loss": 0.7, "kl": 0.25},
-        {"step": 2, "loss": 0.5, "kl": 0.125},
+        {"step": 2, "loss": 0.5, "kl": 1234567.0},
         {"step": 2, "eval/loss": 0.4},
     ]
     write_metrics(tmp_path, records)
     text = page(tmp_path)
     assert "<th>loss</th><td>0.7</td><td>0.5</td><td>0.6931</td><td>0.4</td>" in text
     dash = "\N{EN DASH}"
-    assert f"<th>kl</th><td>0.25</td><td>0.125</td><td>{dash}</td><td>{dash}</td>" in text
+    assert f"<th>kl</th><td>0.25</td><td>1,234,567</td><td>{dash}</td><td>{dash}</td>" in text
 
 
 def test_one_step_is_a_dot(tmp_path: Path) -> None:
