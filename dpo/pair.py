@@ -165,15 +165,15 @@ def _tools_faults(tools: object) -> Iterator[str]:
 def _json_faults(name: str, value: object) -> Iterator[str]:
     """Refuse what a file could not hold: numbers that are not finite, halves of surrogate pairs."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain).encode()
+        json.dumps(value, ensure_ascii=False, allow_nan=False, default=plain_json).encode()
     except UnicodeEncodeError:
         yield f"{name} holds half of a surrogate pair, which UTF-8 cannot write"
     except (TypeError, ValueError, RecursionError) as error:
         yield f"{name} cannot be written as JSON: {error}"
 
 
-def _plain(value: object) -> object:
-    """Let ``json`` write any mapping or sequence."""
+def plain_json(value: object) -> object:
+    """Let ``json.dumps(default=...)`` write any mapping or sequence."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Sequence) and not isinstance(value, bytes):

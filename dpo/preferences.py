@@ -9,7 +9,7 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_write
 from dpo.hub import commit_of, fetch_dataset_files, is_dataset_id, split_files
-from dpo.pair import Message, PreferencePair, Text
+from dpo.pair import Message, PreferencePair, Text, plain_json
 from dpo.pair_rows import OPTIONAL, REQUIRED, ParsedRow, pair_to_row, parse_row
 
 __all__ = [
@@ -117,9 +117,17 @@ def write_pairs(pairs: Iterable[PreferencePair], path: str | Path) -> None:
     path = Path(path)
     if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"{path}: pairs are written to .jsonl or .jsonl.gz")
-    lines = (json.dumps(pair_to_row(pair), ensure_ascii=False) + "\n" for pair in pairs)
+    rows = map(pair_to_row, pairs)
+    lines = (json.dumps(row, ensure_ascii=False, default=plain_json) + "\n" for row in rows)
     data = "".join(lines).encode()
     atomic_write(path, gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
+
+
+def list_faults(source: str, faults: Sequence[str]) -> str:
+    """Return the message that lists faulty rows, no more than the first 20 of them."""
+    title = f"{source}: {len(faults)} faulty row{'s' * (len(faults) > 1)}"
+    more = [f"and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
+    return "\n".join([title, *faults[:_SHOWN_FAULTS], *more])
 
 
 class _Reading:
@@ -159,12 +167,7 @@ class _Reading:
     def result(self, source: str, on_bad_row: str, revision: str | None) -> LoadedPairs:
         """Return what was read, or refuse it."""
         if self.faults and (on_bad_row == "error" or not self.pairs):
-            shown = self.faults[:_SHOWN_FAULTS]
-            more = len(self.faults) - len(shown)
-            count = f"{len(self.faults)} faulty row{'s' * (len(self.faults) > 1)}"
-            raise InputError(
-                "\n".join([f"{source}: {count}", *shown, *([f"and {more} more"] if more else [])])
-            )
+            raise InputError(list_faults(source, self.faults))
         if not self.pairs or self.layout is None:
             raise InputError(f"{source}: no rows; expected at least one preference pair")
         used = {*REQUIRED, *OPTIONAL, *self.columns.values()}

@@ -1,58 +1,345 @@
-"""From preference pairs to token ids."""
+"""From preference pairs to token ids.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+A prompt becomes exactly the tokens that the model sees at inference, and an answer the tokens that
+follow them:
 
+- *Plain text* is taken as it is. The tokenizer's begin token goes before it, if the tokenizer uses
+  one; the end token goes after the answer, unless the text ends with it already.
+- *Conversations* are written out by the chat template. The prompt ends with what makes the model
+  begin its answer; the answer is all that the template writes after that, the end of the turn
+  included. If the template marks no end, the end token is added.
+
+Where prompt and answer written together would merge into a token across their boundary, the answer
+is tokenized by itself, as the model would have to write it; such rows are reported. So is every row
+that is dropped or cut, has a special token written out in its text, or got its end token added.
+
+Rows over a limit are dropped, refused, or cut:
+
+- ``keep-start`` cuts the ends of prompts, then those of answers. A cut answer has no end token, so
+  the model does not learn to stop there.
+- ``keep-end`` cuts the starts of prompts, though not the begin token, and never an answer.
+
+A row that cannot be cut to fit is dropped.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo import token_cache
 from dpo.errors import InputError
-from dpo.tokenized_pairs import TokenizedPair, TokenizedPairs, columns_of
+from dpo.pair import PreferencePair
+from dpo.pair_texts import PairTexts, write_pair, written_texts
+from dpo.preferences import list_faults
+from dpo.templates import CHATML, ChatTemplate
+from dpo.tokenize_config import TokenizeOptions
+from dpo.tokenized_pairs import (
+    RowNote,
+    Tokenization,
+    TokenizationReport,
+    TokenizedPair,
+    TokenizedPairs,
+    columns_of,
+)
+from dpo.tokenizer import Tokenizer
 
-__all__ = ["TokenizeOptions", "TokenizedPair", "TokenizedPairs", "columns_of"]
+__all__ = [
+    "Tokenization",
+    "TokenizationReport",
+    "TokenizeOptions",
+    "TokenizedPair",
+    "TokenizedPairs",
+    "columns_of",
+    "tokenize_pairs",
+]
 
-Truncation = Literal["keep-start", "keep-end", "drop", "error"]
-TemplateChoice = Literal["auto", "none", "chatml"]
+_CHUNK = 512  # pairs that are tokenized at once, on all processors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizeOptions:
-    """How pairs become tokens.
+def tokenize_pairs(
+    pairs: Sequence[PreferencePair],
+    tokenizer: Tokenizer,
+    options: TokenizeOptions | None = None,
+    *,
+    on_bad_row: str = "error",
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Tokenization:
+    """Turn pairs into token ids.
+
+    Args:
+        pairs: those without an id are named by their row: ``row-1`` and so on.
+        tokenizer: of the model that is to read them.
+        options: the defaults if None.
+        on_bad_row: at rows that the template refuses, or over a limit with truncation "error":
+            "error" refuses the pairs, "skip" drops such rows.
+        cache_dir: where tokens are kept between runs; None keeps none.
+        progress: called with the number of pairs done and of all.
 
     Raises:
-        InputError: a value is out of range; all of them are named.
+        InputError: rows are refused, or none is left; the first 20 are listed with the reason.
     """
+    options = options or TokenizeOptions()
+    if on_bad_row not in ("error", "skip"):
+        raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
+    pair_by_id = _by_id(pairs)
+    if cache_dir is None:
+        return _tokenize(pair_by_id, tokenizer, options, on_bad_row, progress)
+    settings = json.dumps([asdict(options), on_bad_row, sorted(tokenizer.eos_ids)])
+    entry = Path(cache_dir) / token_cache.content_key(pairs, tokenizer.fingerprint, settings)
+    faults = token_cache.faults_of(entry) if entry.exists() else []
+    if entry.exists() and not faults:
+        return token_cache.load(entry)
+    result = _tokenize(pair_by_id, tokenizer, options, on_bad_row, progress)
+    token_cache.store(entry, result)
+    told = f"made again: {faults[0]}" if faults else "stored"
+    return Tokenization(token_cache.load(entry).pairs, replace(result.report, cache=told))
 
-    max_length: Annotated[
-        int | None, "Tokens of a prompt with its longer answer, >= 2; none: no limit."
-    ] = None
-    max_prompt_length: Annotated[int | None, "Tokens of a prompt, >= 1; none: no limit."] = None
-    truncation: Annotated[
-        Truncation,
-        "Rows over a limit: drop or refuse them, or cut: keep-start cuts the ends of prompts and "
-        "answers, keep-end the starts of prompts alone.",
-    ] = "drop"
-    template: Annotated[
-        TemplateChoice,
-        "Chat template of conversations: the tokenizer's own and ChatML if it has none, ChatML, or "
-        "none: refuse conversations.",
-    ] = "auto"
 
-    def __post_init__(self) -> None:
-        if faults := list(self._faults()):
-            raise InputError("\n".join(faults))
+class _Ids(NamedTuple):
+    """A pair in tokens."""
 
-    def _faults(self) -> Iterator[str]:
-        for name, least in (("max_length", 2), ("max_prompt_length", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                yield f"tokenize.{name} must be at least {least}, got {value}"
-        for name, choice in (("truncation", Truncation), ("template", TemplateChoice)):
-            if (value := getattr(self, name)) not in get_args(choice):
-                yield f"tokenize.{name} must be one of {', '.join(get_args(choice))}, got {value!r}"
-        if None not in (self.max_length, self.max_prompt_length):
-            assert self.max_length is not None
-            assert self.max_prompt_length is not None
-            if self.max_prompt_length >= self.max_length:
-                yield (
-                    f"tokenize.max_prompt_length ({self.max_prompt_length}) must be below "
-                    f"tokenize.max_length ({self.max_length}): the answers need room"
-                )
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+class _UnfitError(Exception):
+    """A row cannot be used under the limits; says why."""
+
+
+@dataclass
+class _Notes:
+    """What is to be reported, as it is found."""
+
+    faults: list[RowNote] = field(default_factory=list)
+    dropped: list[RowNote] = field(default_factory=list)
+    cut: list[RowNote] = field(default_factory=list)
+    boundary_merges: list[str] = field(default_factory=list)
+    special_in_text: list[str] = field(default_factory=list)
+    end_tokens_added: list[str] = field(default_factory=list)
+
+
+def _by_id(pairs: Sequence[PreferencePair]) -> dict[str, PreferencePair]:
+    pair_by_id = {pair.id or f"row-{row}": pair for row, pair in enumerate(pairs, start=1)}
+    if len(pair_by_id) < len(pairs):
+        raise InputError(f"{len(pairs)} pairs have only {len(pair_by_id)} different ids")
+    return pair_by_id
+
+
+def _tokenize(
+    pair_by_id: dict[str, PreferencePair],
+    tokenizer: Tokenizer,
+    options: TokenizeOptions,
+    on_bad_row: str,
+    progress: Callable[[int, int], object] | None,
+) -> Tokenization:
+    """Tokenize without a cache."""
+    template = _chat_template(pair_by_id.values(), tokenizer, options)
+    work = _Tokenizing(tokenizer, options, template)
+    rows: list[TokenizedPair] = []
+    items, done = iter(pair_by_id.items()), 0
+    while chunk := dict(islice(items, _CHUNK)):
+        rows += work.add(chunk)
+        done += len(chunk)
+        if progress is not None:
+            progress(done, len(pair_by_id))
+    notes = work.notes
+    if notes.faults and on_bad_row == "error":
+        raise InputError(list_faults("tokens", [": ".join(note) for note in notes.faults]))
+    dropped = (*notes.dropped, *notes.faults)
+    if not rows:
+        raise InputError(list_faults("no row is left", [": ".join(note) for note in dropped]))
+    is_dated = template is not None and "strftime_now" in template.source
+    report = TokenizationReport(
+        rows=len(pair_by_id),
+        kept=len(rows),
+        dropped=dropped,
+        cut=tuple(notes.cut),
+        boundary_merges=tuple(notes.boundary_merges),
+        special_in_text=tuple(notes.special_in_text),
+        end_tokens_added=tuple(notes.end_tokens_added),
+        template_date=date.today().isoformat() if is_dated else None,
+    )
+    return Tokenization(columns_of(rows), report)
+
+
+def _chat_template(
+    pairs: Collection[PreferencePair], tokenizer: Tokenizer, options: TokenizeOptions
+) -> ChatTemplate | None:
+    """Choose the template; None if no conversation is to be written."""
+    if all(isinstance(pair.prompt, str) for pair in pairs):
+        if options.template == "chatml":
+            raise InputError("tokenize.template is chatml, but all rows are plain text")
+        return None
+    if options.template == "none":
+        raise InputError("tokenize.template is none, but rows are conversations")
+    if options.template == "auto" and tokenizer.chat_template is not None:
+        name, source = f"chat template of {tokenizer.name}", tokenizer.chat_template
+    else:
+        name, source = "ChatML", CHATML
+    return ChatTemplate(source, name=name, variables=tokenizer.special_tokens)
+
+
+class _Tokenizing:
+    """The work on one list of pairs; ``notes`` grows as it goes on."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, options: TokenizeOptions, template: ChatTemplate | None
+    ) -> None:
+        self.notes = _Notes()
+        self._tokenizer = tokenizer
+        self._options = options
+        self._template = template
+        self._is_blank: dict[int, bool] = {}
+
+    def add(self, pair_by_id: dict[str, PreferencePair]) -> Iterator[TokenizedPair]:
+        """Yield the tokens of those pairs that can be used."""
+        text_by_id: dict[str, PairTexts] = {}
+        for name, pair in pair_by_id.items():
+            try:
+                text_by_id[name] = write_pair(pair, self._template)
+            except InputError as error:
+                self.notes.faults.append(RowNote(name, str(error)))
+        ids = self._tokenizer.encode_batch(
+            [part for texts in text_by_id.values() for part in self._parts(texts)]
+        )
+        for index, (name, texts) in enumerate(text_by_id.items()):
+            pair = pair_by_id[name]
+            row = self._join(name, pair, texts, *ids[4 * index : 4 * index + 4])
+            try:
+                fitted, cuts = _fit(row, self._options, self._tokenizer.bos_id)
+            except _UnfitError as reason:
+                is_fault = self._options.truncation == "error"
+                notes = self.notes.faults if is_fault else self.notes.dropped
+                notes.append(RowNote(name, str(reason)))
+                continue
+            if cuts:
+                self.notes.cut.append(RowNote(name, cuts))
+            yield _tokenized(name, pair, fitted)
+
+    def _parts(self, texts: PairTexts) -> tuple[str, str, str, str]:
+        """Return the start of the prompt, its last words, and these with each of the answers."""
+        cut = self._tokenizer.last_cut(texts.prompt)
+        words = texts.prompt[cut:]
+        return texts.prompt[:cut], words, words + texts.chosen, words + texts.rejected
+
+    def _join(
+        self,
+        name: str,
+        pair: PreferencePair,
+        texts: PairTexts,
+        start: list[int],
+        words: list[int],
+        with_chosen: list[int],
+        with_rejected: list[int],
+    ) -> _Ids:
+        """Set the answers' tokens apart from the prompt's, and see to the begin and the end."""
+        prompt, answers, size = start + words, [], len(words)
+        for whole, answer in ((with_chosen, texts.chosen), (with_rejected, texts.rejected)):
+            is_apart = whole[:size] == words
+            answers.append(whole[size:] if is_apart else self._tokenizer.encode_after(answer))
+            if not is_apart and name not in self.notes.boundary_merges[-1:]:
+                self.notes.boundary_merges.append(name)
+        if any(map(self._tokenizer.has_special, written_texts(pair))):
+            self.notes.special_in_text.append(name)
+        is_plain = isinstance(pair.prompt, str)
+        bos_id = self._tokenizer.bos_id
+        if is_plain and self._tokenizer.starts_with_bos and prompt[:1] != [bos_id]:
+            assert bos_id is not None
+            prompt = [bos_id, *prompt]
+        chosen, rejected = (self._closed(name, answer, is_plain) for answer in answers)
+        return _Ids(prompt, chosen, rejected)
+
+    def _closed(self, name: str, ids: list[int], is_plain: bool) -> list[int]:
+        """Return an answer that holds one token that ends it; blanks may follow that.
+
+        What ends a turn in a conversation is the template's affair: any special token is taken.
+        """
+        end = len(ids)
+        while end and self._blank(ids[end - 1]):
+            end -= 1
+        closers = self._tokenizer.eos_ids if is_plain else self._tokenizer.special_ids
+        if end and ids[end - 1] in closers:
+            first = end - 1
+            while first and ids[first - 1] == ids[end - 1]:
+                first -= 1
+            return [*ids[:first], *ids[end - 1 :]]
+        if self._tokenizer.eos_id is None:
+            raise InputError(f"{self._tokenizer.name}: no eos_token, so no answer can be ended")
+        if not is_plain and name not in self.notes.end_tokens_added[-1:]:
+            self.notes.end_tokens_added.append(name)
+        return [*ids, self._tokenizer.eos_id]
+
+    def _blank(self, id_: int) -> bool:
+        """Tell whether a token is nothing but space, such as the line's end after a turn."""
+        if id_ not in self._is_blank:
+            self._is_blank[id_] = self._tokenizer.decode([id_]).isspace()
+        return self._is_blank[id_]
+
+
+class _Fitted(NamedTuple):
+    ids: _Ids
+    cuts: str  # what was cut, empty if nothing was
+
+
+def _fit(ids: _Ids, options: TokenizeOptions, bos_id: int | None) -> _Fitted:
+    """Bring a row within the limits."""
+    if not ids.prompt:
+        raise _UnfitError("the prompt has no tokens")
+    fitted = _cut(ids, options, bos_id)
+    if fitted.chosen == fitted.rejected:
+        raise _UnfitError("chosen and rejected are the same tokens")
+    cuts = [
+        f"{name} {len(before)} to {len(after)} tokens"
+        for name, before, after in zip(ids._fields, ids, fitted, strict=True)
+        if len(after) < len(before)
+    ]
+    return _Fitted(fitted, ", ".join(cuts))
+
+
+def _cut(ids: _Ids, options: TokenizeOptions, bos_id: int | None) -> _Ids:
+    """Cut a row to the limits, or say that it is over them."""
+    prompt, chosen, rejected = ids
+    longest_answer = max(len(chosen), len(rejected))
+    prompt_limit = options.max_prompt_length or len(prompt)
+    limit = options.max_length or len(prompt) + longest_answer
+    if len(prompt) <= prompt_limit and len(prompt) + longest_answer <= limit:
+        return ids
+    if options.truncation in ("drop", "error"):
+        if len(prompt) > prompt_limit:
+            raise _UnfitError(f"prompt of {len(prompt)} tokens, max_prompt_length {prompt_limit}")
+        raise _UnfitError(f"{len(prompt) + longest_answer} tokens, max_length {limit}")
+    if options.truncation == "keep-start":
+        prompt = prompt[:prompt_limit]
+        room = limit - len(prompt)
+        if room < 1:
+            raise _UnfitError(f"prompt of {len(prompt)} tokens leaves no room, max_length {limit}")
+        return _Ids(prompt, chosen[:room], rejected[:room])
+    room = min(prompt_limit, limit - longest_answer)
+    if room < 1:
+        raise _UnfitError(f"answer of {longest_answer} tokens leaves no room, max_length {limit}")
+    if len(prompt) > room:
+        begin = prompt[:1] if prompt[0] == bos_id and room > 1 else []
+        prompt = begin + prompt[len(prompt) - room + len(begin) :]
+    return _Ids(prompt, chosen, rejected)
+
+
+def _tokenized(name: str, pair: PreferencePair, ids: _Ids) -> TokenizedPair:
+    prompt, chosen, rejected = (np.array(text, dtype=np.int32) for text in ids)
+    return TokenizedPair(
+        prompt,
+        chosen,
+        rejected,
+        weight=pair.weight,
+        margin=pair.margin,
+        label_prob=pair.label_prob,
+        id=name,
+        source=pair.source,
+    )

@@ -1,4 +1,4 @@
-"""Preference pairs as token ids, in columns.
+"""Preference pairs as token ids, in columns, and the report of how they came about.
 
 Shapes: P pairs, T tokens in all of them.
 """
@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import overload
+from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 TokenIds = NDArray[np.int32]
+_NAMED_ROWS = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,3 +148,62 @@ def columns_of(pairs: Sequence[TokenizedPair]) -> TokenizedPairs:
         ids=[pair.id for pair in pairs],
         sources=[pair.source for pair in pairs],
     )
+
+
+class RowNote(NamedTuple):
+    """What happened to one row."""
+
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizationReport:
+    """What became of the rows.
+
+    Attributes:
+        rows: how many there were.
+        kept: how many have become tokens.
+        dropped: rows left out, with the reason.
+        cut: rows cut to a limit, with the counts.
+        boundary_merges: rows whose prompt and answer would merge if they were tokenized together.
+        special_in_text: rows in whose text a special token is written out.
+        end_tokens_added: conversations whose chat template marks no end of the answer.
+        template_date: the day that the chat template has written into the tokens, if it does so.
+        cache: "not used", "stored", "found", or why it was made again.
+    """
+
+    rows: int
+    kept: int
+    dropped: tuple[RowNote, ...] = ()
+    cut: tuple[RowNote, ...] = ()
+    boundary_merges: tuple[str, ...] = ()
+    special_in_text: tuple[str, ...] = ()
+    end_tokens_added: tuple[str, ...] = ()
+    template_date: str | None = None
+    cache: str = "not used"
+
+    def describe(self) -> list[str]:
+        """Return the lines that tell a person all of it; a row is named by its id."""
+        lines = [f"tokens: {self.kept:,} of {self.rows:,} rows; cache {self.cache}"]
+        if self.template_date is not None:
+            lines += [f"the chat template wrote the date of {self.template_date} into the tokens"]
+        for rows, what in (
+            ([f"{row.id} ({row.text})" for row in self.dropped], "dropped"),
+            ([f"{row.id} ({row.text})" for row in self.cut], "cut"),
+            (self.boundary_merges, "merge across the boundary of prompt and answer"),
+            (self.special_in_text, "have special tokens written out in their text"),
+            (self.end_tokens_added, "got an end token that the chat template does not write"),
+        ):
+            if rows:
+                more = f" and {len(rows) - _NAMED_ROWS:,} more" if len(rows) > _NAMED_ROWS else ""
+                lines += [f"{len(rows):,} rows {what}: {', '.join(rows[:_NAMED_ROWS])}{more}"]
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """The pairs as tokens and the report on them."""
+
+    pairs: TokenizedPairs
+    report: TokenizationReport

@@ -24,6 +24,9 @@ SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 _OWN_FILES = (TOKENIZER, CONFIG, SPECIAL_TOKENS, TEMPLATE)
 _MODEL_FILES = ("generation_config.json", "config.json")
 _NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_LOOKED_AT = 2000  # characters from the end of a text
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_ACROSS_WORDS = re.compile(r"[A-Za-z][ Ġ▁][A-Za-z]")  # a space in a text, as vocabularies write it
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 
@@ -71,7 +74,11 @@ class Tokenizer:
         self._special = re.compile("|".join(map(re.escape, specials.values())) or "(?!)")
         self.starts_with_bos = self.bos_id is not None and self.bos_id in self._begin()
         self.chat_template = _chat_template(files, contents.get(CONFIG, {}), name)
-        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values())
+        self._is_separable = not _ACROSS_WORDS.search("\n".join(vocabulary)) and (
+            self.encode("a") + self.encode(" b") == self.encode("a b")
+        )
         self.fingerprint = self._fingerprint()
 
     def encode(self, text: str) -> list[int]:
@@ -95,6 +102,17 @@ class Tokenizer:
                 return whole[len(start) :]
         return self.encode(text)
 
+    def last_cut(self, text: str) -> int:
+        """Return the last place where a text can be cut in two that give the same ids apart.
+
+        That is between two words, if no token of the vocabulary reaches from one into the next; the
+        start of the text if there is no such place.
+        """
+        places = [match.start() for match in _BETWEEN_WORDS.finditer(text[-_LOOKED_AT:])]
+        if not self._is_separable or not places:
+            return 0
+        return max(0, len(text) - _LOOKED_AT) + places[-1]
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -104,7 +122,7 @@ class Tokenizer:
         return self._special.search(text) is not None
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, from which transformers' AutoTokenizer gives the same ids."""
+        """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
         for file, content in self._files.items():
             atomic_write(folder / file, content)
 
