@@ -379,6 +379,18 @@ def test_restored_state_shares_no_memory_with_the_tensors_given() -> None:
     assert tensors["weight/exp_avg"].eq(0).all()
 
 
+@pytest.mark.parametrize(("fused", "device"), [(False, "cpu"), (True, "meta")])
+def test_step_count_goes_where_the_update_runs(fused: bool, device: str) -> None:
+    model = nn.Linear(2, 2, device="meta")  # stands for an accelerator
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.param_groups[0]["fused"] = fused
+    tensors = {"weight/exp_avg": torch.zeros(2, 2), "weight/step": torch.tensor(3.0)}
+    restore_optimizer(optimizer, model, tensors)
+
+    state = optimizer.state[model.weight]
+    assert (state["exp_avg"].device.type, state["step"].device.type) == ("meta", device)
+
+
 def test_state_of_an_untrained_parameter_is_refused() -> None:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW([model.weight])

@@ -371,24 +371,25 @@ def test_sound_sample_is_accepted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [1.1, float("nan")])
 def test_sample_that_differs_is_refused(tmp_path: Path, scale: float) -> None:
-    fill(tmp_path, pairs_of([([0], [2, 2], [0])]))
+    pairs = pairs_of([([0], [2, 2], [0])])
+    fill(tmp_path, pairs)
     # -(3 + 6) in the cache, and 1.1 times that again; sqrt(2) * 0.01 is allowed.
     again = f"{-9 * scale:.6g}"
     with pytest.raises(RunError) as refusal:
-        pairs = pairs_of([([0], [2, 2], [0])])
         verify_sample(open_cache(tmp_path), pairs, Scorer(pairs, scale), tolerance=0.01)
     assert f"chosen answer of pair 'p0' (row 0, 2 tokens) is -9 in {tmp_path}" in str(refusal.value)
     assert f"and {again} computed again; at most 0.0141 apart" in str(refusal.value)
 
 
 KILLED = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 import numpy as np
 import dpo.reference
 from dpo.reference import *
 from dpo.tokenized_pairs import TokenizedPair, columns_of
 
+os.fsync = lambda descriptor: None
 dpo.reference.FLUSH_TOKENS = 20
 answers = [np.array([row, 7], np.int32) for row in range(1000)]
 pairs = columns_of([TokenizedPair(a[:1], a, a[1:], id="") for a in answers])
@@ -430,8 +431,9 @@ def test_killed_pass_goes_on_where_it_was(tmp_path: Path) -> None:
 
     assert process.returncode == 0
     assert missing[1] == 1000
-    assert missing[2] <= 800
-    assert missing[3] <= missing[2] - 190  # at most one shard of each pass is lost
+    # 200 rows were done each time; a shard takes 7 rows, and the last 6 may be lost.
+    assert missing[2] <= 806
+    assert missing[3] <= missing[2] - 194
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
