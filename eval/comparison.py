@@ -283,7 +283,7 @@ class Verdict:
 def judge(metric: str, found: Difference) -> Verdict:
     """Name a winner only where the interval excludes zero and the permutation test agrees."""
     interval = found.interval
-    what = f"{metric} of B minus A is {_signed(interval)}"
+    what = f"{metric.replace('_', ' ')} of B minus A is {_signed(interval)}"
     if interval.standard_error == 0.0 and interval.mean == 0.0:
         return Verdict("tie", f"{what}: the policies are alike on every example")
     if not interval.excludes(0.0):

@@ -164,9 +164,7 @@ def compare_pairs(
         raise InputError(f"{metric} needs {' and '.join(TOKENS)} in every line of both files")
     differences = metric_differences(metrics, a, b, options)
     if metric not in differences:
-        raise InputError(
-            f"{metric} is undefined: one of the answers is the longer one in all pairs"
-        )
+        raise InputError(f"{metric} is undefined: the same side is the longer one in all pairs")
     verdict = judge(metric, differences[metric])
     return PairComparison(
         a=evaluate_pairs(a, options),

@@ -96,7 +96,7 @@ def format_comparison_report(
         ["Differences (B - A):", *_difference_lines(comparison.differences)],
         [
             f"McNemar on accuracy: A alone right {comparison.mcnemar.only_a}, B alone right "
-            f"{comparison.mcnemar.only_b}, p = {comparison.mcnemar.p_value:.4f}"
+            f"{comparison.mcnemar.only_b}, p = {chance(comparison.mcnemar.p_value)}"
         ],
         _policy_lines(names["A"], a),
         _policy_lines(names["B"], b),
@@ -116,9 +116,9 @@ def format_ranking(ranking: Ranking) -> str:
             [
                 f"{place}.",
                 each.policy,
-                _figure(ranking.metric, each.estimate) if each.estimate else "not estimable",
-                f"{_signed(ranking.metric, gap.interval)}{tied}" if gap else "",
-                f"{gap.adjusted_p_value:.4f}" if gap else "",
+                figure(ranking.metric, each.estimate) if each.estimate else "not estimable",
+                f"{signed_figure(ranking.metric, gap.interval)}{tied}" if gap else "",
+                chance(gap.adjusted_p_value) if gap else "",
             ]
         )
     refusals = [f"{each.policy}: {each.refusal}" for each in ranking.policies if each.refusal]
@@ -134,14 +134,14 @@ def format_ab_test_report(test: ABTest, name_a: str = "Policy A", name_b: str = 
         [
             _head("A/B Test Report"),
             [
-                f"{name_a}: {test.examples_a} examples, {_figure(test.metric, test.a)}",
-                f"{name_b}: {test.examples_b} examples, {_figure(test.metric, test.b)}",
+                f"{name_a}: {test.examples_a} examples, {figure(test.metric, test.a)}",
+                f"{name_b}: {test.examples_b} examples, {figure(test.metric, test.b)}",
                 f"Winner: {names[test.winner]}",
-                f"P-value: {test.p_value:.4f}",
+                f"P-value: {chance(test.p_value)}",
             ],
             [
                 "Performance Differences (B - A):",
-                f"  {title(test.metric)}: {_signed(test.metric, test.difference)}",
+                f"  {title(test.metric)}: {signed_figure(test.metric, test.difference)}",
                 f"  Effect Size: {effect}",
             ],
             [f"Recommendation: {_recommendation(test, names[test.winner])}"],
@@ -157,9 +157,7 @@ def format_pair_report(result: PairEvaluation) -> str:
         if result.chosen_is_longer is None
         else [f"The chosen answer is the longer one in {result.chosen_is_longer:.1%} of the pairs."]
     )
-    rows = [
-        ["  " + title(name) + ":", _figure(name, each)] for name, each in result.metrics.items()
-    ]
+    rows = [["  " + title(name) + ":", figure(name, each)] for name, each in result.metrics.items()]
     return _joined(
         [
             _head("Preference Pair Report"),
@@ -174,7 +172,7 @@ def format_pair_comparison(comparison: PairComparison, name_a: str = "A", name_b
     names = {"A": name_a, "B": name_b, "tie": "Tie"}
     rows = [["", name_a, name_b]]
     rows += [
-        [f"  {title(name)}:", _figure(name, each), _figure(name, comparison.b.metrics[name])]
+        [f"  {title(name)}:", figure(name, each), figure(name, comparison.b.metrics[name])]
         for name, each in comparison.a.metrics.items()
     ]
     return _joined(
@@ -195,7 +193,7 @@ def format_pair_comparison(comparison: PairComparison, name_a: str = "A", name_b
 def describe_intervals(options: BootstrapOptions) -> str:
     """Say how the intervals were made."""
     return (
-        f"Intervals: {options.confidence:.4g} confidence, {options.method} bootstrap, "
+        f"{100 * options.confidence:.4g}% intervals: {options.method} bootstrap, "
         f"{options.resamples} resamples, seed {options.seed}"
     )
 
@@ -215,11 +213,18 @@ def number(interval: ConfidenceInterval) -> str:
     return _with_ends(interval, ".4f")
 
 
-def _figure(metric: str, interval: ConfidenceInterval) -> str:
+def chance(p_value: float) -> str:
+    """Write a p-value with four decimals."""
+    return "<0.0001" if p_value < 1e-4 else f"{p_value:.4f}"
+
+
+def figure(metric: str, interval: ConfidenceInterval) -> str:
+    """Write a metric and its interval, shares as percentages."""
     return share(interval) if metric in SHARES else number(interval)
 
 
-def _signed(metric: str, interval: ConfidenceInterval) -> str:
+def signed_figure(metric: str, interval: ConfidenceInterval) -> str:
+    """Write a difference of a metric and its interval, with signs."""
     return _with_ends(interval, "+.2%" if metric in SHARES else "+.4f")
 
 
@@ -296,9 +301,9 @@ def _difference_lines(differences: Mapping[str, Difference]) -> list[str]:
     rows += [
         [
             f"  {title(name)}",
-            _signed(name, each.interval),
-            f"{each.p_value:.4f}",
-            f"{each.adjusted_p_value:.4f}",
+            signed_figure(name, each.interval),
+            chance(each.p_value),
+            chance(each.adjusted_p_value),
             f"{each.smallest_detectable:{'.2%' if name in SHARES else '.4f'}}",
         ]
         for name, each in differences.items()
