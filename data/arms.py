@@ -53,6 +53,15 @@ class Arms(NamedTuple):
         return float(self.reward[draft.chosen] - self.reward[draft.rejected])
 
 
+def number_by_appearance(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Replace keys (N,) by 0, 1, 2, ... in the order in which each first appears.
+
+    ``[7, 3, 7, 5]`` becomes ``[0, 1, 0, 2]``.
+    """
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
+
+
 def find_arms(
     contexts: NDArray[np.int64], actions: NDArray[np.int64], rewards: NDArray[np.float64]
 ) -> Arms:

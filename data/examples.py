@@ -1,34 +1,36 @@
 """Training examples, and a table that holds a million of them in little memory.
 
-An example is one decision with its state, its action and the reward it earned. A table keeps the
-texts (each example's JSON line and prompt) in unnamed temporary files and only numbers in memory;
-an example is decoded when it is asked for.
+An example is one decision with its state, its action and the reward it earned. A table keeps each
+different state, prompt and action once, the long texts in unnamed temporary files, and numbers in
+memory; an example is put together when it is asked for.
 
 Shapes: N examples.
 """
 
-import contextlib
-import hashlib
 import json
 import math
-import os
-import tempfile
-import weakref
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Generic, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo.data.kinds.base import Action, State, TypedKind
-from dpo.data.records import Decision, decision_from_json, encode_json, format_time
+from dpo.data.kinds.base import Action, GroupKey, State, TypedKind
+from dpo.data.records import (
+    Decision,
+    decision_from_json,
+    decode_json,
+    format_time,
+)
+from dpo.data.texts import DistinctTexts, TextColumn, TextFile, json_line
 from dpo.errors import InputError
-from dpo.files import JSON
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class Columns(NamedTuple):
     """What is compared and counted; every column is (N,)."""
 
     prompts: NDArray[np.int64]  # indices: equal where the prompt texts are equal
-    actions: NDArray[np.int64]  # likewise for the response texts,
+    actions: NDArray[np.int64]  # likewise for the actions,
     groups: NDArray[np.int64]  # the grouping keys,
     sessions: NDArray[np.int64]  # and the session ids
     times: NDArray[np.int64]  # microseconds since 1970
@@ -102,7 +104,7 @@ class Examples(Sequence[Example[State, Action]]):
     def __getitem__(self, index: int | slice) -> "Example[State, Action] | Examples[State, Action]":
         if isinstance(index, slice):
             return Examples(self.table, self.rows[index])
-        return example_from_json(json.loads(self.line(index)), self.kind, f"example {index}")
+        return self.table.example(int(self.rows[index]))
 
     def where(self, keep: NDArray[np.bool_]) -> "Examples[State, Action]":
         """Return the rows where ``keep`` (N,) is true."""
@@ -110,172 +112,224 @@ class Examples(Sequence[Example[State, Action]]):
 
     def line(self, index: int) -> str:
         """Return an example as the JSON it has in a file, without the newline."""
-        return self.table.lines[int(self.rows[index])]
+        return self.table.line(int(self.rows[index]))
 
     def id(self, index: int) -> str:
         """Return the id of an example's decision."""
-        return str(json.loads(self.line(index))["metadata"]["id"])
+        return self.table.ids[int(self.rows[index])]
+
+    def metadata(self, index: int) -> ExampleMetadata:
+        """Return where an example comes from."""
+        return self.table.metadata(int(self.rows[index]))
 
     def prompt(self, index: int) -> str:
         """Return an example's state as prompt text."""
-        return self.table.prompt_texts[int(self.rows[index])]
+        table = self.table
+        return table.prompts[table.prompt_of_state[table.states[int(self.rows[index])]]]
 
     def response(self, index: int) -> str:
         """Return an example's action as response text."""
-        return self.table.action_texts[self.table.actions[int(self.rows[index])]]
+        return self.table.responses[self.table.actions[int(self.rows[index])]]
 
-    def group(self, index: int) -> JSON:
+    def group(self, index: int) -> GroupKey:
         """Return an example's grouping key."""
-        key: JSON = json.loads(self.table.group_texts[self.table.groups[int(self.rows[index])]])
-        return key
+        state = self.table.states[int(self.rows[index])]
+        return tuple(json.loads(self.table.groups[self.table.group_of_state[state]]))
 
     def columns(self) -> Columns:
         """Return copies of the columns."""
         table = self.table
-        indices = (table.prompts, table.actions, table.groups, table.sessions, table.times)
-        prompts, actions, groups, sessions, times = (
-            np.array(column, dtype=np.int64)[self.rows] for column in indices
+        states = np.array(table.states)[self.rows]
+        return Columns(
+            prompts=np.array(table.prompt_of_state, dtype=np.int64)[states],
+            actions=np.array(table.actions, dtype=np.int64)[self.rows],
+            groups=np.array(table.group_of_state, dtype=np.int64)[states],
+            sessions=np.array(table.session_of_row, dtype=np.int64)[self.rows],
+            times=np.array(table.times)[self.rows],
+            rewards=np.array(table.rewards)[self.rows],
+            confidences=np.array(table.confidences)[self.rows],
         )
-        rewards = np.array(table.rewards)[self.rows]
-        confidences = np.array(table.confidences)[self.rows]
-        return Columns(prompts, actions, groups, sessions, times, rewards, confidences)
 
 
 class ExampleTable(Generic[State, Action]):
-    """Examples of one kind, in the order of appending; append all before reading any."""
+    """Examples of one kind, in the order of appending; append all before reading any.
+
+    A state or action is parsed and rendered once, however often it occurs.
+    """
 
     def __init__(self, kind: TypedKind[State, Action]) -> None:
         self.kind = kind
-        self.lines, self.prompt_texts = _TextFile(), _TextFile()
-        self.action_texts, self.group_texts = _Distinct(), _Distinct()
-        self.session_texts = _Distinct()
-        self.prompts, self.actions = array("i"), array("i")
-        self.groups, self.sessions = array("i"), array("i")
-        self.rewards, self.confidences, self.times = array("d"), array("d"), array("q")
-        self._prompt_digests: dict[bytes, int] = {}
+        # Texts: each state and action once, what they are rendered to, and what names the rows.
+        file = TextFile()
+        self.state_texts, self.prompts = DistinctTexts(file), DistinctTexts(file)
+        self.action_spellings, self.action_texts = DistinctTexts(file), TextColumn(file)
+        self.responses, self.groups = DistinctTexts(file), DistinctTexts(file)
+        self.ids, self.sessions = TextColumn(file), DistinctTexts(file)
+        # Indices into them: of each state, of each spelling of an action, of each row.
+        self.prompt_of_state, self.group_of_state = array("i"), array("i")
+        self.action_of_spelling = array("i")
+        self.states, self.actions, self.session_of_row = array("i"), array("i"), array("i")
+        # Numbers of each row; NaN where missing.
+        self.rewards, self.confidences, self.propensities = array("d"), array("d"), array("d")
+        self.times = array("q")  # microseconds since 1970
 
     def append(self, example: Example[State, Action]) -> None:
         """Add one example."""
-        kind, metadata = self.kind, example.metadata
-        prompt = kind.render_prompt(example.state)
-        digest = hashlib.blake2b(prompt.encode(), digest_size=16).digest()
-        self.lines.append(encode_json(example_to_json(example, kind)))
-        self.prompt_texts.append(prompt)
-        self.prompts.append(self._prompt_digests.setdefault(digest, len(self._prompt_digests)))
-        self.actions.append(self.action_texts.index_of(kind.render_action(example.action)))
-        self.groups.append(self.group_texts.index_of(encode_json(kind.group_key(example.state))))
-        self.sessions.append(self.session_texts.index_of(metadata.session_id))
-        self.rewards.append(example.reward)
-        self.confidences.append(math.nan if metadata.confidence is None else metadata.confidence)
-        self.times.append((metadata.decided_at - _EPOCH) // timedelta(microseconds=1))
+        state, action = example.state, example.action
+        self._append(
+            self._state(json_line(self.kind.state_to_json(state)), lambda: state),
+            self._action(json_line(self.kind.action_to_json(action)), lambda: action),
+            example.reward,
+            example.metadata,
+        )
+
+    def append_decision(self, decision: Decision, where: str) -> None:
+        """Add a decision with the reward it has, or else the one the kind makes from its outcome.
+
+        Raises:
+            InputError: ``where``, and what is wrong with the state, action or outcome; or that both
+                reward and outcome are missing.
+        """
+        kind = self.kind
+        self._append(
+            self._state(
+                json_line(decision.state),
+                lambda: kind.parse_state(decision.state, f"{where}: state"),
+            ),
+            self._action(
+                json_line(decision.action),
+                lambda: kind.parse_action(decision.action, f"{where}: action"),
+            ),
+            _reward(decision, kind, where) if decision.reward is None else decision.reward,
+            ExampleMetadata(
+                decision.id,
+                decision.session_id,
+                decision.decided_at,
+                decision.confidence,
+                decision.propensity,
+            ),
+        )
 
     def all(self) -> Examples[State, Action]:
         """Return every row, in the order of appending."""
         return Examples(self, np.arange(len(self.rewards)))
 
+    def example(self, row: int) -> Example[State, Action]:
+        """Put one example together."""
+        state = json.loads(self.state_texts[self.states[row]])
+        action = json.loads(self.action_texts[self.actions[row]])
+        return Example(
+            state=self.kind.parse_state(state, f"example {row}: state"),
+            action=self.kind.parse_action(action, f"example {row}: action"),
+            reward=self.rewards[row],
+            metadata=self.metadata(row),
+        )
 
-def example_to_json(
-    example: Example[State, Action], kind: TypedKind[State, Action]
-) -> dict[str, JSON]:
-    """Return an example under its names on disk."""
-    metadata = example.metadata
-    return {
-        "state": kind.state_to_json(example.state),
-        "action": kind.action_to_json(example.action),
-        "reward": example.reward,
-        "metadata": {
-            "id": metadata.id,
-            "sessionId": metadata.session_id,
-            "decidedAt": format_time(metadata.decided_at),
-            "confidence": metadata.confidence,
-            "propensity": metadata.propensity,
-        },
-    }
+    def line(self, row: int) -> str:
+        """Return one example as JSON."""
+        metadata = self.metadata(row)
+        details = json_line(
+            {
+                "id": metadata.id,
+                "sessionId": metadata.session_id,
+                "decidedAt": format_time(metadata.decided_at),
+                "confidence": metadata.confidence,
+                "propensity": metadata.propensity,
+            }
+        )
+        state, action = self.state_texts[self.states[row]], self.action_texts[self.actions[row]]
+        return (
+            f'{{"state":{state},"action":{action},"reward":{self.rewards[row]!r},'
+            f'"metadata":{details}}}'
+        )
+
+    def _append(self, state: int, action: int, reward: float, metadata: ExampleMetadata) -> None:
+        self.states.append(state)
+        self.actions.append(action)
+        self.rewards.append(reward)
+        self.ids.append(metadata.id)
+        self.session_of_row.append(self.sessions.index_of(metadata.session_id))
+        self.times.append((metadata.decided_at - _EPOCH) // _MICROSECOND)
+        self.confidences.append(_nan_for_none(metadata.confidence))
+        self.propensities.append(_nan_for_none(metadata.propensity))
+
+    def metadata(self, row: int) -> ExampleMetadata:
+        """Return where one example comes from."""
+        return ExampleMetadata(
+            id=self.ids[row],
+            session_id=self.sessions[self.session_of_row[row]],
+            decided_at=_EPOCH + self.times[row] * _MICROSECOND,
+            confidence=_none_for_nan(self.confidences[row]),
+            propensity=_none_for_nan(self.propensities[row]),
+        )
+
+    def _state(self, text: str, parse: Callable[[], State]) -> int:
+        """Return the index of a state, which is parsed and rendered if it is new."""
+        index = self.state_texts.find(text)
+        if index is None:
+            state = parse()
+            index = self.state_texts.index_of(text)
+            self.prompt_of_state.append(self.prompts.index_of(self.kind.render_prompt(state)))
+            group = json_line(self.kind.group_key(state))
+            self.group_of_state.append(self.groups.index_of(group))
+        return index
+
+    def _action(self, text: str, parse: Callable[[], Action]) -> int:
+        """Return the index of an action: of its response text, so 80 and 80.0 are one priority."""
+        spelling = self.action_spellings.find(text)
+        if spelling is None:
+            action = parse()
+            spelling = self.action_spellings.index_of(text)
+            index = self.responses.index_of(self.kind.render_action(action))
+            self.action_of_spelling.append(index)
+            if index == len(self.action_texts):
+                self.action_texts.append(json_line(self.kind.action_to_json(action)))
+        return self.action_of_spelling[spelling]
 
 
-def example_from_json(
-    row: object, kind: TypedKind[State, Action], where: str
-) -> Example[State, Action]:
-    """Return the example that a decoded line of an examples file holds.
+def read_examples(path: Path, kind: TypedKind[State, Action]) -> Examples[State, Action]:
+    """Read a file of examples, one JSON object a line.
 
     Raises:
-        InputError: ``where``, and what is missing or wrong.
+        InputError: no such file, or a line that holds no example of this kind.
     """
-    if not isinstance(row, Mapping) or not isinstance(row.get("metadata"), Mapping):
+    table = ExampleTable(kind)
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path}:{number}"
+                row = decode_json(line, where)
+                table.append_decision(_decision(row, kind.name, where), where)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file of examples") from error
+    return table.all()
+
+
+def _decision(row: object, policy: str, where: str) -> Decision:
+    """Return the decision that a row of an examples file was made from."""
+    metadata = row.get("metadata") if isinstance(row, Mapping) else None
+    if not isinstance(row, Mapping) or not isinstance(metadata, Mapping):
         raise InputError(f"{where}: expected an object with state, action, reward and metadata")
-    metadata = row["metadata"]
     record = {name: row.get(name) for name in ("state", "action", "reward")}
     record |= {name: metadata.get(name) for name in ("id", "confidence", "propensity")}
     record |= {"session_id": metadata.get("sessionId"), "decided_at": metadata.get("decidedAt")}
-    return example_from_decision(
-        decision_from_json({"policy": kind.name, **record}, where), kind, where
-    )
+    return decision_from_json({"policy": policy, **record}, where)
 
 
-def example_from_decision(
-    decision: Decision, kind: TypedKind[State, Action], where: str
-) -> Example[State, Action]:
-    """Return a decision with its state and action typed, and its reward worked out.
-
-    A reward that was recorded is taken; otherwise the kind makes one from the outcome.
-
-    Raises:
-        InputError: ``where``, and what is wrong with the state, action or outcome; or that there is
-            neither a reward nor an outcome.
-    """
+def _reward(decision: Decision, kind: TypedKind[State, Action], where: str) -> float:
+    """Work out the reward of a decision from its outcome."""
+    if decision.outcome is None:
+        raise InputError(f"{where}: it has neither a reward nor an outcome")
     action = kind.parse_action(decision.action, f"{where}: action")
-    reward = decision.reward
-    if reward is None:
-        if decision.outcome is None:
-            raise InputError(f"{where}: it has neither reward nor outcome")
-        try:
-            reward = kind.reward(decision.outcome, action).value
-        except InputError as error:
-            raise InputError(f"{where}: outcome: {error}") from error
-    return Example(
-        state=kind.parse_state(decision.state, f"{where}: state"),
-        action=action,
-        reward=reward,
-        metadata=ExampleMetadata(
-            id=decision.id,
-            session_id=decision.session_id,
-            decided_at=decision.decided_at,
-            confidence=decision.confidence,
-            propensity=decision.propensity,
-        ),
-    )
+    try:
+        return kind.reward(decision.outcome, action).value
+    except InputError as error:
+        raise InputError(f"{where}: outcome: {error}") from error
 
 
-class _Distinct(list[str]):
-    """Different texts in order of appearance, each found again by its index."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._index: dict[str, int] = {}
-
-    def index_of(self, text: str) -> int:
-        """Return the index of ``text``, which is appended if it is new."""
-        index = self._index.setdefault(text, len(self))
-        if index == len(self):
-            self.append(text)
-        return index
+def _nan_for_none(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
-class _TextFile:
-    """Texts in an unnamed temporary file; they take 8 bytes of memory each."""
-
-    def __init__(self) -> None:
-        stack = contextlib.ExitStack()
-        self._file = stack.enter_context(tempfile.TemporaryFile())
-        self._ends = array("q", [0])
-        weakref.finalize(self, stack.close)
-
-    def append(self, text: str) -> None:
-        data = text.encode()
-        self._file.write(data)
-        self._ends.append(self._ends[-1] + len(data))
-
-    def __getitem__(self, index: int) -> str:
-        self._file.flush()
-        start, end = self._ends[index], self._ends[index + 1]
-        return os.pread(self._file.fileno(), end - start, start).decode()
+def _none_for_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value

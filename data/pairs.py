@@ -16,15 +16,24 @@ from typing import Generic, Literal, get_args, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo.data.arms import STRATEGIES, Arms, Draft, find_arms, find_drafts, resolve
+from dpo.data.arms import (
+    STRATEGIES,
+    Arms,
+    Draft,
+    find_arms,
+    find_drafts,
+    number_by_appearance,
+    resolve,
+)
 from dpo.data.examples import Example, Examples
-from dpo.data.kinds.base import Action, State, TypedKind
+from dpo.data.kinds.base import Action, GroupKey, State, TypedKind
+from dpo.data.kinds.schema import Count
 from dpo.errors import InputError
-from dpo.preferences import JSON, PreferencePair
+from dpo.pair import PreferencePair
 
 Match = Literal["prompt", "group"]
 Weight = Literal["none", "margin", "confidence", "margin-confidence"]
-UnpairedReason = Literal["one-action", "within-margin", "not-selected", "dropped"]
+UnpairedReason = Literal["one_action", "within_margin", "not_selected", "dropped"]
 _REASONS: tuple[UnpairedReason, ...] = get_args(UnpairedReason)
 
 
@@ -95,7 +104,7 @@ class PairEvidence:
     chosen_reward: float
     rejected_reward: float
     margin: float
-    group_key: JSON
+    group_key: GroupKey
     chosen_ids: tuple[str, ...]
     rejected_ids: tuple[str, ...]
     is_contradicted: bool
@@ -111,8 +120,8 @@ class UnpairedExample:
         label: whether the reward is above zero; None for a reward of zero, which says neither.
         reward: in [-1, 1].
         id: of the decision.
-        reason: why it is in no pair: "one-action", its context shows no other; "within-margin", no
-            other action's reward is far enough; "not-selected", the strategy chose other pairs;
+        reason: why it is in no pair: "one_action", its context shows no other; "within_margin", no
+            other action's reward is far enough; "not_selected", the strategy chose other pairs;
             "dropped", its pairs were duplicates or contradicted by others.
     """
 
@@ -122,6 +131,16 @@ class UnpairedExample:
     reward: float
     id: str
     reason: UnpairedReason
+
+
+@dataclass(frozen=True, slots=True)
+class UnpairedCounts:
+    """Decisions in no pair, by reason."""
+
+    one_action: Count
+    within_margin: Count
+    not_selected: Count
+    dropped: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +161,16 @@ class PairReport:
         unlabelled_examples: unpaired decisions with a reward of zero, which are good for no label.
     """
 
-    examples: int
-    contexts: int
-    formed: int
-    duplicates: int
-    contradictions: int
-    unique: int
-    contradicted_by_single_decisions: int
-    paired_examples: int
-    unpaired_examples: dict[UnpairedReason, int]
-    unlabelled_examples: int
+    examples: Count
+    contexts: Count
+    formed: Count
+    duplicates: Count
+    contradictions: Count
+    unique: Count
+    contradicted_by_single_decisions: Count
+    paired_examples: Count
+    unpaired_examples: UnpairedCounts
+    unlabelled_examples: Count
 
 
 class UnpairedExamples(Sequence[UnpairedExample], Generic[State, Action]):
@@ -183,10 +202,10 @@ class UnpairedExamples(Sequence[UnpairedExample], Generic[State, Action]):
             reason=_REASONS[self._reasons[index]],
         )
 
-    def count_by_reason(self) -> dict[UnpairedReason, int]:
-        """Return how many rows there are for each reason, zeros included."""
+    def count_by_reason(self) -> UnpairedCounts:
+        """Return how many rows there are for each reason."""
         counts = np.bincount(self._reasons, minlength=len(_REASONS)).tolist()
-        return dict(zip(_REASONS, counts, strict=True))
+        return UnpairedCounts(**dict(zip(_REASONS, counts, strict=True)))
 
     def count_unlabelled(self) -> int:
         """Return how many rows have a reward of zero."""
@@ -219,10 +238,10 @@ def form_pairs(
     table = Examples.of(examples, kind)
     columns = table.columns()
     contexts = columns.prompts if options.match == "prompt" else columns.groups
-    arms = find_arms(contexts, columns.actions, columns.rewards)
+    arms = find_arms(number_by_appearance(contexts), columns.actions, columns.rewards)
     drafts = find_drafts(
         arms,
-        table.table.action_texts,
+        table.table.responses,
         strategy=options.strategy,
         margin=options.threshold,
         limit=options.max_pairs_per_context,
@@ -309,8 +328,8 @@ def _unpaired(
     is_drafted, is_paired = (_is_among(each, len(context)) for each in (drafts, kept))
     reason = np.select(
         [context_size[context] == 1, widest <= threshold, is_drafted],
-        [_REASONS.index("one-action"), _REASONS.index("within-margin"), _REASONS.index("dropped")],
-        default=_REASONS.index("not-selected"),
+        [_REASONS.index("one_action"), _REASONS.index("within_margin"), _REASONS.index("dropped")],
+        default=_REASONS.index("not_selected"),
     )
     per_arm = np.diff(arms.starts)
     is_left = np.repeat(~is_paired, per_arm)

@@ -1,6 +1,7 @@
 """Pairs: what is compared, what is chosen, and that nothing degenerate comes out."""
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from datetime import UTC, datetime
 from typing import TypeAlias
 
@@ -118,8 +119,8 @@ def test_every_decision_is_counted_once(
     formation = pairs_of(examples, options)
     report = formation.report
     assert report.examples == len(examples)
-    assert report.paired_examples + sum(report.unpaired_examples.values()) == len(examples)
-    assert len(formation.unpaired) == sum(report.unpaired_examples.values())
+    assert report.paired_examples + sum(astuple(report.unpaired_examples)) == len(examples)
+    assert len(formation.unpaired) == sum(astuple(report.unpaired_examples))
     assert report.formed - report.duplicates - report.contradictions == report.unique
     assert report.unique == len(formation.pairs)
 
@@ -160,7 +161,7 @@ def test_difference_of_exactly_the_margin_makes_no_pair(better: float, worse: fl
 def test_lone_context_forms_no_pair() -> None:
     formation = pairs_of([example(STORE, 0.9), example(SKIP, 0.2), example(STORE, 0.9, turn=10)])
     assert len(formation.pairs) == 1
-    assert formation.report.unpaired_examples["one-action"] == 1
+    assert formation.report.unpaired_examples.one_action == 1
 
 
 def test_no_examples_form_no_pairs() -> None:
@@ -171,7 +172,7 @@ def test_no_examples_form_no_pairs() -> None:
 def test_same_action_with_different_rewards_forms_no_pair() -> None:
     formation = pairs_of([example(STORE, 1.0), example(STORE, -1.0)])
     assert not formation.pairs
-    assert formation.report.unpaired_examples["one-action"] == 2
+    assert formation.report.unpaired_examples.one_action == 2
 
 
 # --- evidence ------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def test_decisions_for_one_action_are_averaged() -> None:
     assert evidence.margin == pytest.approx(0.3)
     assert evidence.chosen_ids == ("d4",)
     assert evidence.rejected_ids == ("d1.0", "d0.0", "d-0.4")
-    assert evidence.group_key == list(EXTRACTION.group_key(state()))
+    assert evidence.group_key == EXTRACTION.group_key(state())
 
 
 def test_decisions_that_rank_the_other_way_are_told() -> None:
@@ -221,12 +222,12 @@ def test_strategy_chooses_among_ranked_actions(
 def test_limit_keeps_the_widest_pairs() -> None:
     formation = pairs_of(RANKED, PairOptions(strategy="all", max_pairs_per_context=1))
     assert actions_of(formation) == [("store", "skip")]
-    assert formation.report.unpaired_examples["not-selected"] == 1
+    assert formation.report.unpaired_examples.not_selected == 1
 
 
 def test_action_within_the_margin_of_all_others_is_named() -> None:
     formation = pairs_of([example(STORE, 0.5), example(SKIP, 0.45)])
-    assert formation.report.unpaired_examples["within-margin"] == 2
+    assert formation.report.unpaired_examples.within_margin == 2
 
 
 # --- similar states ------------------------------------------------------------------------------

@@ -1,0 +1,224 @@
+"""From a feedback store to a training and an evaluation set.
+
+Decisions are read once, in a stream; what passes the filters goes into an `ExampleTable` and is
+split along whole units. The same decisions, options and seed give the same data set.
+
+Shapes: N examples.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TypeAlias, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo.data.dataset import (
+    BuildKeywords,
+    BuildOptions,
+    Dataset,
+    DatasetStats,
+    DateRange,
+    FilterCounts,
+    SplitStats,
+)
+from dpo.data.examples import Columns, Examples, ExampleTable
+from dpo.data.filters import DecisionFilter
+from dpo.data.kinds.base import Action, State, TypedKind
+from dpo.data.kinds.consolidation import CONSOLIDATION, ConsolidationAction, ConsolidationState
+from dpo.data.kinds.extraction import EXTRACTION, ExtractionAction, ExtractionState
+from dpo.data.kinds.retrieval import RETRIEVAL, RetrievalAction, RetrievalState
+from dpo.data.records import format_time
+from dpo.data.splits import crossing_rows, seeded_rank, split_by_time, split_by_unit
+from dpo.data.stores import FeedbackStore, open_store
+from dpo.errors import InputError
+
+Source: TypeAlias = str | Path | FeedbackStore
+
+SIMULATED_PREFIX = "simulated-"
+FILTERS = tuple(FilterCounts.__dataclass_fields__)[:-1]  # all but max_examples, in their order
+LEAST_SHARE_LEFT = 0.5  # fewer evaluation examples than this share are no fair sample of the rest
+
+
+def build_extraction_dataset(
+    feedback: Source, **options: Unpack[BuildKeywords]
+) -> Dataset[ExtractionState, ExtractionAction]:
+    """Build the data set of the extraction policy; see `build_dataset`."""
+    return build_dataset(feedback, EXTRACTION, BuildOptions(**options))
+
+
+def build_retrieval_dataset(
+    feedback: Source, **options: Unpack[BuildKeywords]
+) -> Dataset[RetrievalState, RetrievalAction]:
+    """Build the data set of the retrieval policy; see `build_dataset`."""
+    return build_dataset(feedback, RETRIEVAL, BuildOptions(**options))
+
+
+def build_consolidation_dataset(
+    feedback: Source, **options: Unpack[BuildKeywords]
+) -> Dataset[ConsolidationState, ConsolidationAction]:
+    """Build the data set of the consolidation policy; see `build_dataset`."""
+    return build_dataset(feedback, CONSOLIDATION, BuildOptions(**options))
+
+
+def build_dataset(
+    feedback: Source, kind: TypedKind[State, Action], options: BuildOptions | None = None
+) -> Dataset[State, Action]:
+    """Read, filter and split the decisions of one policy.
+
+    Args:
+        feedback: a store, or what `open_store` takes.
+        kind: of the policy.
+        options: which decisions are taken and how they are split.
+
+    Raises:
+        InputError: the store cannot be read, a record is not of this kind, the filters leave
+            nothing, there are too few units to split, or most evaluation examples would have to be
+            removed because training has the same; then it says which unit to choose.
+    """
+    options = options or BuildOptions()
+    table, left = _read(feedback, kind, options)
+    examples = _draw(table.all(), options)
+    if not len(examples):
+        raise InputError(_nothing_left(kind.name, left))
+    columns = examples.columns()
+    is_eval = _evaluation_side(columns, table, options)
+    is_removed = _removed(columns, is_eval, options)
+    train, evaluation = examples.where(~is_eval), examples.where(is_eval & ~is_removed)
+    kept = examples.where(~is_removed)
+    ids = (kept.id(row) for row in range(len(kept)))
+    stats = DatasetStats(
+        total_examples=len(kept),
+        train_examples=len(train),
+        eval_examples=len(evaluation),
+        simulated_examples=sum(name.startswith(SIMULATED_PREFIX) for name in ids),
+        date_range=DateRange(
+            format_time(kept.metadata(0).decided_at), format_time(kept.metadata(-1).decided_at)
+        ),
+        filters=FilterCounts(**left, max_examples=len(examples)),
+        split=_split_stats(columns, is_eval, is_removed, options),
+    )
+    return Dataset(kind, train, evaluation, stats, options)
+
+
+def _read(
+    feedback: Source, kind: TypedKind[State, Action], options: BuildOptions
+) -> tuple[ExampleTable[State, Action], dict[str, int]]:
+    """Put the decisions that pass the filters into a table, in the order of time.
+
+    Returns:
+        The table, and by the name of each filter how many decisions it left.
+    """
+    table = ExampleTable(kind)
+    wanted = options.wanted(kind.name)
+    refused = Counter[str]()
+    seen = 0
+    with _opened(feedback) as store:
+        for decision in store.decisions(DecisionFilter(policy=kind.name)):
+            seen += 1
+            refusal = next(wanted.refusals(decision), None)
+            if refusal is None:
+                table.append_decision(decision, f"{store}: decision {decision.id!r}")
+            else:
+                refused[refusal] += 1
+    left = {}
+    for name in FILTERS:
+        seen -= refused[name]
+        left[name] = seen
+    return table, left
+
+
+def _opened(feedback: Source) -> AbstractContextManager[FeedbackStore]:
+    """Open a store that was named; one that was given stays open for its owner."""
+    if isinstance(feedback, FeedbackStore):
+        return contextlib.nullcontext(feedback)
+    return open_store(feedback)
+
+
+def _draw(examples: Examples[State, Action], options: BuildOptions) -> Examples[State, Action]:
+    """Draw at most ``max_examples``, each as likely as any other, by a seeded rank of its id."""
+    if options.max_examples is None:
+        return examples
+    ranks = [seeded_rank(examples.id(row), options.seed) for row in range(len(examples))]
+    is_drawn = np.zeros(len(examples), dtype=np.bool_)
+    is_drawn[np.argsort(np.array(ranks, dtype=np.uint64))[: options.max_examples]] = True
+    return examples.where(is_drawn)
+
+
+def _nothing_left(policy: str, left: Mapping[str, int]) -> str:
+    """Say which filter took the last decision."""
+    if not left["policy"]:
+        return f"the store has no decisions of the policy {policy!r}"
+    name = next(name for name, count in left.items() if not count)
+    before = [count for count in left.values() if count]
+    return (
+        f"no decisions are left: of {left['policy']} for the policy {policy!r} "
+        f"the filter {name} refused the last {before[-1]}"
+    )
+
+
+def _evaluation_side(
+    columns: Columns, table: ExampleTable[State, Action], options: BuildOptions
+) -> NDArray[np.bool_]:
+    """Split along the chosen unit; (N,) true on the evaluation side."""
+    if options.split_by == "time":
+        return split_by_time(columns.times, eval_split=options.eval_split)
+    by_session = options.split_by == "session"
+    return split_by_unit(
+        columns.sessions if by_session else columns.groups,
+        table.sessions if by_session else table.groups,
+        eval_split=options.eval_split,
+        seed=options.seed,
+    )
+
+
+def _removed(
+    columns: Columns, is_eval: NDArray[np.bool_], options: BuildOptions
+) -> NDArray[np.bool_]:
+    """Mark the evaluation rows (N,) that are removed because training has the same."""
+    prompts = crossing_rows(columns.prompts, is_eval)
+    groups = crossing_rows(columns.groups, is_eval)
+    is_removed = {"both": prompts | groups, "prompt": prompts, "none": np.zeros_like(prompts)}[
+        options.remove_crossing
+    ]
+    evaluated, removed = int(is_eval.sum()), int(is_removed.sum())
+    if removed > (1 - LEAST_SHARE_LEFT) * evaluated:
+        raise InputError(
+            f"split_by {options.split_by!r} puts {evaluated} examples on the evaluation side, but "
+            f"{int(prompts.sum())} of them share their prompt and {int(groups.sum())} their "
+            f"grouping key with training, so that {evaluated - removed} would be left. "
+            f"{_advice(int(prompts.sum()), evaluated, options)}"
+        )
+    return is_removed
+
+
+def _advice(prompts: int, evaluated: int, options: BuildOptions) -> str:
+    """Say what to choose when too few evaluation examples would be left."""
+    choices = []
+    if options.split_by != "group":
+        choices.append("split_by 'group', which keeps grouping keys, and with them prompts, whole")
+    if options.remove_crossing == "both" and prompts <= (1 - LEAST_SHARE_LEFT) * evaluated:
+        choices.append("remove_crossing 'prompt', which lets grouping keys cross")
+    choices.append("remove_crossing 'none', which evaluates on what was trained on")
+    return f"Choose {'; or '.join(choices)}"
+
+
+def _split_stats(
+    columns: Columns,
+    is_eval: NDArray[np.bool_],
+    is_removed: NDArray[np.bool_],
+    options: BuildOptions,
+) -> SplitStats:
+    units = {"session": columns.sessions, "group": columns.groups, "time": columns.times}
+    unit = units[options.split_by]
+    return SplitStats(
+        train_units=len(np.unique(unit[~is_eval])),
+        eval_units=len(np.unique(unit[is_eval])),
+        crossing_prompts=int(crossing_rows(columns.prompts, is_eval).sum()),
+        crossing_groups=int(crossing_rows(columns.groups, is_eval).sum()),
+        crossing_sessions=int(crossing_rows(columns.sessions, is_eval).sum()),
+        removed_examples=int(is_removed.sum()),
+    )
