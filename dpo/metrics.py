@@ -8,37 +8,46 @@ depends on how the window was split into micro-batches.
 (``beta u - beta v`` for DPO), ``omega`` the row's weight, other letters as in ``dpo.losses``; a
 mean is over pairs unless it says tokens.
 
-============================== ===================================================================
-loss                           sum(w loss) / sum(w), with w the loss's weight of the pair
-rewards/chosen, rejected       sum(omega r_w) / sum(omega), the same of r_l
-rewards/margin                 sum(omega gap) / sum(omega)
-rewards/margin_p05, p50, p95   quantiles of gap
-rewards/accuracy               share of gap > 0, where a tie counts half
-rewards/accuracy_strict        share of gap > 0
-rewards/tie_rate               share of gap = 0
-rewards/accuracy_len_controlled  mean of the accuracies of n_w > n_l, n_w = n_l and n_w < n_l
-rewards/saturated              share of s(gap) > 0.99
-grad_weight                    mean s(-gap): the factor on a pair's gradient in DPO
-logps/chosen, rejected         mean lw, mean ll
-logps_tok/chosen, rejected     sum(lw) / sum(n_w), sum(ll) / sum(n_l)
-nll/chosen, ppl                -sum(lw) / sum(n_w), and e to that
-length/chosen, rejected, diff  mean n_w, mean n_l, mean n_w - n_l
-length/reward_corr             Pearson correlation of n_w - n_l and gap
-calibration/ece                sum over ten bins of s(gap) of abs(sum(s(gap) - label_prob)) / pairs
-calibration/brier              mean (s(gap) - label_prob)^2
-entropy                        of the policy, mean over the tokens of both answers, nats
-token_accuracy                 share of the chosen answers' tokens that are the most likely one
-============================== ===================================================================
+================================ ===================================================================
+loss                             sum(w loss) / sum(w), with w the loss's weight of the pair
+rewards/chosen                   sum(omega r_w) / sum(omega)
+rewards/rejected                 sum(omega r_l) / sum(omega)
+rewards/margin                   sum(omega gap) / sum(omega)
+rewards/margin_p05               5 % quantile of gap
+rewards/margin_p50               median of gap
+rewards/margin_p95               95 % quantile of gap
+rewards/accuracy                 share of gap > 0, where a tie counts half
+rewards/accuracy_strict          share of gap > 0
+accuracy_len_controlled          mean of the accuracies among n_w > n_l, n_w = n_l and n_w < n_l
+rewards/tie_rate                 share of gap = 0
+rewards/saturated                share of s(gap) > 0.99
+grad_weight                      mean s(-gap): the factor on a pair's gradient in DPO
+logps/chosen                     mean lw
+logps/rejected                   mean ll
+logps_tok/chosen                 sum(lw) / sum(n_w)
+logps_tok/rejected               sum(ll) / sum(n_l)
+nll/chosen                       -sum(lw) / sum(n_w)
+ppl                              e to the nll/chosen
+length/chosen                    mean n_w
+length/rejected                  mean n_l
+length/diff                      mean n_w - n_l
+length/reward_corr               Pearson correlation of n_w - n_l and gap
+calibration/ece                  sum over ten bins of s(gap) of abs(sum(s(gap) - p)) / pairs
+calibration/brier                mean (s(gap) - p)^2, with p the label_prob
+entropy                          of the policy, mean over the tokens of both answers, nats
+token_accuracy                   share of chosen tokens that are the most likely one
+================================ ===================================================================
 
 And against a reference:
 
-============================== ===================================================================
-kl/k1_seq_chosen, rejected     mean u, mean v
-kl/k1_tok                      sum(u + v) / sum(n_w + n_l)
-kl/k3_tok                      mean of ``k3_estimate`` over the tokens of both answers
-displacement/chosen            mean u: below 0 where the chosen answers became less likely
-displacement/share_u_negative  share of u < 0
-============================== ===================================================================
+================================ ===================================================================
+kl/k1_seq_chosen                 mean u
+kl/k1_seq_rejected               mean v
+kl/k1_tok                        sum(u + v) / sum(n_w + n_l)
+kl/k3_tok                        mean of ``k3_estimate`` over the tokens of both answers
+displacement/chosen              mean u: below 0 where the chosen answers became less likely
+displacement/share_u_negative    share of u < 0
+================================ ===================================================================
 
 The ``kl`` metrics are estimates over given answers, not over the policy's own: gauges of drift. A
 metric whose denominator is 0 is left out.
@@ -274,7 +283,7 @@ def _derived(ratios: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics that are functions of several quotients."""
     strata = [ratios[name] for name in ("_longer", "_equal", "_shorter") if name in ratios]
     derived = {
-        "rewards/accuracy_len_controlled": sum(strata) / len(strata),
+        "accuracy_len_controlled": sum(strata) / len(strata),
         "calibration/ece": sum(abs(ratios[f"_bin{index}"]) for index in range(_BINS)),
     }
     if ratios.get("nll/chosen", math.inf) < math.log(1e300):
@@ -282,8 +291,8 @@ def _derived(ratios: Mapping[str, float]) -> dict[str, float]:
     gap, diff = ratios["_gap"], ratios["length/diff"]
     gap_variance = ratios["_gap^2"] - gap**2
     diff_variance = ratios["_diff^2"] - diff**2
-    # What round-off leaves of a variance of 0 is far below this share of the square.
-    if gap_variance > 1e-12 * gap**2 and diff_variance > 1e-12 * diff**2:
+    # Lengths are whole numbers, so their variance is exact; of equal gaps round-off leaves some.
+    if diff_variance > 0 and gap_variance > 1e-12 * gap**2:
         covariance = ratios["_diff*gap"] - gap * diff
         derived["length/reward_corr"] = covariance / math.sqrt(gap_variance * diff_variance)
     return derived
