@@ -38,12 +38,18 @@ class EvaluationExample:
     """Chance with which the deciding policy took this action here, in (0, 1]."""
 
 
-def read_examples(path: str | Path, kind: PolicyKind | None = None) -> list[EvaluationExample]:
+@dataclass(frozen=True, slots=True)
+class ExampleFile:
+    """The examples of a file, and the kind that they are of."""
+
+    kind: PolicyKind
+    examples: list[EvaluationExample]
+
+
+def read_examples(path: str | Path) -> ExampleFile:
     """Read examples from JSON Lines and refuse data that cannot tell policies apart.
 
-    Args:
-        path: a file with one example a line.
-        kind: of the states and actions; None finds it from the first line (see ``detect_kind``).
+    The kind is that of the first line (see ``detect_kind``).
 
     Raises:
         InputError: no such file, no examples, lines that are no examples of this kind (all faults
@@ -51,7 +57,7 @@ def read_examples(path: str | Path, kind: PolicyKind | None = None) -> list[Eval
     """
     path = Path(path)
     rows = _read_rows(path)
-    kind = detect_kind(rows[0], f"{path}:1") if kind is None else kind
+    kind = detect_kind(rows[0], f"{path}:1")
     examples, faults = [], []
     for number, row in enumerate(rows, start=1):
         try:
@@ -66,7 +72,7 @@ def read_examples(path: str | Path, kind: PolicyKind | None = None) -> list[Eval
             f"{path}: all {len(rows)} examples have the action class {classes.pop()!r}; a policy "
             "that always says so would look perfect: evaluate on at least two classes"
         )
-    return examples
+    return ExampleFile(kind, examples)
 
 
 def detect_kind(row: object, where: str) -> PolicyKind:

@@ -148,17 +148,18 @@ def pair_page(result: PairEvaluation) -> str:
     )
 
 
-def pair_comparison_page(comparison: PairComparison) -> str:
+def pair_comparison_page(comparison: PairComparison, name_a: str = "A", name_b: str = "B") -> str:
     """Show two models on the same preference pairs."""
     bars = [
         bar
         for name, each in comparison.a.metrics.items()
         for bar in _two_bars(name, each, comparison.b.metrics[name])
     ]
-    names = {"A": "A", "B": "B", "tie": "Tie"}
+    names = {"A": name_a, "B": name_b, "tie": "Tie"}
     return _page(
         "Two models on the same preference pairs",
-        f"<p class=winner>Winner: {names[comparison.winner]}</p>"
+        f"<p>A: {escape(name_a)}<br>B: {escape(name_b)}</p>"
+        f"<p class=winner>Winner: {escape(names[comparison.winner])}</p>"
         f"<p>{escape(comparison.verdict)}</p>"
         f"<p class=soft>{comparison.a.pairs} pairs. "
         f"{escape(describe_intervals(comparison.a.options))}.</p>",
