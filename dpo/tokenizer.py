@@ -329,7 +329,10 @@ def _stop_ids(contents: Mapping[str, Mapping[str, JSON]], name: str) -> list[int
 def _chat_template(files: Mapping[str, bytes], config: Mapping[str, JSON], name: str) -> str | None:
     """Return the template's source: of its own file, or else of the config, maybe under a name."""
     if TEMPLATE in files:
-        return files[TEMPLATE].decode()
+        try:
+            return files[TEMPLATE].decode()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}/{TEMPLATE}: not UTF-8: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
         by_name = {item.get("name"): item.get("template") for item in template}
