@@ -31,6 +31,14 @@ COMMANDS = {
         "dpo.cli.reference:reference",
         "Compute the reference log-probs of a data set and keep them for later runs.",
     ),
+    "eval": Entry(
+        "dpo.eval.cli:evaluate",
+        "Evaluate POLICY on logged decisions, or the rewards of a scored file on its pairs.",
+    ),
+    "compare": Entry(
+        "dpo.eval.cli:compare",
+        "Compare two POLICIES on the same decisions, or rank several; or compare two scored files.",
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from dpo.progress import Console
     "model", "revision", "reference", "reference_revision", "reference_cache.",
     "data", "data_split", "data_revision", "columns", "on_bad_row", "out", "tokenize.", "loss.",
     "train.micro_batch_size", "train.tokens_per_micro_batch", "train.dtype", "train.device",
-    "train.threads", "train.compile", "train.share_prefix",
+    "train.threads", "train.share_prefix",
 )  # fmt: skip
 @click.pass_context
 def score(context: click.Context, /, *, print_config: bool, quiet: bool, **_flags: object) -> None:
@@ -25,4 +25,4 @@ def score(context: click.Context, /, *, print_config: bool, quiet: bool, **_flag
         return
     from dpo.score import score_file
 
-    score_file(resolved.config, console=Console(quiet=quiet))
+    click.echo(score_file(resolved.config, console=Console(quiet=quiet)))
