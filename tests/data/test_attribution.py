@@ -1,7 +1,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.attribution import (
@@ -74,6 +74,7 @@ def test_given_weights_share_in_proportion() -> None:
 
 
 @pytest.mark.parametrize("attribution", ATTRIBUTIONS.values(), ids=ATTRIBUTIONS)
+@settings(max_examples=40, deadline=None)
 @given(
     data=st.lists(
         st.builds(before, st.floats(0, 1e7), st.none() | st.integers(1, 99)), min_size=1, max_size=8

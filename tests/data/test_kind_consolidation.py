@@ -214,6 +214,60 @@ def test_the_first_rule_that_matches_answers(
     assert (answer.action, answer.confidence, answer.reason) == (action, confidence, reason)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"min_similarity": 0.95},
+        {"min_similarity": 0.99, "group_size": 1},
+        {"total_retrievals": 0, "last_accessed_days_ago": 90},
+        {"total_retrievals": 1, "last_accessed_days_ago": 95},
+        {"success_rate": 0.3, "last_accessed_days_ago": 61},
+        {"success_rate": 0.2, "last_accessed_days_ago": 60},
+        {"success_rate": 0.2, "last_accessed_days_ago": 61, "total_retrievals": 5},
+        {"avg_similarity": 0.8, "total_retrievals": 9},
+        {"avg_similarity": 0.85, "total_retrievals": 10},
+        {"avg_similarity": 0.85, "total_retrievals": 9, "group_size": 1},
+        {"group_size": 4, "total_retrievals": 55, "success_rate": 0.8},
+        {"total_retrievals": 50, "success_rate": 0.8},
+        {"total_retrievals": 55, "success_rate": 0.6},
+        {"avg_similarity": 0.7, "entry_types": ("tool",)},
+        {"avg_similarity": 0.75, "entry_types": ("tool",), "group_size": 2},
+        {"avg_similarity": 0.75},
+        {"duplicate_ratio": 0.3, "avg_similarity": 0.66},
+        {"duplicate_ratio": 0.31, "avg_similarity": 0.65},
+        {"last_accessed_days_ago": 7, "success_rate": 0.71},
+        {"last_accessed_days_ago": 6, "success_rate": 0.7},
+        {"avg_retrieval_rank": 3.0},
+        {"avg_retrieval_rank": 0.0, "total_retrievals": 0},
+    ],
+)
+def test_at_its_threshold_a_rule_does_not_match(changes: dict[str, Any]) -> None:
+    assert CONSOLIDATION.baseline(state(**changes)).reason == "default_keep"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"min_similarity": 0.96, "group_size": 2}, "exact_duplicates"),
+        (
+            {"success_rate": 0.29, "last_accessed_days_ago": 61, "total_retrievals": 6},
+            "low_success_old_entries",
+        ),
+        ({"total_retrievals": 0, "last_accessed_days_ago": 91}, "unused_old_entries"),
+        ({"avg_similarity": 0.81, "total_retrievals": 9, "group_size": 2}, "similar_low_usage"),
+        ({"total_retrievals": 51, "success_rate": 0.61}, "pattern_abstraction"),
+        (
+            {"avg_similarity": 0.71, "entry_types": ("tool",), "group_size": 3},
+            "similar_same_type",
+        ),
+        ({"duplicate_ratio": 0.31, "avg_similarity": 0.66, "group_size": 2}, "reduce_duplicates"),
+        ({"avg_retrieval_rank": 2.9, "total_retrievals": 1}, "high_quality"),
+    ],
+)
+def test_just_past_its_threshold_a_rule_matches(changes: dict[str, Any], reason: str) -> None:
+    assert CONSOLIDATION.baseline(state(**changes)).reason == reason
+
+
 def test_a_single_entry_is_never_merged() -> None:
     changes: dict[str, Any] = {"group_size": 1, "duplicate_ratio": 0.9, "total_retrievals": 1}
 
@@ -259,6 +313,69 @@ def test_a_change_is_rewarded(name: ActionName, outcome: dict[str, Any], value: 
     assert CONSOLIDATION.reward(outcome, named(name)).value == pytest.approx(value, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "before_after", "value"),
+    [
+        ("archive", (0.1, 0.0), 0.3),
+        ("archive", (0.0, 0.0), -0.4),
+        ("merge", (0.0, 0.11), 0.5),
+        ("merge", (0.0, 0.1), 0.2),
+        ("abstract", (0.09, 0.0), 0.2),
+        ("abstract", (0.1, 0.0), -0.5),
+        ("dedupe", (0.0, 0.04), 0.3),
+        ("dedupe", (0.0, 0.05), -0.3),
+        ("dedupe", (0.05, 0.0), -0.3),
+        ("keep", (0.0, 1.0), 0.0),
+    ],
+)
+def test_a_change_in_retrievals_counts_by_action_and_band(
+    name: ActionName, before_after: tuple[float, float], value: float
+) -> None:
+    reward = CONSOLIDATION.reward(change(before_after, (0, 0), (2, 1)), named(name))
+
+    assert reward.components["retrieval"] == value
+
+
+@pytest.mark.parametrize(
+    ("before_after", "value"),
+    [
+        ((0.0, 0.11), 0.5),
+        ((0.0, 0.1), 0.2),
+        ((0.0, 0.01), 0.2),
+        ((0.0, 0.0), 0.0),
+        ((0.01, 0.0), -0.2),
+        ((0.1, 0.0), -0.2),
+        ((0.11, 0.0), -0.6),
+    ],
+)
+def test_a_change_in_success_counts_by_its_band(
+    before_after: tuple[float, float], value: float
+) -> None:
+    reward = CONSOLIDATION.reward(change((0, 0), before_after, (2, 2)), named("keep"))
+
+    assert reward.components["success"] == value
+
+
+@pytest.mark.parametrize(
+    ("before_after", "value"),
+    [((10, 4), 0.3), ((10, 5), 0.2), ((10, 8), 0.1), ((10, 9), 0.1), ((9, 9), 0), ((9, 12), 0)],
+)
+def test_saved_storage_counts_by_its_share(before_after: tuple[int, int], value: float) -> None:
+    reward = CONSOLIDATION.reward(change((0, 0), (0, 0), before_after), named("merge"))
+
+    assert reward.components["storage"] == value
+
+
+@pytest.mark.parametrize(
+    ("name", "cost"),
+    [("merge", -0.1), ("abstract", -0.1), ("archive", -0.05), ("dedupe", -0.05), ("keep", 0.0)],
+)
+def test_every_action_has_its_cost(name: ActionName, cost: float) -> None:
+    reward = CONSOLIDATION.reward(change((0, 0), (0, 0), (2, 2)), named(name))
+
+    assert reward.components["action_cost"] == cost
+
+
 def test_keeping_what_does_not_change_is_worth_exactly_nothing() -> None:
     assert CONSOLIDATION.reward(change((1, 1), (1, 1), (3, 3)), named("keep")).value == 0
 
@@ -278,6 +395,8 @@ def test_more_storage_saved_is_worth_more() -> None:
         ("abstract", change((0, 0), (0.6, 0.4), (2, 1)), "abstract degraded quality"),
         ("merge", change((0, 0), (0.6, 0.6), (2, 1)), "merge maintained quality"),
         ("dedupe", change((0, 0), (0.6, 0.6), (2, 1)), "dedupe cleaned up duplicates"),
+        ("dedupe", change((0, 0), (0.0, 0.05), (2, 1)), "dedupe had an unexpected quality impact"),
+        ("merge", change((0, 0), (0.1, 0.0), (2, 1)), "merge maintained quality"),
         ("dedupe", change((0, 0), (0.6, 0.4), (2, 1)), "dedupe had an unexpected quality impact"),
         (
             "archive",

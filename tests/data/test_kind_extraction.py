@@ -213,6 +213,27 @@ def test_the_first_rule_that_matches_answers(
     assert (answer.action, answer.confidence, answer.reason) == (action, confidence, reason)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"novelty_score": 0.6, "complexity": 0.6},
+        {"novelty_score": 0.9, "complexity": 0.5},
+        {"session_capture_count": 5, "novelty_score": 0.3},
+        {"session_capture_count": 6, "novelty_score": 0.5},
+    ],
+)
+def test_at_its_threshold_a_rule_does_not_match(changes: dict[str, Any]) -> None:
+    assert EXTRACTION.baseline(state(**changes)).reason == "low_value_content"
+
+
+def test_an_explorer_chooses_among_seventeen_actions() -> None:
+    stores = EXTRACTION.actions()[2:]
+
+    assert EXTRACTION.actions()[:2] == (SKIP, DEFER)
+    assert len(stores) == 15
+    assert {action.priority for action in stores} == {20, 50, 80}
+
+
 def stored(retrievals: int, successes: int, failures: int, days: int) -> dict[str, Any]:
     return {
         "retrievalCount": retrievals,
@@ -234,6 +255,14 @@ def stored(retrievals: int, successes: int, failures: int, days: int) -> dict[st
         (stored(2, 0, 0, 0), 0.2),  # used, never judged
         (stored(9, 0, 0, 31), 0.4),  # .5 * .8
         (stored(2, 0, 2, 0), -0.1),  # .2 - .3
+        (stored(1, 0, 0, 0), 0.2),
+        (stored(3, 0, 0, 0), 0.5),
+        (stored(10, 0, 0, 0), 0.8),
+        (stored(10, 7, 3, 0), 1.0),  # .8 + .2: 7 of 10 is not above .7
+        (stored(3, 7, 3, 0), 0.7),  # .5 + .2
+        (stored(3, 4, 6, 0), 0.2),  # .5 - .3: 4 of 10 is not above .4
+        (stored(0, 0, 0, 30), -0.4),  # neither late nor decayed yet
+        (stored(3, 0, 0, 90), 0.4),  # .5 * .8
     ],
 )
 def test_an_entry_is_rewarded_by_its_use(outcome: dict[str, Any], value: float) -> None:
@@ -316,6 +345,14 @@ def test_counters_are_copied_and_errors_become_a_flag() -> None:
     assert context == ContextFeatures(2, 150, 3, True, 1, 1)
 
 
+def test_without_errors_there_is_no_error_flag() -> None:
+    metrics = dataclasses.replace(METRICS, error_count=0)
+
+    assert not build_state(
+        [], metrics=metrics, memory=PLAIN.memory_state
+    ).context_features.has_error
+
+
 @pytest.mark.parametrize(
     ("text", "flag"),
     [
@@ -354,7 +391,11 @@ def test_identifiers_raise_the_novelty() -> None:
 
 
 def test_novelty_adds_up_length_identifiers_and_code_and_stops_at_one() -> None:
+    assert content_features("x" * 500).novelty_score == 0.5
     assert content_features("x" * 501).novelty_score == 0.7
+    assert content_features("x" * 1000).novelty_score == 0.7
+    assert content_features("```\n```" * 9).novelty_score == 0.7
+    assert content_features("TokenStore " * 9).novelty_score == 0.8
     assert content_features("x" * 1001 + "```\n```").novelty_score == 0.5 + 0.2 + 0.1 + 0.1
     assert content_features("TokenStore " * 200 + "```\n``` " * 3).novelty_score == 1.0
 
@@ -365,9 +406,20 @@ def test_complexity_of_an_async_example_is_exactly_a_half() -> None:
     assert content_features(example).complexity == 0.1 + 0.1 + 0.1 + 0.2 == 0.5
 
 
-def test_complexity_counts_words_and_sentences() -> None:
-    assert content_features("word " * 51).complexity == 0.2
-    assert content_features("word " * 101).complexity == 0.4
-    assert content_features("word " * 201).complexity == 0.5
-    assert content_features("a. b. c. d").complexity == 0.1
-    assert content_features("a. b. c. d. e. f. ").complexity == 0.2
+@pytest.mark.parametrize(
+    ("words", "complexity"),
+    [(50, 0.0), (51, 0.2), (100, 0.2), (101, 0.4), (200, 0.4), (201, 0.5)],
+)
+def test_complexity_grows_with_the_words(words: int, complexity: float) -> None:
+    assert content_features("word " * words).complexity == complexity
+
+
+@pytest.mark.parametrize(("pieces", "complexity"), [(3, 0.0), (4, 0.1), (6, 0.1), (7, 0.2)])
+def test_complexity_grows_with_the_sentences(pieces: int, complexity: float) -> None:
+    assert content_features("x. " * (pieces - 1)).complexity == complexity
+
+
+def test_complexity_stops_at_one() -> None:
+    rich = "async function f(a: {b: [c]}): type. " * 100
+
+    assert content_features(rich).complexity == 1.0

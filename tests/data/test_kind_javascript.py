@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.kinds.javascript import json_text, number_text, to_fixed, utf16_length
@@ -33,6 +33,7 @@ def test_to_fixed_prints_as_javascript_does(value: float, text: str) -> None:
     assert to_fixed(value) == text
 
 
+@settings(deadline=None)
 @given(st.integers(-(2**40), 2**40), st.integers(0, 3))
 def test_to_fixed_moves_exact_ties_away_from_zero(units: int, digits: int) -> None:
     tie = (units * 2 + 1) / 2  # k + 1/2 at zero digits, exact in binary
@@ -43,6 +44,7 @@ def test_to_fixed_moves_exact_ties_away_from_zero(units: int, digits: int) -> No
     assert float(to_fixed(tie, digits + 1)) == tie
 
 
+@settings(deadline=None)
 @given(st.floats(-1e20, 1e20))
 def test_to_fixed_is_within_half_a_unit_of_the_last_digit(value: float) -> None:
     assert abs(float(to_fixed(value)) - value) <= 0.005 + abs(value) * 1e-15
@@ -72,6 +74,7 @@ def test_numbers_print_as_in_javascript(value: float, text: str) -> None:
     assert number_text(value) == text
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_printed_numbers_read_back_as_themselves(value: float) -> None:
     assert float(number_text(value)) == value
@@ -99,6 +102,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(json_values)
 def test_json_text_reads_back_as_the_same_value(value: object) -> None:
     assert json.loads(json_text(value)) == value

@@ -186,6 +186,41 @@ def test_the_first_rule_that_matches_answers(
 @pytest.mark.parametrize(
     "changes",
     [
+        {"has_keywords": True, "query_complexity": 0.6},
+        {"query_length": 20, "query_complexity": 0.2},
+        {"query_length": 15, "query_complexity": 0.3},
+        {"query_length": 15, "query_complexity": 0.2, "has_keywords": True},
+        {"avg_retrieval_success": 0.7, "recent_retrievals": 3},
+        {"avg_retrieval_success": 0.85, "recent_retrievals": 0},
+        {"conversation_depth": 10},
+        {"recent_tool_calls": 3},
+        {"avg_retrieval_success": 0.3, "recent_retrievals": 10},
+        {"avg_retrieval_success": 0.2, "recent_retrievals": 5},
+        {"total_entries": 1},
+    ],
+)
+def test_at_its_threshold_a_rule_does_not_match(changes: dict[str, Any]) -> None:
+    assert RETRIEVAL.baseline(state(**changes)).reason == "default_retrieve"
+
+
+def test_one_recent_retrieval_is_enough_for_recent_success() -> None:
+    answer = RETRIEVAL.baseline(state(avg_retrieval_success=0.71, recent_retrievals=1))
+
+    assert answer.reason == "recent_success"
+
+
+def test_an_explorer_chooses_among_ten_actions() -> None:
+    retrievals = RETRIEVAL.actions()[1:]
+
+    assert RETRIEVAL.actions()[0] == SKIP
+    assert len(retrievals) == 9
+    assert {action.scope for action in retrievals} == {"project"}
+    assert {action.max_results for action in retrievals} == {5, 15, 30}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
         {"has_keywords": True, "query_complexity": 0.8},
         {"has_errors": True},
         {"avg_retrieval_success": 0.85, "recent_retrievals": 3},
@@ -225,6 +260,29 @@ def test_a_task_is_rewarded_by_its_end_and_what_the_memory_gave(
     assert RETRIEVAL.reward(outcome, action).value == pytest.approx(value, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("scores", "component", "value"),
+    [
+        ({"contributionScore": 0.51}, "contribution", 0.5),
+        ({"contributionScore": 0.5}, "contribution", 0.2),
+        ({"contributionScore": 0.21}, "contribution", 0.2),
+        ({"contributionScore": 0.2}, "contribution", -0.1),
+        ({"contributionScore": -0.2}, "contribution", -0.1),
+        ({"contributionScore": -0.21}, "contribution", -0.3),
+        ({"relevanceScore": 0.81}, "relevance", 0.3),
+        ({"relevanceScore": 0.8}, "relevance", 0.1),
+        ({"relevanceScore": 0.51}, "relevance", 0.1),
+        ({"relevanceScore": 0.5}, "relevance", 0.0),
+        ({"retrievedCount": 20}, "cost", -0.1),
+        ({"retrievedCount": 21}, "cost", -0.2),
+    ],
+)
+def test_a_score_counts_by_its_band(scores: dict[str, float], component: str, value: float) -> None:
+    reward = RETRIEVAL.reward(ended("success", **scores), retrieve(30))
+
+    assert reward.components[component] == value
+
+
 def test_a_reward_shows_its_components() -> None:
     outcome = ended("partial", contributionScore=0.2, relevanceScore=0.9, retrievedCount=21)
 
@@ -248,6 +306,11 @@ def test_a_reward_shows_its_components() -> None:
             ended("failure", contributionScore=0.6),
             retrieve(5),
             "Retrieved but task failed - retrieval did not help",
+        ),
+        (
+            ended("success", contributionScore=0.3),
+            retrieve(5),
+            "Retrieved but had minimal impact on outcome",
         ),
         (ended("success"), retrieve(5), "Retrieved but had minimal impact on outcome"),
         (ended("success"), SKIP, "Skipped retrieval and succeeded - it was not needed"),
@@ -330,9 +393,40 @@ def test_complexity_adds_up_length_words_sentences_identifiers_and_code() -> Non
     assert features.query_length == 93  # .2
     # and .1 + .1 for 18 words, .1 for two sentences, .05 for one identifier
     assert features.query_complexity == 0.2 + 0.1 + 0.1 + 0.1 + 0.05
-    assert query_features("`x`").query_complexity == 0.2
-    assert query_features("word " * 50).query_complexity == pytest.approx(0.8)
-    assert query_features("TokenStore `x`. " * 50).query_complexity == 1.0
+
+
+@pytest.mark.parametrize(
+    ("query", "complexity"),
+    [
+        ("x" * 50, 0.0),
+        ("x" * 51, 0.2),
+        ("x" * 100, 0.2),
+        ("x" * 101, 0.4),
+        ("x" * 200, 0.4),
+        ("x" * 201, 0.5),
+        ("a " * 5, 0.0),
+        ("a " * 6, 0.1),
+        ("a " * 10, 0.1),
+        ("a " * 11, 0.2),
+        ("a " * 20, 0.2),
+        ("a " * 21, 0.3),
+        ("a.", 0.0),
+        ("a. b.", 0.1),
+        ("a. b. c.", 0.2),
+        ("TokenStore", 0.05),
+        ("TokenStore " * 4, 0.2),
+        ("TokenStore " * 5, 0.4),  # .2 for 55 characters, .2 for identifiers
+        ("`x`", 0.2),
+        ("TokenStore `x`. " * 50, 1.0),
+    ],
+)
+def test_each_trait_adds_its_gain_to_the_complexity(query: str, complexity: float) -> None:
+    assert query_features(query).query_complexity == pytest.approx(complexity, abs=1e-12)
+
+
+def test_fourteen_characters_are_social_and_fifteen_are_not() -> None:
+    assert query_features("n" * 14).semantic_category == "social"
+    assert query_features("n" * 15).semantic_category == "general"
 
 
 def test_a_length_counts_utf16_units() -> None:

@@ -9,7 +9,7 @@ import typing
 from typing import Annotated, Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.kinds import KINDS, PolicyKind
@@ -18,6 +18,7 @@ from dpo.data.kinds.schema import Range
 from dpo.data.simulate import simulated_situations
 from dpo.errors import InputError
 
+quick = settings(max_examples=40, deadline=None)
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
@@ -55,6 +56,7 @@ def actions(kind: PolicyKind) -> st.SearchStrategy[Any]:
 
 
 @every_kind
+@quick
 @given(data=st.data())
 def test_a_response_text_parses_back_to_its_action(kind: PolicyKind, data: st.DataObject) -> None:
     action = data.draw(actions(kind))
@@ -63,6 +65,7 @@ def test_a_response_text_parses_back_to_its_action(kind: PolicyKind, data: st.Da
 
 
 @every_kind
+@quick
 @given(data=st.data())
 def test_states_and_actions_survive_the_disk(kind: PolicyKind, data: st.DataObject) -> None:
     state, action = data.draw(states(kind)), data.draw(actions(kind))
@@ -75,6 +78,7 @@ def test_states_and_actions_survive_the_disk(kind: PolicyKind, data: st.DataObje
 
 
 @every_kind
+@quick
 @given(data=st.data())
 def test_the_rules_answer_every_state_with_a_valid_action(
     kind: PolicyKind, data: st.DataObject
@@ -88,6 +92,7 @@ def test_the_rules_answer_every_state_with_a_valid_action(
 
 
 @every_kind
+@quick
 @given(data=st.data())
 def test_prompts_and_group_keys_are_functions_of_the_state(
     kind: PolicyKind, data: st.DataObject
