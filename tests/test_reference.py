@@ -298,6 +298,29 @@ def test_damage_is_reported_by_file_and_the_file_is_kept_aside(tmp_path: Path) -
     assert shard.with_name(f"{shard.name}.damaged").read_bytes() == content
 
 
+def test_changed_dtype_of_unchanged_bytes_is_damage(tmp_path: Path) -> None:
+    shard = fill(tmp_path, PAIRS)
+    shard.write_bytes(shard.read_bytes().replace(b'"F32"', b'"I32"'))
+    assert open_cache(tmp_path).missing(PAIRS) == [0, 1, 2]
+
+
+def test_damaged_shard_in_a_folder_without_write_access_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = fill(tmp_path, PAIRS)
+    shard.write_bytes(shard.read_bytes().replace(b'"F32"', b'"I32"'))
+
+    def refuse(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    cache = open_cache(tmp_path)
+
+    assert cache.missing(PAIRS) == [0, 1, 2]
+    assert cache.missing(PAIRS) == [0, 1, 2]
+    assert len(cache.damaged) == 1
+
+
 def test_damage_in_one_shard_spares_the_others(tmp_path: Path) -> None:
     damaged = fill(tmp_path, PAIRS[:1])
     fill(tmp_path, PAIRS[1:])
@@ -437,10 +460,10 @@ def test_killed_pass_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    processes = [start_pass(tmp_path, 0.001) for _ in range(3)]
+    processes = [start_pass(tmp_path, 0.001) for _ in range(2)]
     for process in processes:
         process.communicate()
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert [process.returncode for process in processes] == [0, 0]
 
 
 def test_reference_module_does_not_import_torch() -> None:
