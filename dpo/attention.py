@@ -15,7 +15,6 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from dpo.segments import AttentionPlan
 
@@ -78,13 +77,12 @@ def sdpa(
 def _causal_run(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
     """Attend from (L, H, E) queries, aligned with the last L keys, to (M, G, E) keys causally."""
     queries, keys = len(query), len(key)
-    is_square = queries == keys
     mask: Tensor | None = None
-    if window is not None and window < keys:
+    if queries < keys or (window is not None and window < keys):
         visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        mask = visible.tril(keys - queries).triu(keys - queries - window + 1)
-    elif not is_square:
-        mask = causal_lower_right(queries, keys)
+        mask = visible.tril(keys - queries)
+        if window is not None:
+            mask = mask.triu(keys - queries - window + 1)
     attended = F.scaled_dot_product_attention(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],

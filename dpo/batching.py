@@ -9,7 +9,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,11 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo.segments import Segments, TokenStream, move, plan_attention
+from dpo.tokenized_pairs import TokenIds, TokenizedPair
 
-if TYPE_CHECKING:
-    from dpo.tokenization import TokenizedPair
-
-TokenIds = NDArray[np.int32]
+_ROUNDS = 8  # of the Feistel network: four leave a bias that 3,000 shuffles of seven rows show
 
 
 @dataclass(frozen=True)
@@ -225,21 +222,27 @@ class StepSampler:
 def permuted(index: int, size: int, *, seed: tuple[int, ...]) -> int:
     """Return where a seeded permutation of ``range(size)`` sends ``index``, in O(1) memory.
 
-    A Feistel network of four rounds permutes the next power of four; walking its cycle until it
-    lands below ``size`` permutes the range (Black and Rogaway 2002, "Ciphers with Arbitrary Finite
-    Domains").
+    A Feistel network permutes the next power of four; walking its cycle until it lands below
+    ``size`` permutes the range (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
     half_bits = max(1, math.ceil(math.log2(max(size, 2)) / 2))
     low = (1 << half_bits) - 1
+    key = hashlib.blake2b(repr(seed).encode(), digest_size=8 * _ROUNDS).digest()
+    keys = [int.from_bytes(key[first : first + 8]) for first in range(0, len(key), 8)]
     while True:
         left, right = index >> half_bits, index & low
-        for round_number in range(4):
-            text = repr((seed, round_number, right)).encode()
-            mixed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-            left, right = right, left ^ (mixed & low)
+        for round_key in keys:
+            left, right = right, left ^ (_mixed(right ^ round_key) & low)
         index = left << half_bits | right
         if index < size:
             return index
+
+
+def _mixed(value: int) -> int:
+    """Scramble 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+    return value ^ value >> 31
 
 
 def pack(sizes: Sequence[int], *, capacity: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """The two exceptions that a user of the engine is meant to see.
 
-The command line turns ``InputError`` into exit code 2 and ``RunError`` into exit code 1, each with its
-message and no traceback; anything else that escapes is a defect of this package.
+The command line turns ``InputError`` into exit code 2 and ``RunError`` into exit code 1, each with
+its message and no traceback; anything else that escapes is a defect of this package.
 """
 
 

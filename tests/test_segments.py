@@ -8,7 +8,7 @@ from dpo.segments import Segments, plan_attention
 
 @st.composite
 def forests(draw: st.DrawFn) -> Segments:
-    """Trees of depth two as the collator makes them: roots with a first child, then other children."""
+    """Trees as the collator makes them: roots with a first child, then other children."""
     trees = draw(st.integers(1, 4))
     lengths = st.integers(1, 5)
     parents: list[int | None] = []

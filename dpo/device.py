@@ -1,0 +1,26 @@
+"""Where a run computes."""
+
+from __future__ import annotations
+
+import torch
+
+from dpo.errors import InputError
+from dpo.precision import PRECISIONS
+from dpo.train_config import TrainConfig
+
+
+def choose_device(config: TrainConfig) -> torch.device:
+    """Set the number of CPU threads and return the device of a run.
+
+    Raises:
+        InputError: the device is not there, or it cannot do the dtype.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise InputError("train.device is cuda, but torch sees no GPU; give cpu or auto")
+    device = torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+    if PRECISIONS[config.dtype].scales_loss and device.type == "cpu":
+        raise InputError(f"train.dtype = {config.dtype} needs a GPU; on a CPU take bf16-mixed")
+    return device

@@ -1,0 +1,51 @@
+"""The README.md of a trained model: what it is made of and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dpo.config import RunConfig
+from dpo.files import atomic_write
+
+_SHOWN = ("loss", "rewards/accuracy", "rewards/margin")
+
+
+def write_model_card(
+    folder: Path, config: RunConfig, evaluations: Sequence[Mapping[str, float]]
+) -> None:
+    """Write ``folder/README.md``: base model, data, method, held-out metrics before and after."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [dpo, preference-optimization]",
+        "---",
+        "",
+        f"# {_named(config.model)}, trained on preferences",
+        "",
+        f"- base model: `{_named(config.model)}`" + _revision(config.revision),
+        f"- preference pairs: `{_named(config.data)}`" + _revision(config.data_revision),
+        f"- loss: `{config.loss.name}`"
+        + "".join(f", {name} = {value}" for name, value in config.loss.options.items()),
+        f"- learning rate: {config.train.learning_rate}, {config.train.batch_size} pairs a step, "
+        f"numerics {config.train.dtype}, seed {config.train.seed}",
+        "",
+        "Made with dpo-engine, after Rafailov et al. 2023, Direct Preference Optimization, "
+        "arXiv 2305.18290.",
+        "",
+    ]
+    if evaluations:
+        lines += ["| held-out pairs | before | after |", "| --- | --- | --- |"]
+        first, last = evaluations[0], evaluations[-1]
+        lines += [f"| {n} | {first[f'eval/{n}']:.4f} | {last[f'eval/{n}']:.4f} |" for n in _SHOWN]
+        lines.append("")
+    atomic_write(folder / "README.md", "\n".join(lines))
+
+
+def _named(source: str) -> str:
+    """Name a source without the path to it on this machine."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def _revision(revision: str | None) -> str:
+    return "" if revision is None else f", revision `{revision}`"

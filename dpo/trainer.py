@@ -1,0 +1,481 @@
+"""The training loop: one policy, batches that carry their reference, one loss.
+
+The trainer does the mathematics and holds the state; files, signals and terminals belong to
+``dpo.run``.
+
+Shapes: P pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo.batching import StepSampler
+from dpo.checkpoint import optimizer_tensors, restore_optimizer
+from dpo.errors import InputError, RunError
+from dpo.log_probs import Policy
+from dpo.losses import Loss, PairLogProbs, make_loss
+from dpo.metrics import MetricSums
+from dpo.optim import SCHEDULES, adamw, clip_gradients, parameter_groups, set_learning_rate
+from dpo.precision import PRECISIONS
+from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
+from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
+from dpo.tokenization import TokenizedPairs
+from dpo.train_config import TrainConfig
+
+Metrics = Mapping[str, float]
+Callback = Callable[["Trainer", Metrics], None]
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient is not finite; the weights are those before the step.
+
+    Attributes:
+        step: the optimizer step, counted from 0.
+        rows: the rows of the data that cause it, or all of the step if no single one does.
+    """
+
+    def __init__(self, step: int, rows: Sequence[int], ids: Sequence[str]) -> None:
+        shown = ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+        super().__init__(
+            f"step {step}: the loss or a gradient is not finite, from rows {shown}; "
+            "the weights are unchanged. Lower the learning rate, look at the rows, "
+            "or give --on-nonfinite skip"
+        )
+        self.step, self.rows = step, list(rows)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step left behind.
+
+    Attributes:
+        number: optimizer steps done, this one included.
+        metrics: the window's metrics, on steps that log.
+        evaluation: the evaluation's metrics under ``eval/``, on steps that evaluate.
+    """
+
+    number: int
+    metrics: Metrics | None
+    evaluation: Metrics | None
+
+
+@dataclass
+class Progress:
+    """Work done since the last line of metrics; tokens count a prompt once and each answer once."""
+
+    steps: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, pairs: int, tokens: int, seconds: float) -> None:
+        """Add one optimizer step."""
+        self.steps += 1
+        self.pairs += pairs
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+class Trainer:
+    """Trains a policy on preference pairs.
+
+    ``for step in trainer`` runs to the end and yields after each optimizer step; ``train()`` does
+    the same without stopping. The result of a step does not depend on how it is cut into
+    micro-batches.
+
+    Attributes:
+        step: optimizer steps done.
+        total_steps: optimizer steps of the whole run.
+        should_stop: set it to end the run after the current step.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        pairs: TokenizedPairs,
+        config: TrainConfig | None = None,
+        *,
+        loss: str | Loss | Callable[[PairLogProbs], Tensor] = "sigmoid",
+        reference: ReferenceLogProbs | None = None,
+        eval_pairs: TokenizedPairs | None = None,
+        eval_reference: ReferenceLogProbs | None = None,
+        starts_at_reference: bool = True,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """Prepare the run; nothing is computed yet but a reference that is not given.
+
+        Args:
+            policy: any module that follows the ``Policy`` protocol, on the device to train on.
+            pairs: what to train on.
+            config: options; its device, threads, compile, activation_checkpointing and resume are
+                for ``dpo.run`` and not read here.
+            loss: a name in ``LOSSES``, a ``Loss`` or a function of ``PairLogProbs``.
+            reference: reference log-probs of ``pairs``; the policy's own at the start if not given.
+            eval_pairs: what to evaluate on.
+            eval_reference: reference log-probs of ``eval_pairs``.
+            starts_at_reference: the policy is its own reference, so the first loss is known and
+                checked.
+            callbacks: called with the trainer and each line of metrics.
+
+        Raises:
+            InputError: the loss would ignore a column of the data, or the policy lacks the
+            protocol.
+        """
+        if not isinstance(policy, Policy):
+            raise InputError(
+                f"{type(policy).__name__} is no policy: it has no output_head(), "
+                "which dpo.log_probs.Policy asks for"
+            )
+        self.config = config or TrainConfig()
+        self.policy: Policy = policy
+        self.module: nn.Module = policy
+        self.loss = make_loss(loss)
+        self.precision = PRECISIONS[self.config.dtype]
+        self.device = next(policy.parameters()).device
+        self.callbacks = list(callbacks)
+        self.starts_at_reference = starts_at_reference
+        self.batches = self._batches(pairs, reference)
+        self.eval_batches = (
+            None if eval_pairs is None else self._batches(eval_pairs, eval_reference)
+        )
+        self.sampler = StepSampler(len(pairs), self.config.batch_size, self.config.seed)
+        self.total_steps = self.config.steps or self.sampler.steps_per_epoch * (
+            self.config.epochs or 1
+        )
+        self.optimizer = adamw(
+            parameter_groups(policy, self.config.weight_decay),
+            learning_rate=self.config.learning_rate,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            epsilon=self.config.epsilon,
+        )
+        self.scaler = torch.GradScaler(self.device.type, enabled=self.precision.scales_loss)
+        self.step = 0
+        self.skipped_steps = 0
+        self.tokens_seen = 0
+        self.best_loss = math.inf
+        self.best_step: int | None = None
+        self.evaluations_since_best = 0
+        self.should_stop = False
+        self._window, self._progress = MetricSums(), Progress()
+        self._norms: list[Tensor] = []
+
+    def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
+        if not len(pairs):
+            raise InputError("there are no pairs to train or evaluate on")
+        self.loss.check(margins=pairs.margins, label_probs=pairs.label_probs)
+        batches = MicroBatches(
+            pairs,
+            reference,
+            micro_batch_size=self.config.micro_batch_size,
+            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+            share_prefix=self.config.share_prefix,
+        )
+        if reference is not None or not self.loss.needs_reference:
+            return batches
+        return replace(batches, reference=self._own_reference(batches))
+
+    @torch.no_grad()
+    def _own_reference(self, batches: MicroBatches) -> ReferenceLogProbs:
+        """Score the pairs with the policy as it is before the first step."""
+
+        def score(rows: Sequence[int]) -> list[AnswerLogProbs]:
+            return answer_log_probs(self._score(rows, batches))
+
+        return reference_in_memory(score, batches.pairs, batches=batches.split_sorted)
+
+    # The loop
+
+    def train(self) -> None:
+        """Run to the end."""
+        for _ in self:
+            pass
+
+    def __iter__(self) -> Iterator[Step]:
+        """Run to the end, yielding after each optimizer step.
+
+        Raises:
+            RunError: the policy does not start at its reference, or no gradient reaches it.
+            NonFiniteError: a step is not finite and ``on_nonfinite`` is "stop".
+        """
+        if self.step == 0:
+            self.check_start()
+            if self.eval_batches is not None:
+                self._emit(self.evaluate())
+        while self.step < self.total_steps and not self.should_stop:
+            yield self._advance()
+
+    def _advance(self) -> Step:
+        """Do one optimizer step and what is due after it."""
+        self.train_step()
+        is_last = self.step == self.total_steps
+        metrics = evaluation = None
+        if self.step % self.config.log_every == 0 or is_last:
+            metrics = self._close_window()
+            self._emit(metrics)
+        every = self.config.eval_every
+        if self.eval_batches is not None and (is_last or (every and self.step % every == 0)):
+            evaluation = self.evaluate()
+            self._note_evaluation(evaluation["eval/loss"])
+            self._emit(evaluation)
+        return Step(self.step, metrics, evaluation)
+
+    def train_step(self) -> None:
+        """Do one optimizer step over its micro-batches.
+
+        The gradient is that of ``sum(w * loss) / sum(w)`` over the pairs of the whole step.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite and ``on_nonfinite`` is "stop".
+        """
+        started = time.perf_counter()
+        rows = self.sampler.rows(self.step)
+        total_weight = self._total_weight(rows)
+        sums = MetricSums()
+        values = []
+        for batch_rows in self.batches.split(rows):
+            scored = self._score(batch_rows, self.batches)
+            loss, weight = self.loss(scored.pairs), self.loss.pair_weights(scored.pairs)
+            self.scaler.scale((weight * loss).sum() / total_weight).backward()
+            sums.add(self.loss, scored, loss.detach())
+            values.append(loss.detach())
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm)
+        if self._is_finite(norm, torch.cat(values)):
+            self._update(norm)
+            self._window.merge(sums)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        tokens = int(self.batches.pairs.lengths()[rows].sum())
+        self.tokens_seen += tokens
+        self._progress.add(len(rows), tokens, time.perf_counter() - started)
+
+    def _score(self, rows: Sequence[int], batches: MicroBatches) -> ScoredPairs:
+        batch = batches.collate(rows).to(self.device)
+        with self.precision.context(self.device):
+            return score_batch(self.policy, batch)
+
+    def _total_weight(self, rows: Sequence[int]) -> float:
+        """Sum of the loss's pair weights over a whole step, known before the first forward pass."""
+        pairs = self.batches.pairs
+        lengths = torch.from_numpy(pairs.lengths()[rows]).float()  # (P, 3)
+        nothing = torch.zeros(len(rows))
+        data = PairLogProbs(
+            *(nothing,) * 4,
+            chosen_tokens=lengths[:, 1],
+            rejected_tokens=lengths[:, 2],
+            weight=torch.from_numpy(pairs.weights[rows]),
+            margin=torch.from_numpy(pairs.margins[rows]),
+            label_prob=torch.from_numpy(pairs.label_probs[rows]),
+        )
+        total = float(self.loss.pair_weights(data).double().sum())
+        if total <= 0:
+            raise RunError(f"step {self.step}: the weights of its {len(rows)} pairs sum to {total}")
+        return total
+
+    def _is_finite(self, norm: Tensor, losses: Tensor) -> bool:
+        """Ask the device once per step; on "stop" name the rows and leave the weights alone."""
+        is_finite = bool(norm.isfinite() & losses.isfinite().all())
+        if is_finite:
+            return True
+        if self.precision.scales_loss and bool(losses.isfinite().all()):
+            self.scaler.update()  # float16 overflowed: the scale was too large, not the loss
+        elif self.config.on_nonfinite == "stop":
+            rows = self._rows_not_finite()
+            ids = [self.batches.pairs.ids[row] for row in rows]
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(self.step, rows, ids)
+        self.skipped_steps += 1
+        return False
+
+    def _rows_not_finite(self) -> list[int]:
+        """Find the rows of the step whose loss or gradient alone is not finite; all if none is."""
+        rows = self.sampler.rows(self.step)
+        guilty = []
+        for row in rows:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(self._score([row], self.batches).pairs)
+            loss.sum().backward()
+            norm = clip_gradients(self.module.parameters(), None)
+            if not bool(norm.isfinite() & loss.isfinite().all()):
+                guilty.append(row)
+        return guilty or rows
+
+    def _update(self, norm: Tensor) -> None:
+        """Apply the accumulated gradient at this step's learning rate."""
+        if self.step == 0 and not bool(norm > 0):
+            raise RunError(
+                "no gradient reaches the policy: every parameter is frozen, "
+                "or the loss does not depend on the answers"
+            )
+        set_learning_rate(self.optimizer, self.learning_rate)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._norms.append(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next optimizer step."""
+        factor = SCHEDULES[self.config.schedule](
+            self.step, self.config.warmup_steps, self.total_steps
+        )
+        return self.config.learning_rate * factor
+
+    # Looking
+
+    @torch.no_grad()
+    def check_start(self) -> None:
+        """Compare the policy with its reference on the first micro-batch, before any update.
+
+        Raises:
+            RunError: an answer's log-prob differs by more than the noise of the numerics.
+        """
+        if self.batches.reference is None or not self.starts_at_reference:
+            return
+        pairs = self._score(self.batches.split(self.sampler.rows(0))[0], self.batches).pairs
+        tokens = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens])
+        gaps = torch.stack([pairs.chosen_log_ratio, pairs.rejected_log_ratio]).abs()
+        if bool((gaps <= self.precision.noise * tokens.sqrt()).all()):
+            return
+        found, expected = self.loss(pairs).mean(), self.loss.at_reference(pairs).mean()
+        raise RunError(
+            f"the policy does not start at its reference: an answer's log-prob differs by "
+            f"{gaps.max():.4g} nats, the first loss is {found:.6g} and should be {expected:.6g}. "
+            "Likely causes: the reference log-probs are of another model or of other tokens "
+            "(template, tokenizer), or the policy has dropout. If another reference is meant, "
+            "say starts_at_reference=False"
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate on the held-out pairs; the result does not depend on the batch size.
+
+        Returns:
+            ``step`` and the metrics under ``eval/``.
+        """
+        assert self.eval_batches is not None, "the trainer has no eval_pairs"
+        sums = MetricSums()
+        self.module.eval()
+        for rows in self.eval_batches.split_sorted(range(len(self.eval_batches.pairs))):
+            scored = self._score(rows, self.eval_batches)
+            sums.add(self.loss, scored, self.loss(scored.pairs))
+        self.module.train()
+        return {"step": self.step} | {f"eval/{k}": v for k, v in sums.result().items()}
+
+    def _note_evaluation(self, loss: float) -> None:
+        """Keep count for early stopping and for the best model."""
+        if loss < self.best_loss:
+            self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
+            return
+        self.evaluations_since_best += 1
+        patience = self.config.early_stopping
+        if patience is not None and self.evaluations_since_best >= patience:
+            self.should_stop = True
+
+    def _close_window(self) -> dict[str, float]:
+        """Turn what was gathered since the last line of metrics into one."""
+        steps = max(1, self._progress.steps)
+        seconds = max(self._progress.seconds, 1e-9)
+        norms = self._norms
+        line = {
+            "step": self.step,
+            "epoch": self.step / self.sampler.steps_per_epoch,
+            **self._window.result(),
+            "grad_norm": float(torch.stack(norms).mean()) if norms else math.nan,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "perf/step_s": seconds / steps,
+            "perf/pairs_per_s": self._progress.pairs / seconds,
+            "perf/tokens_per_s": self._progress.tokens / seconds,
+            "mem/peak_mib": peak_memory_mib(self.device),
+            "data/tokens": self.tokens_seen,
+            "health/nonfinite": self.skipped_steps,
+        }
+        self._window, self._progress, self._norms = MetricSums(), Progress(), []
+        return line
+
+    def _emit(self, metrics: Metrics) -> None:
+        for callback in self.callbacks:
+            callback(self, metrics)
+
+    # State
+
+    def state(self) -> dict[str, float | int | str | None]:
+        """Return the counters of the run and what must not change when it goes on."""
+        return {
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "tokens_seen": self.tokens_seen,
+            "best_loss": self.best_loss if self.best_step is not None else None,
+            "best_step": self.best_step,
+            "evaluations_since_best": self.evaluations_since_best,
+            "loss_scale": float(self.scaler.get_scale()),
+            **self._identity(),
+        }
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights, the optimizer state by parameter name, and the random state."""
+        return {
+            "model": {name: p.detach() for name, p in self.module.named_parameters()},
+            "optimizer": optimizer_tensors(self.optimizer, self.module),
+            "random": {"cpu": torch.get_rng_state()},
+        }
+
+    def restore(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> None:
+        """Go on from what ``tensors`` and ``state`` returned; bit-exact on a CPU.
+
+        Raises:
+            InputError: the data or an option that decides the mathematics is another one.
+        """
+        changed = [
+            f"{name} was {state.get(name)!r} and is {value!r}"
+            for name, value in self._identity().items()
+            if state.get(name) != value
+        ]
+        if changed:
+            raise InputError("cannot resume, the run has changed: " + "; ".join(changed))
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                parameter.copy_(tensors["model"][name])
+        restore_optimizer(self.optimizer, self.module, tensors["optimizer"])
+        torch.set_rng_state(tensors["random"]["cpu"])
+        self.step = int(state["step"])
+        self.skipped_steps = int(state["skipped_steps"])
+        self.tokens_seen = int(state["tokens_seen"])
+        self.best_step = state["best_step"]
+        self.best_loss = math.inf if self.best_step is None else float(state["best_loss"])
+        self.evaluations_since_best = int(state["evaluations_since_best"])
+        if self.precision.scales_loss:
+            self.scaler.update(float(state["loss_scale"]))
+
+    def _identity(self) -> dict[str, int | float | str]:
+        config = self.config
+        return {
+            "data": self.batches.pairs.fingerprint,
+            "loss": repr(self.loss),
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "dtype": config.dtype,
+            "learning_rate": config.learning_rate,
+            "schedule": config.schedule,
+            "warmup_steps": config.warmup_steps,
+            "weight_decay": config.weight_decay,
+        }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the most memory used so far: allocated on a GPU, resident of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

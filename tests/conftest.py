@@ -1,0 +1,61 @@
+"""Fixtures that several test modules build on: tiny real models and pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from dpo.models import Decoder, init_model, parse_config
+from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
+
+VOCAB = 31
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Decoder]:
+    """Make a tiny Llama; keywords change its config.json, ``seed`` and ``dtype`` its numbers."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Decoder:
+        config = {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": VOCAB,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+        }
+        model = init_model(parse_config(config | changes), seed=seed, dtype=dtype)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(5.0)  # logits that differ, so that a wrong one shows
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_pairs() -> Callable[..., TokenizedPairs]:
+    """Make random tokenized pairs of the tiny model's vocabulary."""
+
+    def make(count: int = 8, seed: int = 0, longest: int = 9) -> TokenizedPairs:
+        generator = np.random.default_rng(seed)
+
+        def text() -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+            size = int(generator.integers(1, longest + 1))
+            return generator.integers(0, VOCAB, size).astype(np.int32)
+
+        return columns_of(
+            [
+                TokenizedPair(text(), text(), text(), weight=1.0 + row % 3, id=f"row-{row + 1}")
+                for row in range(count)
+            ]
+        )
+
+    return make

@@ -1,0 +1,427 @@
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dpo.errors import InputError, RunError
+from dpo.losses import PairLogProbs
+from dpo.models import Decoder
+from dpo.models.transforms import checkpoint_activations, compile_blocks
+from dpo.tokenization import TokenizedPairs, columns_of
+from dpo.train_config import TrainConfig
+from dpo.trainer import NonFiniteError, Trainer
+from dpo.transformers_policy import TransformersPolicy
+
+MakeModel = Callable[..., Decoder]
+MakePairs = Callable[..., TokenizedPairs]
+
+PLAIN = TrainConfig(batch_size=4, learning_rate=1e-2, schedule="constant", steps=5)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def one_step(
+    make_model: MakeModel, pairs: TokenizedPairs, loss: str, **options: Any
+) -> tuple[dict[str, Tensor], Mapping[str, float]]:
+    """Do one step in float64 from a policy that is not its reference."""
+    reference = Trainer(make_model(seed=1, dtype=torch.float64), pairs, PLAIN).batches.reference
+    model = make_model(seed=0, dtype=torch.float64)
+    split: dict[str, Any] = {"tokens_per_micro_batch": None} | options
+    config = replace(PLAIN, batch_size=len(pairs), steps=1, **split)
+    trainer = Trainer(
+        model, pairs, config, loss=loss, reference=reference, starts_at_reference=False
+    )
+    step = next(iter(trainer))
+    assert step.metrics is not None
+    return weights(model), step.metrics
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    seed=st.integers(0, 5),
+    loss=st.sampled_from(["sigmoid", "ipo", "sft", "rpo"]),
+    micro_batch_size=st.one_of(st.none(), st.integers(1, 8)),
+    tokens=st.integers(1, 120),
+    share_prefix=st.booleans(),
+)
+def test_step_does_not_depend_on_how_it_is_split(
+    make_model: MakeModel,
+    make_pairs: MakePairs,
+    seed: int,
+    loss: str,
+    micro_batch_size: int | None,
+    tokens: int,
+    share_prefix: bool,
+) -> None:
+    pairs = make_pairs(8, seed=seed)
+    split = {"micro_batch_size": micro_batch_size}
+    if micro_batch_size is None:
+        split = {"tokens_per_micro_batch": tokens}
+    expected_weights, expected = one_step(make_model, pairs, loss, micro_batch_size=8)
+    found_weights, found = one_step(make_model, pairs, loss, share_prefix=share_prefix, **split)
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(found_weights[name], weight, rtol=0, atol=1e-10)
+    for name, value in expected.items():
+        if not name.startswith(("perf/", "mem/")):
+            assert found[name] == pytest.approx(value, abs=1e-10), name
+
+
+def naive_dpo_losses(
+    model: Decoder, pairs: TokenizedPairs, order: list[list[int]], learning_rate: float
+) -> list[float]:
+    """Train with whole logits, one answer at a time, and torch's AdamW: the definition."""
+    from dpo.batching import collate_answers
+
+    def log_prob(prompt: Any, answer: Any) -> Tensor:
+        texts = collate_answers([(prompt, [answer])], multiple_of=1)
+        log_probs = (model(texts.stream) @ model.lm_head.weight.T).log_softmax(dim=-1)
+        return log_probs[texts.predictors, texts.targets].sum()
+
+    def gaps(rows: list[int]) -> Tensor:
+        return torch.stack(
+            [
+                log_prob(pairs[row].prompt_ids, pairs[row].chosen_ids)
+                - log_prob(pairs[row].prompt_ids, pairs[row].rejected_ids)
+                for row in rows
+            ]
+        )
+
+    with torch.no_grad():
+        reference = gaps(list(range(len(pairs))))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    losses = []
+    for rows in order:
+        weight = torch.tensor([pairs[row].weight for row in rows], dtype=torch.float64)
+        values = -nn.functional.logsigmoid(0.1 * (gaps(rows) - reference[rows]))
+        loss = (weight * values).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_five_steps_equal_the_definition(make_model: MakeModel, make_pairs: MakePairs) -> None:
+    pairs = make_pairs(8)
+    trainer = Trainer(make_model(dtype=torch.float64), pairs, replace(PLAIN, max_grad_norm=None))
+    found = [step.metrics["loss"] for step in trainer if step.metrics is not None]
+    order = [trainer.sampler.rows(step) for step in range(5)]
+    expected = naive_dpo_losses(make_model(dtype=torch.float64), pairs, order, 1e-2)
+    assert found == pytest.approx(expected, abs=1e-6)  # the reference is float32
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-5), ("bf16-mixed", 3e-3)])
+def test_first_loss_is_ln_2(
+    make_model: MakeModel, make_pairs: MakePairs, dtype: Any, noise: float
+) -> None:
+    trainer = Trainer(make_model(), make_pairs(), replace(PLAIN, dtype=dtype))
+    metrics = next(iter(trainer)).metrics
+    assert metrics is not None
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=noise)
+
+
+def test_policy_that_does_not_start_at_its_reference_is_refused(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs = make_pairs()
+    other = Trainer(make_model(seed=1), pairs, PLAIN).batches.reference
+    with pytest.raises(RunError, match=r"does not start at its reference.*another model"):
+        Trainer(make_model(seed=0), pairs, PLAIN, reference=other).train()
+
+
+def test_resumed_run_equals_unbroken_run_bit_for_bit(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs = make_pairs(10)
+    whole = Trainer(make_model(), pairs, PLAIN)
+    whole.train()
+    first = Trainer(make_model(), pairs, PLAIN)
+    for step in first:
+        if step.number == 2:
+            break
+    tensors = {stem: {k: v.clone() for k, v in t.items()} for stem, t in first.tensors().items()}
+    state = first.state()
+    second = Trainer(make_model(), pairs, PLAIN)
+    second.restore(tensors, state)
+    second.train()
+    for name, weight in weights(whole.module).items():
+        assert torch.equal(weight, weights(second.module)[name])
+    assert second.tokens_seen == whole.tokens_seen
+
+
+def test_resuming_another_run_is_refused_naming_both_values(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    trainer = Trainer(make_model(), make_pairs(), PLAIN)
+    other = Trainer(make_model(), make_pairs(), replace(PLAIN, batch_size=2))
+    with pytest.raises(InputError, match="batch_size was 4 and is 2"):
+        other.restore(trainer.tensors(), trainer.state())
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    results = []
+    for micro_batch_size in (1, 3, 8):
+        config = replace(PLAIN, micro_batch_size=micro_batch_size, tokens_per_micro_batch=None)
+        trainer = Trainer(
+            make_model(dtype=torch.float64),
+            make_pairs(4),
+            config,
+            eval_pairs=make_pairs(8, seed=5),
+        )
+        results.append([step.evaluation for step in trainer][-1])
+    assert results[0] is not None
+    assert results[1] == pytest.approx(results[0], abs=1e-10)
+    assert results[2] == pytest.approx(results[0], abs=1e-10)
+
+
+def test_metrics_of_a_step_have_the_names_that_scripts_rely_on(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    lines: list[Mapping[str, float]] = []
+    trainer = Trainer(
+        make_model(),
+        make_pairs(),
+        replace(PLAIN, steps=1),
+        eval_pairs=make_pairs(4, seed=1),
+        callbacks=[lambda _, metrics: lines.append(metrics)],
+    )
+    trainer.train()
+    before, step, after = lines
+    names = {
+        *("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margin"),
+        *("rewards/accuracy", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate"),
+        *("perf/step_s", "perf/pairs_per_s", "perf/tokens_per_s", "mem/peak_mib"),
+    }
+    assert names <= set(step)
+    assert {"step", "eval/loss", "eval/rewards/accuracy", "eval/logps/chosen"} <= set(before)
+    assert (before["step"], after["step"]) == (0, 1)
+    assert step["logps/chosen"] < 0
+
+
+def test_training_from_the_cache_equals_training_with_a_live_reference(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs = make_pairs()
+    own = Trainer(make_model(), pairs, PLAIN)
+    given = Trainer(make_model(), pairs, PLAIN, reference=own.batches.reference)
+    own.train()
+    given.train()
+    for name, weight in weights(own.module).items():
+        assert torch.equal(weight, weights(given.module)[name])
+
+
+class Poisoned(nn.Module):
+    """A loss that is not finite for one row, or whose gradient is not."""
+
+    def __init__(self, chosen_tokens: float, *, only_gradient: bool) -> None:
+        super().__init__()
+        self.chosen_tokens, self.only_gradient = chosen_tokens, only_gradient
+
+    def forward(self, pairs: PairLogProbs) -> Tensor:
+        is_guilty = pairs.chosen_tokens == self.chosen_tokens
+        values = pairs.log_ratio_gap.clone()
+        gap = values[is_guilty]
+        values[is_guilty] = (gap - gap.detach()).sqrt() if self.only_gradient else gap * torch.nan
+        return values
+
+
+def poisoned_pairs(make_pairs: MakePairs) -> TokenizedPairs:
+    pairs = list(make_pairs(8))
+    pairs[5] = replace(pairs[5], chosen_ids=np.arange(20, dtype=np.int32), id="the bad one")
+    return columns_of(pairs)
+
+
+@pytest.mark.parametrize("only_gradient", [False, True])
+def test_nonfinite_step_stops_before_the_update_and_names_the_row(
+    make_model: MakeModel, make_pairs: MakePairs, only_gradient: bool
+) -> None:
+    model = make_model()
+    before = weights(model)
+    trainer = Trainer(
+        model,
+        poisoned_pairs(make_pairs),
+        replace(PLAIN, batch_size=8),
+        loss=Poisoned(20, only_gradient=only_gradient),
+    )
+    with pytest.raises(
+        NonFiniteError, match="from rows the bad one; the weights are unchanged"
+    ) as e:
+        trainer.train()
+    assert e.value.rows == [5]
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, before[name])
+
+
+def test_nonfinite_step_is_skipped_and_counted_if_asked(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    trainer = Trainer(
+        make_model(),
+        poisoned_pairs(make_pairs),
+        replace(PLAIN, steps=2, on_nonfinite="skip"),
+        loss=Poisoned(20, only_gradient=False),
+    )
+    metrics = [step.metrics for step in trainer]
+    assert trainer.skipped_steps == 1
+    assert metrics[-1] is not None
+    assert metrics[-1]["health/nonfinite"] == 1
+    assert all(bool(parameter.isfinite().all()) for parameter in trainer.module.parameters())
+
+
+def test_policy_without_trainable_parameters_is_refused(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    def constant(pairs: PairLogProbs) -> Tensor:
+        return pairs.chosen * 0.0
+
+    with pytest.raises(RunError, match="no gradient reaches the policy"):
+        Trainer(make_model(), make_pairs(), PLAIN, loss=constant).train()
+
+
+def test_weights_that_sum_to_nothing_are_refused(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs = columns_of([replace(pair, weight=0.0) for pair in make_pairs()])
+    with pytest.raises(RunError, match=r"the weights of its 4 pairs sum to 0\.0"):
+        Trainer(make_model(), pairs, PLAIN).train()
+
+
+def test_no_pairs_are_refused(make_model: MakeModel, make_pairs: MakePairs) -> None:
+    with pytest.raises(InputError, match="there are no pairs"):
+        Trainer(make_model(), make_pairs(0), PLAIN)
+
+
+def test_module_without_the_protocol_is_refused(make_pairs: MakePairs) -> None:
+    with pytest.raises(InputError, match=r"Linear is no policy: it has no output_head\(\)"):
+        Trainer(nn.Linear(2, 2), make_pairs(), PLAIN)
+
+
+def test_column_that_the_loss_ignores_is_refused(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs = columns_of([replace(pair, margin=0.3) for pair in make_pairs()])
+    with pytest.raises(InputError, match="margin"):
+        Trainer(make_model(), pairs, PLAIN, loss="sft")
+
+
+def test_early_stopping_counts_evaluations_without_a_lower_loss(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    config = replace(PLAIN, steps=50, learning_rate=0.5, eval_every=1, early_stopping=2)
+    trainer = Trainer(make_model(), make_pairs(4), config, eval_pairs=make_pairs(8, seed=9))
+    losses = [step.evaluation["eval/loss"] for step in trainer if step.evaluation is not None]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 3 < 50
+    assert trainer.best_step == best + 1
+
+
+def test_callback_can_stop_the_run(make_model: MakeModel, make_pairs: MakePairs) -> None:
+    def stop(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        trainer.should_stop = metrics["step"] >= 2
+
+    trainer = Trainer(make_model(), make_pairs(), PLAIN, callbacks=[stop])
+    trainer.train()
+    assert trainer.step == 2
+
+
+def test_activation_checkpointing_gives_bit_equal_weights(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    plain, saving = make_model(), make_model()
+    checkpoint_activations(saving)
+    for model in (plain, saving):
+        Trainer(model, make_pairs(), PLAIN).train()
+    for name, weight in weights(plain).items():
+        assert torch.equal(weight, weights(saving)[name])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_eager_ones(make_model: MakeModel, make_pairs: MakePairs) -> None:
+    eager, compiled = make_model(), make_model()
+    compile_blocks(compiled)
+    for model in (eager, compiled):
+        Trainer(model, make_pairs(), PLAIN).train()
+    for name, weight in weights(eager).items():
+        torch.testing.assert_close(weights(compiled)[name], weight, rtol=0, atol=1e-4)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += "_local_scalar_dense" in str(func) or "nonzero" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_reads_do_not_grow_with_micro_batches(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    counts = []
+    for micro_batch_size in (8, 1):
+        config = replace(
+            PLAIN,
+            batch_size=8,
+            micro_batch_size=micro_batch_size,
+            tokens_per_micro_batch=None,
+            log_every=5,
+        )
+        trainer = Trainer(make_model(), make_pairs(), config)
+        trainer.train_step()
+        with HostReads() as reads:
+            trainer.train_step()
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+
+
+def test_transformers_model_trains_like_ours(make_pairs: MakePairs, tmp_path: Any) -> None:
+    import transformers
+
+    from dpo.models import load_model
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 31,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    theirs.save_pretrained(tmp_path)
+    losses = []
+    for policy in (load_model(tmp_path), TransformersPolicy(theirs)):
+        trainer = Trainer(policy, make_pairs(), PLAIN)
+        losses.append([step.metrics["loss"] for step in trainer if step.metrics is not None])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_transformers_model_without_a_linear_head_is_refused() -> None:
+    with pytest.raises(InputError, match="Linear has no linear output layer"):
+        TransformersPolicy(nn.Linear(2, 2))
