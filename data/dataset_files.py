@@ -76,11 +76,8 @@ def write_dataset(
         _write_side(temporary, name, "eval", dataset.eval, evaluation)
         metadata: dict[str, JSON] = {
             "policy": name,
-            "config": {
-                **to_json(dataset.options),
-                "pairs": to_json(options),
-                "minPairs": min_pairs,
-            },
+            "config": to_json(dataset.options),
+            "pairConfig": {**to_json(options), "minPairs": min_pairs},
             "dataset": to_json(dataset.stats),
             "trainPairs": len(train.pairs),
             "evalPairs": len(evaluation.pairs),

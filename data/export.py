@@ -1,0 +1,307 @@
+"""Preference pairs in the formats of other tools.
+
+A format is an `Exporter`; to add one, write a function that puts an `ExportSource` into an empty
+folder and name it in ``EXPORTERS``. The same source gives the same bytes.
+"""
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo.data.arms import find_arms, number_by_appearance
+from dpo.data.dataset_files import find_metadata, load_dataset
+from dpo.data.examples import Examples
+from dpo.data.kinds.base import Action, State
+from dpo.data.texts import json_line
+from dpo.errors import InputError
+from dpo.files import JSON, atomic_directory
+from dpo.pair import Message, PreferencePair, Text
+from dpo.pair_rows import OPTIONAL, REQUIRED, pair_to_row
+from dpo.preferences import load_pairs
+
+
+class Demonstration(NamedTuple):
+    """A prompt with an answer worth imitating."""
+
+    prompt: Text
+    answer: Text
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSource:
+    """What is exported; both mappings are by split, "train" and "eval", empty splits left out.
+
+    Attributes:
+        name: of the data, for people.
+        pairs: all pairs.
+        demonstrations: good answers alone; a function, because they take time to find.
+    """
+
+    name: str
+    pairs: Mapping[str, Sequence[PreferencePair]]
+    demonstrations: Callable[[], Mapping[str, Sequence[Demonstration]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Exporter:
+    """One format.
+
+    Attributes:
+        write: puts a source into an empty folder.
+        keeps: which optional fields of a pair the format can hold.
+        usage: Markdown for the card: what the files hold and how to load them.
+    """
+
+    write: Callable[[ExportSource, Path], None]
+    keeps: frozenset[str]
+    usage: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        folder: where.
+        file_bytes: size of each file.
+        notes: what the format could not hold, one sentence each.
+    """
+
+    folder: Path
+    file_bytes: Mapping[str, int]
+    notes: Sequence[str]
+
+
+def export_pairs(
+    source: str | Path, folder: str | Path, *, format_name: str, replace_folder: bool = False
+) -> ExportReport:
+    """Write the pairs of a data set folder or of a file of pairs in another format.
+
+    Args:
+        source: a folder of `write_dataset`, or whatever `load_pairs` reads.
+        folder: is made; must not exist unless ``replace_folder``.
+        format_name: one of ``EXPORTERS``.
+        replace_folder: whether an existing folder is replaced.
+
+    Raises:
+        InputError: an unknown format, an unreadable source, or the folder exists.
+    """
+    if format_name not in EXPORTERS:
+        raise InputError(f"there is no format {format_name!r}, only {', '.join(EXPORTERS)}")
+    exporter = EXPORTERS[format_name]
+    exported = read_source(source)
+    with atomic_directory(Path(folder), replace=replace_folder) as temporary:
+        exporter.write(exported, temporary)
+        if not (temporary / "README.md").exists():
+            _write_text(temporary / "README.md", _card(exported, format_name))
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    return ExportReport(Path(folder), sizes, _lost(exported, exporter, format_name))
+
+
+def read_source(source: str | Path) -> ExportSource:
+    """Read a data set folder, or a source of pairs, which becomes the training split.
+
+    Raises:
+        InputError: it is unreadable.
+    """
+    if any(Path(source).glob("*_metadata.json")):
+        path = find_metadata(source)
+        policy = path.name.removesuffix("_metadata.json")
+        files = {side: path.with_name(f"{policy}_dpo_{side}.jsonl") for side in ("train", "eval")}
+        pairs = {side: _pairs(file) for side, file in files.items() if file.stat().st_size}
+        return ExportSource(policy, pairs, lambda: _best_actions(path.parent))
+    loaded = {"train": _pairs(source)}
+    return ExportSource(Path(source).name, loaded, lambda: _chosen(loaded))
+
+
+def _pairs(source: str | Path) -> list[PreferencePair]:
+    """Read pairs without the ids that the reader makes up."""
+    return [
+        replace(pair, id=None) if pair.id == f"row-{number}" else pair
+        for number, pair in enumerate(load_pairs(source).pairs, start=1)
+    ]
+
+
+def _chosen(pairs: Mapping[str, Sequence[PreferencePair]]) -> dict[str, list[Demonstration]]:
+    """Return the chosen answers; a file of pairs does not say how good they are."""
+    return {
+        split: [Demonstration(pair.prompt, pair.chosen) for pair in rows]
+        for split, rows in pairs.items()
+    }
+
+
+def _best_actions(folder: Path) -> dict[str, list[Demonstration]]:
+    """Return, for each prompt, the action that earned most, if its mean reward is above zero."""
+    dataset = load_dataset(folder)
+    sides = {"train": dataset.train, "eval": dataset.eval}
+    return {side: _good(examples) for side, examples in sides.items() if len(examples)}
+
+
+def _good(examples: Examples[State, Action]) -> list[Demonstration]:
+    columns = examples.columns()
+    contexts = number_by_appearance(columns.prompts)
+    arms = find_arms(contexts, columns.actions, columns.rewards)
+    by_reward = np.lexsort((-arms.reward, arms.context))
+    is_best = np.diff(arms.context[by_reward], prepend=-1) > 0
+    best = by_reward[is_best & (arms.reward[by_reward] > 0)]
+    rows = arms.best_row[best].tolist()
+    return [Demonstration(examples.prompt(row), examples.response(row)) for row in rows]
+
+
+# --- formats -------------------------------------------------------------------------------------
+
+
+def _write_jsonl(source: ExportSource, folder: Path) -> None:
+    for split, pairs in source.pairs.items():
+        _write_lines(folder / f"{split}.jsonl", map(pair_to_row, pairs))
+
+
+def _write_huggingface(source: ExportSource, folder: Path) -> None:
+    """Write one file a split; the card's header tells ``datasets`` which file is which split."""
+    names = {split: _HUGGINGFACE_SPLITS.get(split, split) for split in source.pairs}
+    for split, pairs in source.pairs.items():
+        _write_lines(folder / f"{names[split]}.jsonl", map(pair_to_row, pairs))
+    files = "".join(
+        f"      - split: {name}\n        path: {name}.jsonl\n" for name in names.values()
+    )
+    header = f"---\nconfigs:\n  - config_name: default\n    data_files:\n{files}---\n\n"
+    _write_text(folder / "README.md", header + _card(source, "huggingface"))
+
+
+def _write_openai(source: ExportSource, folder: Path) -> None:
+    for split, pairs in source.pairs.items():
+        _write_lines(folder / f"{split}.jsonl", map(_openai_row, pairs))
+
+
+def _openai_row(pair: PreferencePair) -> JSON:
+    return {
+        "input": {
+            "messages": _messages(pair.prompt, "user"),
+            "tools": list(pair.tools or ()),
+            "parallel_tool_calls": True,
+        },
+        "preferred_output": _messages(pair.chosen, "assistant"),
+        "non_preferred_output": _messages(pair.rejected, "assistant"),
+    }
+
+
+def _write_chat(source: ExportSource, folder: Path) -> None:
+    for split, rows in source.demonstrations().items():
+        messages = (
+            _messages(row.prompt, "user") + _messages(row.answer, "assistant") for row in rows
+        )
+        _write_lines(folder / f"{split}.jsonl", ({"messages": each} for each in messages))
+
+
+def _messages(text: Text, role: str) -> list[Message]:
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+
+
+def _write_csv(source: ExportSource, folder: Path) -> None:
+    columns = _columns(source)
+    for split, pairs in source.pairs.items():
+        with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
+            writer.writerow(columns)
+            for row in map(pair_to_row, pairs):
+                writer.writerow([_cell(row.get(column)) for column in columns])
+
+
+def _cell(value: JSON) -> str:
+    """Return a cell that no spreadsheet takes for a formula; what is not text is JSON."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return json_line(value)
+    return f"'{value}" if value.lstrip()[:1] in _FORMULA_STARTS else value
+
+
+def _write_parquet(source: ExportSource, folder: Path) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError("Parquet needs pyarrow: pip install 'dpo-engine[parquet]'") from error
+    columns = _columns(source)
+    for split, pairs in source.pairs.items():
+        rows = [pair_to_row(pair) for pair in pairs]
+        table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+        parquet.write_table(table, folder / f"{split}.parquet", compression="zstd")
+
+
+def _columns(source: ExportSource) -> list[str]:
+    """Return the fields that any pair has, in the order of `PreferencePair`."""
+    used = {name for pairs in source.pairs.values() for pair in pairs for name in pair_to_row(pair)}
+    return [name for name in REQUIRED + OPTIONAL if name in used]
+
+
+_HUGGINGFACE_SPLITS = {"eval": "test"}
+_FORMULA_STARTS = tuple("=+-@'\uff1d\uff0b\uff0d\uff20")  # the last four are full-width = + - @
+_ALL = frozenset(OPTIONAL)
+
+EXPORTERS: dict[str, Exporter] = {
+    "huggingface": Exporter(
+        _write_huggingface,
+        keeps=_ALL,
+        usage="`datasets.load_dataset(FOLDER)` gives the splits `train` and `test` with the "
+        "columns `prompt`, `chosen` and `rejected`, which TRL's `DPOTrainer` takes as they are.",
+    ),
+    "openai": Exporter(
+        _write_openai,
+        keeps=frozenset({"tools"}),
+        usage="One object a line for preference fine-tuning at OpenAI: `input.messages`, "
+        "`preferred_output`, `non_preferred_output`.",
+    ),
+    "chat": Exporter(
+        _write_chat,
+        keeps=frozenset(),
+        usage="One conversation a line, `{messages: [...]}`, for supervised fine-tuning: of a data "
+        "set of decisions the best action of each prompt, if its reward is above zero; of a file "
+        "of pairs every chosen answer. Rewards are not in the text.",
+    ),
+    "csv": Exporter(
+        _write_csv,
+        keeps=_ALL,
+        usage="UTF-8, every cell quoted, newlines kept, conversations as JSON. A text that begins "
+        "(after blanks) with one of `= + - @ '` has a `'` put before it, so that no spreadsheet "
+        "takes it for a formula: remove that one letter to get the text back.",
+    ),
+    "parquet": Exporter(_write_parquet, keeps=_ALL, usage="One Parquet file a split."),
+    "jsonl": Exporter(
+        _write_jsonl, keeps=_ALL, usage="One pair a line, as `dpo train --data` reads it."
+    ),
+}
+
+
+# --- what goes with the files --------------------------------------------------------------------
+
+
+def _card(source: ExportSource, format_name: str) -> str:
+    counts = "\n".join(f"- {split}: {len(pairs)} pairs" for split, pairs in source.pairs.items())
+    usage = EXPORTERS[format_name].usage
+    return f"# {source.name}: preference pairs, format {format_name}\n\n{usage}\n\n{counts}\n"
+
+
+def _lost(source: ExportSource, exporter: Exporter, format_name: str) -> list[str]:
+    """Say which fields of the pairs the format cannot hold."""
+    rows = [pair_to_row(pair) for pairs in source.pairs.values() for pair in pairs]
+    counts = {
+        name: sum(name in row for row in rows) for name in OPTIONAL if name not in exporter.keeps
+    }
+    return [
+        f"{count} pairs have a {name}, which the format {format_name} cannot hold"
+        for name, count in counts.items()
+        if count
+    ]
+
+
+def _write_lines(path: Path, rows: Iterable[JSON]) -> None:
+    _write_text(path, "".join(f"{json_line(row)}\n" for row in rows))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
