@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import optimization
 
-from dpo.optim import SCHEDULES, adamw, clip_gradients, parameter_groups, warmup_stable_decay
+from dpo.optim import (
+    SCHEDULES,
+    adamw,
+    clip_gradients,
+    parameter_groups,
+    set_learning_rate,
+    warmup_stable_decay,
+)
 
 steps = st.tuples(
     st.integers(min_value=0, max_value=50), st.integers(min_value=1, max_value=200)
@@ -102,6 +109,11 @@ class TestAdamW:
             assert {k: v for k, v in group.items() if k not in ignored} == {
                 k: v for k, v in theirs.items() if k not in ignored
             }
+
+    def test_learning_rate_is_set_in_every_group(self) -> None:
+        optimizer = adamw(parameter_groups(TiedModel(), 0.1), learning_rate=1e-3)
+        set_learning_rate(optimizer, 2e-4)
+        assert [group["lr"] for group in optimizer.param_groups] == [2e-4, 2e-4]
 
     def test_is_fused_on_the_cpu(self) -> None:
         assert adamw(parameter_groups(TiedModel(), 0.0), learning_rate=1.0).defaults["fused"]
