@@ -1,7 +1,10 @@
 import errno
 import importlib.metadata
+import json
+import math
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -233,3 +236,172 @@ def test_process_exits_2_on_wrong_input() -> None:
     assert done.returncode == 2
     assert "train.keep must be at least 1, got 0 (train.keep: --set train.keep)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- the engine through the command line --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer of bytes, as Hugging Face lays it out."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from dpo.models import init_model, parse_config, save_model
+
+    folder = tmp_path_factory.mktemp("model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    config: dict[str, object] = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 257,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+    save_model(init_model(parse_config(config), seed=0), folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>"}', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"say {n}", "chosen": " yes", "rejected": f" no {n}"} for n in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_run_leaves_metrics_config_model_and_report(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    run = tmp_path / "RUN"
+    result = dpo(
+        "train", "--model", str(model_folder), "--data", str(pairs_file), "--out", str(run),
+        "--eval-split", "0.25", "--batch-size", "4", "--epochs", "2", "--learning-rate", "1e-2",
+        "--schedule", "constant", "--threads", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    metrics = lines(run / "metrics.jsonl")
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    evaluations = [line["eval/loss"] for line in metrics if "eval/loss" in line]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert evaluations[-1] < evaluations[0]
+    assert f"model   {run / 'model'}" in result.stdout
+    assert "rewards/accuracy" in result.stdout
+    assert (run / "model" / "model.safetensors").exists()
+    assert 'aria-label="Loss"' in (run / "report.html").read_text(encoding="utf-8")
+    saved = dpo("train", "--config", str(run / "config.toml"), "--print-config")
+    assert tomllib.loads(saved.stdout) == tomllib.loads((run / "config.toml").read_text("utf-8"))
+
+
+def test_scores_are_the_rewards_of_the_same_model_at_zero(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    out = tmp_path / "scores.jsonl"
+    result = dpo(
+        "score", "--model", str(model_folder), "--reference", str(model_folder),
+        "--data", str(pairs_file), "--out", str(out),
+        "--threads", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{out}\n"
+    assert [line["margin"] for line in lines(out)] == pytest.approx([0.0] * 12, abs=1e-5)
+
+
+def test_reference_pass_is_not_repeated(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    arguments = (
+        "reference", "--model", str(model_folder), "--data", str(pairs_file),
+        "--threads", "1",
+    )  # fmt: skip
+    first, second = dpo(*arguments), dpo(*arguments)
+    assert (first.exit_code, second.exit_code) == (0, 0), first.output + second.output
+    assert "all 12 pairs are in the cache" not in first.stderr
+    assert "all 12 pairs are in the cache" in second.stderr
+
+
+def test_quiet_run_says_nothing_but_results(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    result = dpo(
+        "train", "--model", str(model_folder), "--data", str(pairs_file), "--steps", "1",
+        "--out", str(tmp_path / "RUN"),
+        "--threads", "1", "--quiet",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "./absent"), "./absent: no such folder"),
+        (("--data", "absent.jsonl"), "absent.jsonl"),
+    ],
+)
+def test_absent_input_exits_2_and_is_named(
+    tmp_path: Path,
+    model_folder: Path,
+    pairs_file: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    run = tmp_path / "RUN"
+    needed = ("--model", str(model_folder), "--data", str(pairs_file), "--out", str(run))
+    result = dpo("train", *needed, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (run / "model").exists()
+
+
+def test_output_that_cannot_be_written_exits_1_in_one_line(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    run = tmp_path / "file" / "RUN"
+    result = dpo(
+        "train", "--model", str(model_folder), "--data", str(pairs_file), "--out", str(run)
+    )
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_terminated_run_exits_143_after_a_checkpoint(
+    tmp_path: Path, model_folder: Path, pairs_file: Path
+) -> None:
+    run = tmp_path / "RUN"
+    command = [
+        sys.executable, "-m", "dpo", "train", "--model", str(model_folder), "--data",
+        str(pairs_file), "--out", str(run), "--batch-size", "1", "--threads", "1", "--quiet",
+    ]  # fmt: skip
+    started = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    while not (run / "metrics.jsonl").exists() or not lines(run / "metrics.jsonl"):
+        assert started.poll() is None
+        time.sleep(0.05)
+    started.terminate()
+    _, stderr = started.communicate(timeout=60)
+    assert started.returncode == 143
+    assert "Traceback" not in stderr
+    stopped_at = lines(run / "metrics.jsonl")[-1]["step"]
+    assert (run / "checkpoints" / f"step-{int(stopped_at):06d}").is_dir()
