@@ -18,7 +18,7 @@ _MODEL_FILES = ["*.safetensors", "*.json", "*.jinja"]
 _NOT_MODEL_FILES = ["*/*", "consolidated*"]  # other formats, and a second copy of the weights
 _NOT_PAIR_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-_SHARD = re.compile(r"-\d+-of-\d+$")
+_SHARD = re.compile(r"-\d+-of-(\d+)(?=\.|$)")
 
 
 def is_dataset_id(name: str) -> bool:
@@ -78,12 +78,16 @@ def fetch_dataset_files(
             raise
         except Exception:  # no answer: which class says so depends on the HTTP library beneath
             folder = snapshot_download(
-                name, repo_type="dataset", revision=revision, local_files_only=True
+                name,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=[],  # any snapshot will do: choose_split looks for what is missing
+                local_files_only=True,
             )
             return split_files(Path(folder), split)
         files = choose_split([file.rfilename for file in info.siblings or ()], split, name)
         folder = snapshot_download(
-            name, repo_type="dataset", revision=info.sha, allow_patterns=files
+            name, repo_type="dataset", revision=revision, allow_patterns=files
         )
     return [Path(folder, file) for file in files]
 
@@ -109,6 +113,27 @@ def choose_split(names: Iterable[str], split: str | None, where: str) -> list[st
     Raises:
         InputError: no split or no single one is meant; the message lists those there are.
     """
+    files_by_split = _group_by_split(names)
+    if not files_by_split:
+        raise InputError(f"{where}: no files of pairs; known types are {', '.join(PAIR_SUFFIXES)}")
+    wanted = next(iter(files_by_split)) if len(files_by_split) == 1 and not split else split
+    wanted = wanted or "train"
+    within = [key for key in files_by_split if key == wanted] or [
+        key for key in files_by_split if key.startswith(f"{wanted}/")
+    ]
+    ending = [key for key in files_by_split if key.endswith(f"/{wanted}")]
+    keys = within or ending[: len(ending) == 1]
+    if not keys:
+        raise InputError(
+            f"{where}: {'several splits' if ending else 'no split'} {wanted!r}; there are "
+            f"{', '.join(sorted(files_by_split))}"
+        )
+    for key in keys:
+        _refuse_missing_shards(files_by_split[key], f"{where}: split {key!r}")
+    return [name for key in keys for name in files_by_split[key]]
+
+
+def _group_by_split(names: Iterable[str]) -> dict[str, list[str]]:
     files_by_split: dict[str, list[str]] = defaultdict(list)
     for name in sorted(names):
         suffix = next((suffix for suffix in PAIR_SUFFIXES if name.lower().endswith(suffix)), None)
@@ -116,28 +141,14 @@ def choose_split(names: Iterable[str], split: str | None, where: str) -> list[st
         if suffix and path.name not in _NOT_PAIR_FILES and not path.parts[0].startswith("."):
             stem = _SHARD.sub("", name[: -len(suffix)])
             files_by_split[stem.removeprefix("data/")].append(name)
-    if not files_by_split:
-        raise InputError(f"{where}: no files of pairs; known types are {', '.join(PAIR_SUFFIXES)}")
-    if split is None and len(files_by_split) == 1:
-        return next(iter(files_by_split.values()))
-    wanted = split or "train"
-    ending = [key for key in files_by_split if key.endswith(f"/{wanted}")]
-    if wanted in files_by_split:
-        return files_by_split[wanted]
-    within = [
-        name
-        for key in files_by_split
-        if key.startswith(f"{wanted}/")
-        for name in files_by_split[key]
-    ]
-    if within:
-        return within
-    if len(ending) == 1:
-        return files_by_split[ending[0]]
-    raise InputError(
-        f"{where}: {'several splits' if ending else 'no split'} {wanted!r}; there are "
-        f"{', '.join(sorted(files_by_split))}"
-    )
+    return files_by_split
+
+
+def _refuse_missing_shards(names: list[str], what: str) -> None:
+    """Compare the number of files with what their names say, as in ``-00000-of-00002``."""
+    counts = [int(found[1]) for found in map(_SHARD.search, names) if found]
+    if counts and len(names) != max(counts):
+        raise InputError(f"{what} has {len(names)} of {max(counts)} files")
 
 
 @contextmanager
