@@ -19,9 +19,9 @@ from dpo.errors import InputError
 from dpo.files import atomic_write
 from dpo.hub import fetch_model
 from dpo.inputs import load_inputs
-from dpo.log_probs import Policy
 from dpo.losses import Loss, make_loss
 from dpo.models import load_model
+from dpo.policy import Policy
 from dpo.precision import PRECISIONS, Precision
 from dpo.progress import Console
 from dpo.reference import ReferenceLogProbs

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from dpo.batching import PairBatch, collate, pack
-from dpo.log_probs import Policy, TokenLogProbs, completion_log_probs
+from dpo.log_probs import TokenLogProbs, completion_log_probs
 from dpo.losses import PairLogProbs
+from dpo.policy import Policy
 from dpo.precision import Precision
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs
 from dpo.tokenized_pairs import TokenizedPairs

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from dpo.batching import StepSampler
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.errors import InputError, RunError
-from dpo.log_probs import Policy
 from dpo.losses import Loss, PairLogProbs, make_loss
 from dpo.metrics import MetricSums
 from dpo.optim import SCHEDULES, adamw, clip_gradients, parameter_groups, set_learning_rate
+from dpo.policy import Policy
 from dpo.precision import PRECISIONS
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
@@ -134,7 +134,7 @@ class Trainer:
         if not isinstance(policy, Policy):
             raise InputError(
                 f"{type(policy).__name__} is no policy: it has no output_head(), "
-                "which dpo.log_probs.Policy asks for"
+                "which dpo.policy.Policy asks for"
             )
         self.config = config or TrainConfig()
         self.policy: Policy = policy

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.errors import InputError
-from dpo.log_probs import OutputHead
+from dpo.policy import OutputHead
 from dpo.segments import Segments, TokenStream
 
 

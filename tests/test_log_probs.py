@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo.log_probs import OutputHead, TokenLogProbs, token_log_probs
+from dpo.log_probs import TokenLogProbs, token_log_probs
+from dpo.policy import OutputHead
 
 K, D, V = 6, 5, 150
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo.attention import attend
-from dpo.log_probs import OutputHead
 from dpo.models.config import ModelConfig, Rope
+from dpo.policy import OutputHead
 from dpo.segments import AttentionPlan, TokenStream
 
 
