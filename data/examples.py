@@ -20,12 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo.data.kinds.base import Action, GroupKey, State, TypedKind
-from dpo.data.records import (
-    Decision,
-    decision_from_json,
-    decode_json,
-    format_time,
-)
+from dpo.data.records import Decision, decision_from_json, format_time
+from dpo.data.strict_json import decode_json
 from dpo.data.texts import DistinctTexts, TextColumn, TextFile, json_line
 from dpo.errors import InputError
 
