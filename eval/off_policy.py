@@ -42,6 +42,7 @@ ARMS: tuple[Arms, ...] = get_args(Arms)
 OTHER = "other"  # what a policy does that is neither offered nor in the log
 MIN_EFFECTIVE = 30.0  # effective sample size below which no number is given
 MIN_COVERAGE = 0.9  # share of the policy's choices that the log must have been able to make
+MAX_MEAN_WEIGHT = 1.2  # weights average 1 if the chances are right and the policy is ignorant
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,14 +246,20 @@ def overlap_refusal(uncut: Floats) -> str | None:
     """Say why weights (N,) are too few or too uneven for an estimate; None if they are not."""
     weights = np.minimum(uncut, np.sqrt(len(uncut)))
     effective, coverage = effective_size(weights), float(weights.mean())
+    error = float(weights.std()) / np.sqrt(len(weights))
     if effective < MIN_EFFECTIVE:
         return (
             f"the log rarely took the actions that the policy takes: effective sample size "
             f"{effective:.1f} of {len(weights)} examples, at least {MIN_EFFECTIVE:.0f} are needed"
         )
-    if coverage + 2.0 * float(weights.std()) / np.sqrt(len(weights)) < MIN_COVERAGE:
+    if coverage + 2.0 * error < MIN_COVERAGE:
         return (
             f"the log could have made only {coverage:.0%} of the policy's choices, "
             f"at least {MIN_COVERAGE:.0%} are needed"
+        )
+    if coverage - 3.0 * error > MAX_MEAN_WEIGHT:
+        return (
+            f"the weights average {coverage:.2f} instead of 1: the propensities are wrong, or the "
+            "policy has seen what the log did here"
         )
     return None
