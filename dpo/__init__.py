@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dpo.preferences import write_pairs as write_pairs
     from dpo.reference import ReferenceCache as ReferenceCache
     from dpo.score import score_pairs as score_pairs
+    from dpo.tokenization import tokenize_pairs as tokenize_pairs
     from dpo.tokenizer import load_tokenizer as load_tokenizer
     from dpo.train_config import TrainConfig as TrainConfig
     from dpo.trainer import Trainer as Trainer
@@ -46,6 +47,7 @@ _HOMES = {
     "losses": "dpo",
     "read_pairs": "dpo.preferences",
     "score_pairs": "dpo.score",
+    "tokenize_pairs": "dpo.tokenization",
     "write_pairs": "dpo.preferences",
 }
 
