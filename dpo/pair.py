@@ -165,7 +165,10 @@ def _tools_faults(tools: object) -> Iterator[str]:
 def _json_faults(name: str, value: object) -> Iterator[str]:
     """Refuse what a file could not hold: numbers that are not finite, halves of surrogate pairs."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False, default=plain_json).encode()
+        if isinstance(value, str):
+            value.encode()
+        elif value is not None:
+            json.dumps(value, ensure_ascii=False, allow_nan=False, default=plain_json).encode()
     except UnicodeEncodeError:
         yield f"{name} holds half of a surrogate pair, which UTF-8 cannot write"
     except (TypeError, ValueError, RecursionError) as error:

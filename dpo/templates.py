@@ -20,7 +20,11 @@ from dpo.files import JSON
 from dpo.pair import Message
 
 CHATML = """\
+{%- if tools %}{{- raise_exception('ChatML has no place for tools') }}{%- endif %}
 {%- for message in messages %}
+{%- if message['tool_calls'] %}
+{{- raise_exception('ChatML has no place for tool calls') }}
+{%- endif %}
 {{- '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['content'] is string %}
 {{- message['content'] }}

@@ -224,11 +224,11 @@ class _Tokenizing:
                 self.notes.cut.append(RowNote(name, cuts))
             yield _tokenized(name, pair, fitted)
 
-    def _parts(self, texts: PairTexts) -> tuple[str, str, str, str]:
+    def _parts(self, texts: PairTexts) -> list[str]:
         """Return the start of the prompt, its last words, and these with each of the answers."""
         cut = self._tokenizer.last_cut(texts.prompt)
         words = texts.prompt[cut:]
-        return texts.prompt[:cut], words, words + texts.chosen, words + texts.rejected
+        return [texts.prompt[:cut], words, words + texts.chosen, words + texts.rejected]
 
     def _join(
         self,

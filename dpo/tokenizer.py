@@ -335,8 +335,9 @@ def _chat_template(files: Mapping[str, bytes], config: Mapping[str, JSON], name:
             raise InputError(f"{name}/{TEMPLATE}: not UTF-8: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):
-        by_name = {item.get("name"): item.get("template") for item in template}
-        template = by_name.get("default")
+        items = [item for item in template if isinstance(item, Mapping)]
+        defaults = [item.get("template") for item in items if item.get("name") == "default"]
+        template = defaults[0] if defaults else template
     if template is not None and not isinstance(template, str):
         raise InputError(f"{name}/{CONFIG}: chat_template must be text or a list with a 'default'")
     return template

@@ -420,11 +420,12 @@ class TestFiles:
         with pytest.raises(InputError, match=r"pip install 'dpo-engine\[parquet\]'"):
             read_pairs(tmp_path / "pairs.parquet")
 
-    @pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: b"no gzip"])
-    def test_damaged_gzip(self, tmp_path: Path, damage: object) -> None:
+    @pytest.mark.parametrize(
+        "content", [gzip.compress(json.dumps(ROW).encode() + b"\n")[:-12], b"no gzip"]
+    )
+    def test_damaged_gzip(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "pairs.jsonl.gz"
-        assert callable(damage)
-        path.write_bytes(damage(gzip.compress(json.dumps(ROW).encode() + b"\n")))
+        path.write_bytes(content)
         with pytest.raises(InputError, match="damaged gzip file after"):
             read_pairs(path)
 

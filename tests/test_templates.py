@@ -81,7 +81,7 @@ TALK: Sequence[Message] = (
     {"role": "assistant", "content": "Yes."},
 )
 WITH_SYSTEM: Sequence[Message] = ({"role": "system", "content": "Be brief."}, *TALK)
-TOOL: dict[str, JSON] = {
+TOOL: JSON = {
     "type": "function",
     "function": {"name": "add", "description": "Adds <a> & b, é", "parameters": {"type": "object"}},
 }
@@ -163,6 +163,16 @@ def test_chatml_joins_text_parts() -> None:
         "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
     }
     assert make_template(CHATML).render([parts]) == "<|im_start|>user\nab<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "what"), [(TALK, [TOOL], "tools"), (CALLING, None, "tool calls")]
+)
+def test_chatml_leaves_nothing_out_silently(
+    messages: Sequence[Message], tools: list[JSON] | None, what: str
+) -> None:
+    with pytest.raises(InputError, match=f"ChatML has no place for {what}"):
+        make_template(CHATML).render(messages, tools=tools)
 
 
 def test_date_of_today_is_at_hand() -> None:

@@ -220,7 +220,8 @@ class TestFiles:
             load_tokenizer(tmp_path)
 
     def test_templates_without_a_default(self, tmp_path: Path) -> None:
-        write_tokenizer(tmp_path, config={"chat_template": {"a": "b"}})
+        config = {"eos_token": "</s>", "chat_template": [{"name": "rag", "template": "r"}, 3]}
+        write_tokenizer(tmp_path, config=config)
         (tmp_path / "chat_template.jinja").unlink()
         with pytest.raises(
             InputError, match="chat_template must be text or a list with a 'default'"
