@@ -22,7 +22,6 @@ from dpo.data.simulated_worlds import WORLDS, AnyWorld
 from dpo.errors import InputError
 from dpo.files import JSON
 
-SOURCE = "simulation"
 SITUATIONS = 300
 
 _SESSION_LENGTH = 6  # decisions, on average

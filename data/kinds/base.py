@@ -7,7 +7,6 @@ A new kind is one file with a state and an action dataclass (see ``schema``), on
 from __future__ import annotations
 
 import functools
-import json
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar
 
 from dpo.data.kinds.javascript import json_text
 from dpo.data.kinds.schema import RecordSchema, to_json
-from dpo.errors import InputError
+from dpo.data.strict_json import decode_json
 from dpo.files import JSON
 
 if TYPE_CHECKING:
@@ -87,14 +86,10 @@ class TypedKind(ABC, Generic[State, Action]):
         """Return the action that a response text holds; the inverse of ``render_action``.
 
         Raises:
-            InputError: the text is not JSON, or not a valid action.
+            InputError: the text is not one JSON object, names a key twice, or is no valid action.
         """
         where = f"{self.name} response"
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: expected one JSON object: {error}") from error
-        return self.parse_action(data, where)
+        return self.parse_action(decode_json(text, where), where)
 
     @abstractmethod
     def render_prompt(self, state: State) -> str:

@@ -171,6 +171,12 @@ def test_similar_states_share_length_in_tens_keywords_and_category() -> None:
             0.7,
             "low_utility_memory",
         ),
+        (
+            {"avg_retrieval_success": 0.29, "recent_retrievals": 6},
+            SKIP,
+            0.7,
+            "low_utility_memory",
+        ),
         ({}, retrieve(15), 0.6, "default_retrieve"),
         ({"has_keywords": True, "query_complexity": 0.6}, retrieve(15), 0.6, "default_retrieve"),
     ],
@@ -291,6 +297,13 @@ def test_a_reward_shows_its_components() -> None:
         "contribution": -0.1,
         "cost": -0.2,
         "relevance": 0.3,
+    }
+
+
+def test_a_skip_shows_its_components() -> None:
+    assert RETRIEVAL.reward(ended("success"), SKIP).components == {
+        "outcome": 1.0,
+        "contribution": 0.3,
     }
 
 

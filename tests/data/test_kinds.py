@@ -129,13 +129,14 @@ def test_the_actions_to_choose_among_are_valid_distinct_and_cover_the_classes(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "response: expected one JSON object: Expecting value"),
-        ('{"decision": ', "response: expected one JSON object"),
-        ("[" * 100_000, "response: expected one JSON object: "),
+        ("", "response: malformed JSON: Expecting value"),
+        ('{"decision": ', "response: malformed JSON"),
+        ("[" * 100_000, "response: malformed JSON: "),
+        ('{"action": "keep", "action": "merge"}', "response: malformed JSON: .*action"),
         ("3", "response: the record must be an object, got 3"),
         ('"store"', 'response: the record must be an object, got "store"'),
         ('{"reason": "x"}', "response: .* is missing; reason is not a field, expected only "),
-        ('{} {"decision": "skip"}', "response: expected one JSON object: Extra data"),
+        ('{} {"decision": "skip"}', "response: malformed JSON: Extra data"),
     ],
 )
 def test_a_response_that_is_no_action_is_refused(kind: PolicyKind, text: str, message: str) -> None:

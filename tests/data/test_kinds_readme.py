@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from dpo.data.builder import build_dataset
 from dpo.data.kinds import PolicyKind
+from dpo.data.pairs import form_pairs
 from dpo.data.records import decision_from_json
 from dpo.errors import InputError
 
@@ -52,6 +54,34 @@ def test_a_stored_decision_of_an_own_kind_becomes_prompt_response_and_reward(
     assert chat.action_class(chat.baseline(state).action) == "refused"
     assert chat.reward(decision.outcome, action).value == 1
     assert chat.group_key(state) == ("what", "is", "dpo?")
+
+
+def test_thumbs_become_preference_pairs(chat: PolicyKind, tmp_path: Path) -> None:
+    record = json.loads(RECORDS[0])
+    rows = [
+        {
+            **record,
+            "id": f"d-{number}-{thumb}",
+            "session_id": f"s-{number}",
+            "state": {"question": f"What is {number}?"},
+            "action": {"text": f"{thumb} {number}"},
+            "outcome": {"thumb": thumb},
+        }
+        for number in range(10)
+        for thumb in ("up", "down")
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    dataset = build_dataset(path, chat)
+    formed = form_pairs(dataset.train, chat)
+
+    assert len(formed.pairs) == 8
+    assert all(
+        (pair.chosen, pair.rejected) == (f"up {number}", f"down {number}")
+        for pair in formed.pairs
+        for number in re.findall(r"\d", str(pair.prompt))
+    )
 
 
 def test_an_own_kind_refuses_bad_input_by_name(chat: PolicyKind) -> None:
