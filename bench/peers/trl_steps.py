@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -108,6 +109,7 @@ def main() -> None:
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "settings": vars(options) | {"data": str(options.data)},
         "torch": torch.__version__,
+        "trl": trl.__version__,
     }
     sys.stdout.write(json.dumps(result) + "\n")
 
