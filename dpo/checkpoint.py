@@ -5,7 +5,6 @@ tensors (model, optimizer, random number generators), ``state.json`` for all tha
 and ``manifest.json`` with the hash of every file. The writer holds the run's ``FolderLock``.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo.errors import InputError, RunError
@@ -28,6 +25,7 @@ from dpo.files import (
     write_json,
     write_manifest,
 )
+from dpo.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
 
@@ -147,42 +145,6 @@ def prune(folder: Path, *, keep: int, best: int | None = None) -> list[Path]:
     return removed
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors; a tensor under a second name is stored as that name only.
-
-    Raises:
-        OSError: the file could not be written.
-    """
-    first_names: dict[object, str] = {}
-    storages: set[int] = set()
-    stored: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        first = first_names.setdefault(_identity(tensor) or name, name)
-        if first != name:
-            shared[name] = first
-            continue
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage().data_ptr()
-        stored[name] = plain.clone() if storage in storages else plain
-        storages.add(storage)
-    path.touch()  # for the usual permissions: only the owner can read what safetensors makes
-    mode = path.stat().st_mode
-    try:
-        save_file(stored, path, {"shared": json.dumps(shared)})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
-    path.chmod(mode)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors that ``write_tensors`` wrote, those of one memory sharing it again."""
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        shared = json.loads((file.metadata() or {}).get("shared", "{}"))
-    return tensors | {name: tensors[first] for name, first in shared.items()}
-
-
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """Return the optimizer's state as ``<parameter name>/<key>`` to tensor.
 
@@ -245,10 +207,3 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...] | None:
-    """Return what equals only for tensors over the very same memory; None for empty tensors."""
-    if tensor.numel() == 0:
-        return None
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dpo.checkpoint import (
@@ -16,11 +14,9 @@ from dpo.checkpoint import (
     load_checkpoint,
     optimizer_tensors,
     prune,
-    read_tensors,
     restore_optimizer,
     save_checkpoint,
     set_aside_later,
-    write_tensors,
 )
 from dpo.errors import InputError, RunError
 from dpo.files import read_json, sha256_file, write_json, write_manifest
@@ -53,26 +49,6 @@ def flip_byte(path: Path, index: int) -> None:
     path.write_bytes(data)
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.dictionaries(
-        st.text("abc._/", min_size=1, max_size=5),
-        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3)),
-        max_size=5,
-    )
-)
-def test_tensors_are_read_bit_for_bit_as_written(
-    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, tuple[torch.dtype, list[int]]]
-) -> None:
-    path = tmp_path_factory.mktemp("tensors") / "a.safetensors"
-    tensors = {name: (torch.randn(shape) * 9).to(dtype) for name, (dtype, shape) in shapes.items()}
-    write_tensors(path, tensors)
-    assert same(read_tensors(path), tensors)
-
-
 def test_checkpoint_is_read_as_saved(tmp_path: Path) -> None:
     tensors = {
         "model": {
@@ -99,24 +75,6 @@ def test_checkpoint_is_read_as_saved(tmp_path: Path) -> None:
     assert (found.step, found.state) == (100, state)
     assert all(same(found.tensors[stem], tensors[stem]) for stem in tensors)
     assert found.tensors.keys() == tensors.keys()
-
-
-def test_tied_tensors_are_stored_once_and_tied_again(tmp_path: Path) -> None:
-    weight = torch.randn(1000, 10)
-    write_tensors(tmp_path / "a", {"embed": weight, "other": torch.ones(1), "head": weight})
-
-    found = read_tensors(tmp_path / "a")
-
-    assert (tmp_path / "a").stat().st_size < 1.1 * weight.nbytes
-    assert found["embed"] is found["head"]
-    assert torch.equal(found["head"], weight)
-
-
-def test_views_of_one_memory_keep_their_values(tmp_path: Path) -> None:
-    whole = torch.arange(12.0).view(3, 4)
-    tensors = {"rows": whole[1:], "first": whole[:2], "whole": whole, "column": whole[:, 1]}
-    write_tensors(tmp_path / "a", tensors)
-    assert same(read_tensors(tmp_path / "a"), tensors)
 
 
 def test_files_have_the_usual_permissions(tmp_path: Path) -> None:

@@ -188,6 +188,16 @@ def test_weights_that_do_not_fit_the_config_are_refused(folder: Path) -> None:
         load_model(folder)
 
 
+def test_quantised_weights_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {"model.norm.weight": torch.ones(32, dtype=torch.int8)}, path)
+    with pytest.raises(
+        InputError, match=r"model\.norm\.weight is stored as I8, expected one of F32"
+    ):
+        load_model(folder)
+
+
 def test_missing_weights_are_named(folder: Path) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -229,6 +239,7 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
         ),
         ('{"weight_map": {"a": "../model.safetensors"}}', r"names '\.\./model\.safetensors'"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd'"),
+        ('{"weight_map": {"a": ".."}}', r"names '\.\.'"),
         ('{"weight_map": {"a": 3}}', "names 3"),
     ],
 )

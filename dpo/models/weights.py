@@ -7,23 +7,26 @@ memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo.errors import InputError
+from dpo.files import write_json
 from dpo.models.config import ModelConfig, read_config
 from dpo.models.decoder import Decoder
+from dpo.tensor_files import write_tensors
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 _TIED: Final = "lm_head.weight"
 _IGNORED_SUFFIX: Final = "rotary_emb.inv_freq"  # old checkpoints store what is computed
+_DTYPES: Final = ("F32", "BF16", "F16", "F64")  # quantised weights would be read as other numbers
+_SHOWN: Final = 5  # faults named in a message
 
 
 def load_model(
@@ -56,7 +59,7 @@ def load_model(
         weights |= _read_file(path, expected, dtype, torch.device(device))
     missing = sorted(expected.keys() - weights.keys())
     if missing:
-        raise InputError(f"{folder}: {len(missing)} weights are missing: {', '.join(missing[:5])}")
+        raise InputError(f"{folder}: {len(missing)} weights are missing: {_listed(missing)}")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model
@@ -83,7 +86,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{index}: not a safetensors index: no weight_map of file names"
         ) from error
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or shard == "..":
             raise InputError(f"{index}: weight_map names {shard!r}, which is not in this folder")
     absent = [shard for shard in shards if not (folder / shard).exists()]
     if absent:
@@ -102,19 +105,30 @@ def _read_file(
             if unknown:
                 raise InputError(
                     f"{path}: {len(unknown)} weights have no place in this architecture: "
-                    + ", ".join(sorted(unknown)[:5])
+                    + _listed(sorted(unknown))
                 )
             kept = [name for name in names if name in expected]
-            for name in kept:
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(expected[name]):
-                    raise InputError(
-                        f"{path}: {name} has shape {shape}, "
-                        f"config.json says {tuple(expected[name])}"
-                    )
+            stored = {name: file.get_slice(name) for name in kept}
+            unfit = [
+                f"{name} has shape {shape}, config.json says {tuple(expected[name])}"
+                for name, part in stored.items()
+                if (shape := tuple(part.get_shape())) != tuple(expected[name])
+            ]
+            unfit += [
+                f"{name} is stored as {dtype}, expected one of {', '.join(_DTYPES)}"
+                for name, part in stored.items()
+                if (dtype := part.get_dtype()) not in _DTYPES
+            ]
+            if unfit:
+                raise InputError(f"{path}: {len(unfit)} weights do not fit: {_listed(unfit)}")
             return {name: file.get_tensor(name).to(dtype) for name in kept}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut off: {error}") from error
+
+
+def _listed(faults: Sequence[str]) -> str:
+    more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    return ", ".join(faults[:_SHOWN]) + more
 
 
 def _may_be_ignored(name: str, expected: Mapping[str, torch.Size]) -> bool:
@@ -131,33 +145,30 @@ def save_model(
 
     The weights keep the dtype they have in memory: an update of 1e-6 would vanish in bfloat16.
     Write into a folder that is renamed when complete (``dpo.files.atomic_directory``).
+
+    Raises:
+        OSError: a file could not be written.
     """
-    weights = model_weights(model)
+    weights = dict(model.named_parameters())
     shards = _split(weights, max_shard_bytes)
     if len(shards) == 1:
-        save_file(shards[0], folder / SINGLE, metadata={"format": "pt"})
+        write_tensors(folder / SINGLE, weights)
     else:
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file(shard, folder / name, metadata={"format": "pt"})
+            write_tensors(folder / name, shard)
             weight_map |= dict.fromkeys(shard, name)
         size = sum(tensor.nbytes for tensor in weights.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     source = dict(model.config.source)
     source.pop("dtype", None)
-    _write_json(folder / "config.json", source | {"torch_dtype": dtype})
-
-
-def model_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Name every parameter once, detached, contiguous, on the CPU: what a checkpoint stores."""
-    return {
-        name: parameter.detach().contiguous().cpu() for name, parameter in model.named_parameters()
-    }
+    write_json(folder / "config.json", source | {"torch_dtype": dtype})
 
 
 def _split(weights: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
+    """Divide weights over files of at most ``max_bytes``, but for a larger one alone."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in weights.items():
@@ -167,10 +178,6 @@ def _split(weights: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tens
         shards[-1][name] = tensor
         size += tensor.nbytes
     return shards
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def init_model(
