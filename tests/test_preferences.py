@@ -98,12 +98,9 @@ def test_written_file_holds_only_what_is_not_default(tmp_path: Path) -> None:
     )
 
 
-def test_same_pairs_give_the_same_gzip_bytes(tmp_path: Path) -> None:
-    pairs = [PreferencePair("p", "c", "r")]
-    for name in ("a.jsonl.gz", "b.jsonl.gz"):
-        write_pairs(pairs, tmp_path / name)
-
-    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+def test_gzip_file_holds_no_time(tmp_path: Path) -> None:
+    write_pairs([PreferencePair("p", "c", "r")], tmp_path / "pairs.jsonl.gz")
+    assert (tmp_path / "pairs.jsonl.gz").read_bytes()[4:8] == bytes(4)
 
 
 def test_pairs_are_written_to_no_other_type_of_file(tmp_path: Path) -> None:

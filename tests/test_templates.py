@@ -49,8 +49,8 @@ You may call:
 {{ tools[0] | tojson(indent=2) }}<|im_end|>
 {% endif %}
 {% for message in messages %}
-<|im_start|>{{ message.role }}
-{% if message.tool_calls is defined %}
+<|im_start|>{{ message.role }}{{ '' if 'name' in message else ' unnamed' }}
+    {% if message.tool_calls is defined %}
 {% for call in message.tool_calls %}
 <call>{{ call.function | tojson }}</call>
 {% endfor %}
@@ -78,7 +78,7 @@ TALK: Sequence[Message] = (
     {"role": "user", "content": " What is <2+2> & 'x'? é\n"},
     {"role": "assistant", "content": "4 "},
     {"role": "user", "content": "Sure?"},
-    {"role": "assistant", "content": "Yes."},
+    {"role": "assistant", "content": "Yes.", "name": None},
 )
 WITH_SYSTEM: Sequence[Message] = ({"role": "system", "content": "Be brief."}, *TALK)
 TOOL: JSON = {
