@@ -112,35 +112,37 @@ def retrieval_chances(state: RetrievalState, action: RetrievalAction) -> list[Ch
     """Return how the task ends with and without the memory.
 
     ``need`` is the probability that the task needs the memory: by category (``_CATEGORY_NEEDS``),
-    + .25 for complexity above .6, + .2 for errors, + .1 for a depth above 10; at most .97.
+    + .35 for complexity above .6, + .3 for errors, + .1 for a depth above 10; at most .97.
 
-    Not retrieved, the task succeeds with probability .95 - .8 * need; the rest fails, or ends in
+    Not retrieved, the task succeeds with probability .97 - .9 * need; the rest fails, or ends in
     part (3 in 10).
 
     Retrieved, what is needed is found with probability ``available * match * enough``. Available is
     0 for an empty memory, else .35 + .65 * average success, times .7 below 100 entries. Match is 1
     for the right types (knowledge and tool after errors, tool and guideline for technical queries,
-    commands and more than 3 tool calls, else all), .75 for all types where some would do, else .45.
-    Enough is 1 - .3 * |log2(max / wanted)|, at least .4, where 30 entries are wanted above
+    commands and more than 3 tool calls, else all), .6 for all types where some would do, else .25.
+    Enough is 1 - .4 * |log2(max / wanted)|, at least .2, where 30 entries are wanted above
     complexity .6, 15 above .3, else 5 (a missing maximum counts as 15). Found, it helps. Not found,
-    the task fails, or succeeds on its own (15 in 100). Not needed, it distracts (15 in 100).
+    the task fails, or succeeds on its own (1 in 10). Where the memory is not needed, it distracts
+    with probability .1 * log2(max / 2.5), which lies in [0, .5], unless it is empty.
     """
     need = _memory_need(state)
     if not action.should_retrieve:
-        failed = 0.05 + 0.8 * need
+        failed = 0.03 + 0.9 * need
         return [
             _chance(1 - failed, retrieval.SkippedOutcome("success")),
             _chance(0.3 * failed, retrieval.SkippedOutcome("partial")),
             _chance(0.7 * failed, retrieval.SkippedOutcome("failure")),
         ]
     found = _available(state) * _match(state, action) * _enough(state, action)
+    distracted = _distraction(state, action)
     count = min(action.max_results or 15, state.memory_stats.total_entries)
-    alone = (1 - need) * 0.85 + need * (1 - found) * 0.15
+    alone = (1 - need) * (1 - distracted) + need * (1 - found) * 0.1
     return [
         _chance(need * found, retrieval.RetrievedOutcome("success", count, 0.6, 0.9)),
         _chance(alone, retrieval.RetrievedOutcome("success", count, 0.05, 0.3)),
-        _chance((1 - need) * 0.15, retrieval.RetrievedOutcome("failure", count, -0.3, 0.2)),
-        _chance(need * (1 - found) * 0.85, retrieval.RetrievedOutcome("failure", count, 0.0, 0.3)),
+        _chance((1 - need) * distracted, retrieval.RetrievedOutcome("failure", count, -0.3, 0.2)),
+        _chance(need * (1 - found) * 0.9, retrieval.RetrievedOutcome("failure", count, 0.0, 0.3)),
     ]
 
 
@@ -228,13 +230,13 @@ def _stored(*, retrievals: int, successes: int) -> extraction.StoredOutcome:
 
 
 _CATEGORY_NEEDS: dict[retrieval.SemanticCategory, float] = {
-    "social": 0.03,
-    "question": 0.4,
-    "command": 0.3,
-    "information_seeking": 0.35,
-    "technical": 0.45,
-    "memory_recall": 0.8,
-    "general": 0.2,
+    "social": 0.02,
+    "question": 0.35,
+    "command": 0.15,
+    "information_seeking": 0.3,
+    "technical": 0.5,
+    "memory_recall": 0.9,
+    "general": 0.08,
 }
 
 
@@ -256,7 +258,7 @@ def _draw_retrieval_state(rng: random.Random) -> RetrievalState:
             has_errors=rng.random() < 0.2,
         ),
         retrieval.MemoryStats(
-            total_entries=rng.choice((0, 20, 300, 2000)),
+            total_entries=rng.choice((0, 20, 80, 300, 2000, 9000)),
             recent_retrievals=rng.choice((0, 3, 8)),
             avg_retrieval_success=rng.choice((0.15, 0.4, 0.6, 0.85)),
         ),
@@ -265,8 +267,8 @@ def _draw_retrieval_state(rng: random.Random) -> RetrievalState:
 
 def _memory_need(state: RetrievalState) -> float:
     query, context = state.query_features, state.context_features
-    need = _CATEGORY_NEEDS[query.semantic_category] + 0.25 * (query.query_complexity > 0.6)
-    need += 0.2 * context.has_errors + 0.1 * (context.conversation_depth > 10)
+    need = _CATEGORY_NEEDS[query.semantic_category] + 0.35 * (query.query_complexity > 0.6)
+    need += 0.3 * context.has_errors + 0.1 * (context.conversation_depth > 10)
     return min(need, 0.97)
 
 
@@ -288,13 +290,19 @@ def _match(state: RetrievalState, action: RetrievalAction) -> float:
         right = ("tool", "guideline")
     if action.types == right:
         return 1.0
-    return 0.75 if action.types is None else 0.45
+    return 0.6 if action.types is None else 0.25
 
 
 def _enough(state: RetrievalState, action: RetrievalAction) -> float:
     complexity = state.query_features.query_complexity
     wanted = 30 if complexity > 0.6 else 15 if complexity > 0.3 else 5
-    return max(0.4, 1 - 0.3 * abs(math.log2((action.max_results or 15) / wanted)))
+    return max(0.2, 1 - 0.4 * abs(math.log2((action.max_results or 15) / wanted)))
+
+
+def _distraction(state: RetrievalState, action: RetrievalAction) -> float:
+    if state.memory_stats.total_entries == 0:
+        return 0.0
+    return min(max(0.1 * math.log2((action.max_results or 15) / 2.5), 0.0), 0.5)
 
 
 def _draw_consolidation_state(rng: random.Random) -> ConsolidationState:
