@@ -110,14 +110,15 @@ def _read_file(
             kept = [name for name in names if name in expected]
             stored = {name: file.get_slice(name) for name in kept}
             unfit = [
-                f"{name} has shape {shape}, config.json says {tuple(expected[name])}"
+                f"{name} has shape {tuple(part.get_shape())}, "
+                f"config.json says {tuple(expected[name])}"
                 for name, part in stored.items()
-                if (shape := tuple(part.get_shape())) != tuple(expected[name])
+                if tuple(part.get_shape()) != tuple(expected[name])
             ]
             unfit += [
-                f"{name} is stored as {dtype}, expected one of {', '.join(_DTYPES)}"
+                f"{name} is stored as {part.get_dtype()}, expected one of {', '.join(_DTYPES)}"
                 for name, part in stored.items()
-                if (dtype := part.get_dtype()) not in _DTYPES
+                if part.get_dtype() not in _DTYPES
             ]
             if unfit:
                 raise InputError(f"{path}: {len(unfit)} weights do not fit: {_listed(unfit)}")
