@@ -139,32 +139,85 @@ def collate_answers(
     """Put prompts with any number of answers each into one stream; see ``collate``.
 
     Raises:
-        ValueError: a prompt or an answer is empty, or a prompt has no answer.
+        ValueError: a prompt or an answer is empty, or there is no answer.
     """
     if not share_prefix:
         trees = [(prompt, (answer,)) for prompt, answers in trees for answer in answers]
-    size = sum(len(prompt) + sum(map(len, answers)) for prompt, answers in trees)
-    ids: list[
-        TokenIds
-    ] = []  # of each segment, in stream order: filler, roots with first answers, the rest
+    ids: list[TokenIds] = []
     parents: list[int | None] = []
-    if size % multiple_of:
-        ids.append(np.zeros(-size % multiple_of, np.int32))
-        parents.append(None)
-    roots: list[int] = []
-    segment_of: dict[tuple[int, int], int] = {}  # (tree, answer) -> segment
-    for tree, (prompt, answers) in enumerate(trees):
-        roots.append(len(ids))
-        segment_of[tree, 0] = len(ids) + 1
-        ids += [prompt, answers[0]]
-        parents += [None, roots[-1]]
-    for tree, (_, answers) in enumerate(trees):
-        for index, answer in enumerate(answers[1:], start=1):
-            segment_of[tree, index] = len(ids)
-            ids.append(answer)
-            parents.append(roots[tree])
-    segments = Segments(tuple(map(len, ids)), tuple(parents))
-    return _index_answers(ids, segments, [segment_of[key] for key in sorted(segment_of)])
+    scored: list[int] = []
+    for prompt, answers in trees:
+        root = len(ids)
+        ids += [prompt, *answers]
+        parents += [None, *[root] * len(answers)]
+        scored += range(root + 1, len(ids))
+    return collate_forest(ids, parents, scored, multiple_of=multiple_of)
+
+
+def collate_forest(
+    ids: Sequence[TokenIds],
+    parents: Sequence[int | None],
+    scored: Sequence[int],
+    *,
+    multiple_of: int = 16,
+) -> AnswerBatch:
+    """Put trees of segments of any depth into one stream, to score the tokens of some of them.
+
+    The stream is laid out in runs, so that few keys are gathered: each root with its first child,
+    that one's first child and so on; then every other segment with its first children.
+
+    Example: ids ``[5, 6], [7], [8], [9, 2], [3]`` with parents ``None, 0, 0, 1, 1``, of which 2, 3
+    and 4 are scored, and ``multiple_of=1`` give::
+
+        input_ids  [5, 6, 7, 9, 2, 8, 3]     positions [0, 1, 2, 3, 4, 2, 3]
+        segments   lengths (2, 1, 2, 1, 1), parents (None, 0, 1, 0, 1)
+        predictors [1, 2, 3, 2]              the last token above a segment predicts its first
+        targets    [8, 9, 2, 3]              answers [0, 1, 1, 2]
+
+    Args:
+        ids: the tokens of each segment.
+        parents: for each segment the index of an earlier one, or None for a root.
+        scored: the segments that are answers, counted in this order; none is a root.
+        multiple_of: as for ``collate``.
+
+    Raises:
+        ValueError: a segment is empty, a parent does not come before its child, a root is to be
+            scored, or nothing is.
+    """
+    if not scored:
+        raise ValueError("no segment is to be scored")
+    roots = [segment for segment in scored if parents[segment] is None]
+    if roots:
+        raise ValueError(f"segment {roots[0]} is a root: nothing predicts its first token")
+    order = _in_runs(Segments(tuple(map(len, ids)), tuple(parents)))
+    laid_ids, laid_parents = [ids[segment] for segment in order], [parents[s] for s in order]
+    filler = -sum(map(len, ids)) % multiple_of
+    if filler:
+        laid_ids.insert(0, np.zeros(filler, np.int32))
+        laid_parents.insert(0, None)
+    place = {segment: index for index, segment in enumerate(order, start=int(filler > 0))}
+    segments = Segments(
+        tuple(map(len, laid_ids)),
+        tuple(None if parent is None else place[parent] for parent in laid_parents),
+    )
+    return _index_answers(laid_ids, segments, [place[segment] for segment in scored])
+
+
+def _in_runs(segments: Segments) -> list[int]:
+    """Order segments so that as many as can be follow their parent at once, and roots lead."""
+    first_child: dict[int, int] = {}
+    for segment, parent in enumerate(segments.parents):
+        if parent is not None:
+            first_child.setdefault(parent, segment)
+    followers = set(first_child.values())
+    heads = [segment for segment in range(len(segments.parents)) if segment not in followers]
+    order: list[int] = []
+    for head in sorted(heads, key=lambda segment: segments.parents[segment] is not None):
+        node: int | None = head
+        while node is not None:
+            order.append(node)
+            node = first_child.get(node)
+    return order
 
 
 def _index_answers(

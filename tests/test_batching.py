@@ -3,10 +3,18 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.batching import StepSampler, collate, collate_answers, pack, permuted
+from dpo.batching import (
+    StepSampler,
+    collate,
+    collate_answers,
+    collate_forest,
+    pack,
+    permuted,
+)
+from dpo.segments import Segments
 from dpo.tokenization import TokenizedPair
 
 
@@ -75,6 +83,76 @@ def test_three_answers_of_one_prompt_share_it() -> None:
     assert texts.stream.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
     assert texts.answers.tolist() == [0, 1, 1, 2]
     assert texts.predictors.tolist() == [1, 1, 3, 1]
+
+
+def test_worked_example_of_a_forest() -> None:
+    texts = collate_forest(
+        [ids(5, 6), ids(7), ids(8), ids(9, 2), ids(3)], [None, 0, 0, 1, 1], [2, 3, 4], multiple_of=1
+    )
+    assert texts.stream.input_ids.tolist() == [5, 6, 7, 9, 2, 8, 3]
+    assert texts.stream.positions.tolist() == [0, 1, 2, 3, 4, 2, 3]
+    assert texts.stream.plan.segments == Segments((2, 1, 2, 1, 1), (None, 0, 1, 0, 1))
+    assert texts.predictors.tolist() == [1, 2, 3, 2]
+    assert texts.targets.tolist() == [8, 9, 2, 3]
+    assert texts.answers.tolist() == [0, 1, 1, 2]
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> tuple[list[int], list[int | None]]:
+    """Lengths and parents, the second segment below the first."""
+    lengths = draw(st.lists(st.integers(1, 4), min_size=2, max_size=12))
+    others = [draw(st.none() | st.integers(0, index - 1)) for index in range(2, len(lengths))]
+    return lengths, [None, 0, *others]
+
+
+@settings(max_examples=40)
+@given(forests(), st.sampled_from([1, 8]), st.data())
+def test_layout_of_a_forest_changes_no_text(
+    forest: tuple[list[int], list[int | None]], multiple_of: int, data: st.DataObject
+) -> None:
+    """Every scored token keeps its target, its predictor and all that it sees, in order."""
+    lengths, parents = forest
+    given_order = Segments(tuple(lengths), tuple(parents))
+    tokens = np.arange(1, sum(lengths) + 1, dtype=np.int32)  # each token names itself
+    segments = np.split(tokens, given_order.starts[1:])
+    below = [index for index, parent in enumerate(parents) if parent is not None]
+    scored = data.draw(st.permutations(below))
+    texts = collate_forest(segments, parents, scored, multiple_of=multiple_of)
+    stream, mask = texts.stream, texts.stream.plan.segments.attention_mask()
+    assert len(stream.input_ids) % multiple_of == 0
+    row = 0
+    for answer, segment in enumerate(scored):
+        text = [int(token) for s in given_order.path(segment) for token in segments[s]]
+        for place in range(len(text) - lengths[segment], len(text)):
+            predictor = int(texts.predictors[row])
+            seen = stream.input_ids[mask[predictor]]
+            in_order = seen[stream.positions[mask[predictor]].argsort()]
+            assert in_order.tolist() == text[:place]
+            assert int(texts.targets[row]) == text[place]
+            assert int(texts.answers[row]) == answer
+            row += 1
+    assert row == len(texts.targets)
+
+
+def test_a_forest_has_no_more_runs_than_leaves() -> None:
+    parents = [None, 0, 0, 1, 1, 2, None, 6, 6]
+    texts = collate_forest([ids(1)] * 9, parents, [3], multiple_of=1)
+    assert len(texts.stream.plan.root_lengths + texts.stream.plan.branch_lengths) == 5
+
+
+def test_a_forest_with_nothing_to_score_is_refused() -> None:
+    with pytest.raises(ValueError, match="no segment is to be scored"):
+        collate_answers([(ids(1), [])])
+
+
+def test_a_root_cannot_be_scored() -> None:
+    with pytest.raises(ValueError, match="segment 1 is a root: nothing predicts its first token"):
+        collate_forest([ids(1), ids(2)], [None, None], [1])
+
+
+def test_a_parent_behind_its_child_is_refused() -> None:
+    with pytest.raises(ValueError, match="segment 1 has parent 2, expected an earlier segment"):
+        collate_forest([ids(1), ids(2), ids(3)], [None, 2, 0], [1])
 
 
 def test_sums_per_answer() -> None:
