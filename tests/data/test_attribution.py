@@ -94,6 +94,7 @@ def test_without_retrievals_there_is_nothing_to_share(attribution: Attribution) 
 
 def test_scores_are_rescaled_to_their_absolute_sum() -> None:
     assert normalize_scores([1, -3], target=2.0) == [0.5, -1.5]
+    assert normalize_scores([1, -3]) == [0.25, -0.75]
     assert normalize_scores([0, 0]) == [0, 0]
 
 

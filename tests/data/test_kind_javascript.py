@@ -65,6 +65,7 @@ def test_to_fixed_is_within_half_a_unit_of_the_last_digit(value: float) -> None:
         (5e-324, "5e-324"),
         (1.7976931348623157e308, "1.7976931348623157e+308"),
         (-12.5, "-12.5"),
+        (1.5, "1.5"),
         (100, "100"),
         (math.inf, "Infinity"),
         (math.nan, "NaN"),

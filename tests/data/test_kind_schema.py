@@ -50,6 +50,12 @@ def test_five_point_zero_is_the_whole_number_five() -> None:
     assert (level, type(level)) == (5, int)
 
 
+def test_the_largest_whole_number_is_the_largest_that_json_readers_keep() -> None:
+    data = {**OUTER, "innerPart": {**INNER, "turnNumber": 2**53 - 1}}
+
+    assert SCHEMA.parse(data, "row 1").inner_part.turn_number == 2**53 - 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

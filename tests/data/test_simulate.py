@@ -99,6 +99,108 @@ def test_chances_are_probabilities_of_outcomes_the_action_can_have(kind_name: st
             )
 
 
+def state_of(kind_name: str, groups: dict[str, Any]) -> Any:
+    return KINDS[kind_name].parse_state(groups, "state")
+
+
+A_RULE = {
+    "contextFeatures": {
+        "turnNumber": 4,
+        "tokenCount": 240,
+        "toolCallCount": 0,
+        "hasError": False,
+        "userTurnCount": 2,
+        "assistantTurnCount": 2,
+    },
+    "memoryState": {
+        "totalEntries": 40,
+        "recentExtractions": 0,
+        "similarEntryExists": False,
+        "sessionCaptureCount": 0,
+    },
+    "contentFeatures": {
+        "hasDecision": False,
+        "hasRule": True,
+        "hasFact": False,
+        "hasCommand": False,
+        "noveltyScore": 0.5,
+        "complexity": 0.4,
+    },
+}
+A_TECHNICAL_QUERY = {
+    "queryFeatures": {
+        "queryLength": 60,
+        "hasKeywords": True,
+        "queryComplexity": 0.5,
+        "semanticCategory": "technical",
+    },
+    "contextFeatures": {
+        "turnNumber": 3,
+        "conversationDepth": 4,
+        "recentToolCalls": 0,
+        "hasErrors": False,
+    },
+    "memoryStats": {"totalEntries": 300, "recentRetrievals": 3, "avgRetrievalSuccess": 0.6},
+}
+ALIKE_TOOLS = {
+    "groupFeatures": {
+        "groupSize": 3,
+        "avgSimilarity": 0.85,
+        "minSimilarity": 0.8,
+        "maxSimilarity": 0.9,
+        "entryTypes": ["tool"],
+    },
+    "usageStats": {
+        "totalRetrievals": 20,
+        "avgRetrievalRank": 4.0,
+        "successRate": 0.45,
+        "lastAccessedDaysAgo": 20,
+    },
+    "scopeStats": {"scopeType": "project", "totalEntriesInScope": 50, "duplicateRatio": 0.2},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind_name", "groups", "action", "reward"),
+    [
+        # need .05 + .6, right type and priority: found .65, of which .9 serves
+        # .35 * -.4 + .65 * (.1 * -.1 + .9 * (.25 * .4 + .75 * 1))
+        (
+            "extraction",
+            A_RULE,
+            {"decision": "store", "entryType": "guideline", "priority": 50},
+            0.35075,
+        ),
+        ("extraction", A_RULE, {"decision": "skip"}, -0.39),  # .65 * 3 * -.2
+        ("extraction", A_RULE, {"decision": "defer"}, -0.4),  # late: missed all the same
+        # need .5: .52 * 1 + .144 * -.1 + .336 * -.9
+        ("retrieval", A_TECHNICAL_QUERY, {"shouldRetrieve": False}, 0.2032),
+        # found .35 + .65 * .6 = .74, distracted .1 * log2(6) = .2585: .37 * 1
+        # + (.5 * .7415 + .13 * .1) * .8 + .5 * .2585 * -.9 + .13 * .9 * -.7
+        (
+            "retrieval",
+            A_TECHNICAL_QUERY,
+            {"shouldRetrieve": True, "types": ["tool", "guideline"], "maxResults": 15},
+            0.478779,
+        ),
+        # .85 * 1 + .15 * (.3 * .4 + .7 * -.9)
+        ("consolidation", ALIKE_TOOLS, {"action": "merge", "mergeStrategy": "weighted"}, 0.7735),
+        ("consolidation", ALIKE_TOOLS, {"action": "dedupe"}, -0.53),  # .1 * .55 + .9 * -.65
+        ("consolidation", ALIKE_TOOLS, {"action": "archive"}, -0.646),  # .08 * .55 + .92 * -.75
+        ("consolidation", ALIKE_TOOLS, {"action": "abstract"}, -0.2835),  # .15 + .85 * -.51
+        ("consolidation", ALIKE_TOOLS, {"action": "keep"}, -0.08),  # .1 * .2 + .5 * -.2
+    ],
+)
+def test_the_true_reward_follows_from_the_documented_chances(
+    kind_name: str, groups: dict[str, Any], action: dict[str, Any], reward: float
+) -> None:
+    chosen = KINDS[kind_name].parse_action(action, "action")
+
+    assert true_reward(kind_name, state_of(kind_name, groups), chosen) == pytest.approx(
+        reward, abs=1e-6
+    )
+
+
 HIDDEN = {
     "extraction": {"user_turn_count": 99, "assistant_turn_count": 98, "session_capture_count": 97},
     "retrieval": {"last_retrieval_time": 1},
