@@ -34,7 +34,7 @@ _SCHEMA = f"""
     CREATE TABLE feedback_schema AS SELECT {SCHEMA_VERSION} AS version;
 """
 _CREATION_LOCK = 20240501  # any number, the same for every process that creates the tables
-_ROWS_PER_FETCH = 1000
+_ROWS_PER_FETCH = 500
 _CONNECT_TIMEOUT_SECONDS = 10
 
 
@@ -76,7 +76,7 @@ class PostgresStore(SqlStore):
             has_timeout = "connect_timeout" in conninfo.conninfo_to_dict(self._url)
             defaults = {} if has_timeout else {"connect_timeout": _CONNECT_TIMEOUT_SECONDS}
             address = conninfo.make_conninfo(self._url, **defaults)
-            connection = psycopg.connect(address, autocommit=True)
+            connection = psycopg.connect(address, autocommit=True, application_name="dpo-feedback")
         except psycopg.Error as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{self}: cannot connect to PostgreSQL: {reason}") from error
