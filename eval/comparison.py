@@ -134,7 +134,11 @@ def compare_policies(
         if metric in differences
         else Verdict("tie", f"{metric} cannot be compared: {_why_not(a, b)}")
     )
-    disagreements = _disagreements(a, b)
+    differing = [
+        index
+        for index, (left, right) in enumerate(zip(a.decisions, b.decisions, strict=True))
+        if left.action != right.action
+    ]
     value_a, value_b = evaluation_a.avg_reward, evaluation_b.avg_reward
     return PolicyComparison(
         policy_a=evaluation_a,
@@ -149,8 +153,8 @@ def compare_policies(
         ),
         differences=differences,
         mcnemar=mcnemar(a.is_right, b.is_right),
-        disagreements=tuple(disagreements[:SHOWN_DISAGREEMENTS]),
-        disagreement_count=len(disagreements),
+        disagreements=tuple(_disagreement(a, b, i) for i in differing[:SHOWN_DISAGREEMENTS]),
+        disagreement_count=len(differing),
     )
 
 
@@ -315,20 +319,16 @@ def _signed(interval: ConfidenceInterval) -> str:
     return f"{interval.mean:+.4f}, {interval.confidence:.0%} interval {ends}"
 
 
-def _disagreements(a: Decided, b: Decided) -> list[Disagreement]:
-    kind = a.kind
-    return [
-        Disagreement(
-            id=example.id,
-            state=kind.state_to_json(example.state),
-            logged_action=_one_line(kind, example.expected_action),
-            reward=example.reward,
-            action_a=_one_line(kind, left.action),
-            action_b=_one_line(kind, right.action),
-        )
-        for example, left, right in zip(a.examples, a.decisions, b.decisions, strict=True)
-        if left.action != right.action
-    ]
+def _disagreement(a: Decided, b: Decided, index: int) -> Disagreement:
+    kind, example = a.kind, a.examples[index]
+    return Disagreement(
+        id=example.id,
+        state=kind.state_to_json(example.state),
+        logged_action=_one_line(kind, example.expected_action),
+        reward=example.reward,
+        action_a=_one_line(kind, a.decisions[index].action),
+        action_b=_one_line(kind, b.decisions[index].action),
+    )
 
 
 def _one_line(kind: PolicyKind, action: Action) -> str:

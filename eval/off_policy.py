@@ -146,6 +146,7 @@ def make_log(
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def arm_key(kind: PolicyKind, action: Action, arms: Arms) -> str:
     """Return what tells the action apart: its class, or its JSON without ids.
 

@@ -1,5 +1,6 @@
 """Bootstrap intervals: against scipy, against binomial quantiles, by hand, and by coverage."""
 
+import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -267,3 +268,29 @@ def _coverage(draw: Draw, method: Method, *, runs: int, is_grouped: bool = True)
         )
         hits += found.lower <= 0.0 <= found.upper
     return hits / runs
+
+
+DRAWS: list[Draw] = [_normal, _skewed, _shares, _clustered]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("runs", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_intervals_of_95_percent_cover_93_to_97(draw: Draw, method: Method, runs: int) -> None:
+    noise = 3 * np.sqrt(0.95 * 0.05 / runs)
+    low = 0.92 if method == "basic" else 0.93  # README.md: basic falls short on skewed data
+    assert low - noise <= _coverage(draw, method, runs=runs) <= 0.97 + noise
+
+
+def test_ignoring_groups_covers_too_seldom() -> None:
+    assert _coverage(_clustered, "bca", runs=100, is_grouped=False) < 0.85
+
+
+@pytest.mark.slow
+def test_a_million_values_and_ten_thousand_resamples_take_seconds() -> None:
+    values = np.random.default_rng(0).lognormal(size=1_000_000)
+    started = time.perf_counter()
+    found = compute_confidence_interval(values, resamples=10_000)
+    assert time.perf_counter() - started < 30  # 1.2 s on one free core
+    expected = values.std() / 1000
+    assert found.standard_error == pytest.approx(expected, rel=0.03)

@@ -1,0 +1,210 @@
+"""``dpo eval`` and ``dpo compare`` from the command line, and every refusal with exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dpo import cli
+from dpo.data.simulate import simulate
+from dpo.eval.bootstrap import METHODS
+from dpo.eval.cli import compare, evaluate
+from dpo.eval.off_policy import ARMS
+
+
+@pytest.fixture(autouse=True)
+def _commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "eval", cli.Entry("dpo.eval.cli:evaluate", "Evaluate."))
+    monkeypatch.setitem(cli.COMMANDS, "compare", cli.Entry("dpo.eval.cli:compare", "Compare."))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    """Write 250 logged decisions as the dataset builder does."""
+    return str(_write(tmp_path / "examples.jsonl", _rows("extraction", 250)))
+
+
+def _rows(kind: str, count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "state": each.state,
+            "action": each.action,
+            "reward": each.reward,
+            "metadata": {
+                "id": each.id,
+                "sessionId": each.session_id,
+                "decidedAt": each.decided_at.isoformat(),
+                "confidence": each.confidence,
+                "propensity": each.propensity,
+            },
+        }
+        for each in simulate(kind, count, 0)
+    ]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def _scores(path: Path, shift: float) -> str:
+    rows = [
+        {
+            "id": f"p{index}",
+            "chosen_reward": (index * 7 % 10) / 10 - 0.5 + shift,
+            "rejected_reward": 0.0,
+            "chosen_tokens": index % 5,
+            "rejected_tokens": 2,
+        }
+        for index in range(60)
+    ]
+    return str(_write(path, rows))
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, [*arguments, "--resamples", "100"])
+
+
+def test_eval_prints_the_report(data: str) -> None:
+    result = _run("eval", "rules", "--data", data)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("Policy Evaluation Report\n")
+    assert "Policy: rules (extraction), 250 examples" in result.output
+
+
+def test_eval_prints_json(data: str) -> None:
+    result = _run("eval", "constant:skip", "--data", data, "--json", "--confidence", "0.9")
+    report = json.loads(result.output)
+    assert report["policy"] == "constant:skip"
+    assert report["detail"]["options"]["bootstrap"]["confidence"] == 0.9
+
+
+def test_eval_writes_a_page(data: str, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "page.html"
+    result = _run("eval", "rules", "--data", data, "--html", str(page))
+    assert result.exit_code == 0, result.output
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_options_reach_the_evaluation(data: str) -> None:
+    result = _run(
+        "eval", "rules", "--data", data, "--json", "--method", "percentile", "--seed", "3",
+        "--independent", "--stratify", "--arms", "class",
+    )  # fmt: skip
+    options = json.loads(result.output)["detail"]["options"]
+    assert options == {
+        "bootstrap": {"confidence": 0.95, "method": "percentile", "resamples": 100, "seed": 3},
+        "bySession": False,
+        "stratifyByClass": True,
+        "arms": "class",
+    }
+
+
+def test_choices_are_those_of_the_library() -> None:
+    choices = {each.name: each.type.to_info_dict() for each in evaluate.params}
+    assert choices["method"]["choices"] == METHODS
+    assert choices["arms"]["choices"] == ARMS
+
+
+def test_compare_names_the_winner(data: str) -> None:
+    result = _run("compare", "rules", "constant:skip", "--data", data, "--metric", "accuracy")
+    assert result.exit_code == 0, result.output
+    assert "rules vs constant:skip\nWinner: rules\n" in result.output
+
+
+def test_compare_of_three_ranks(data: str) -> None:
+    result = _run(
+        "compare", "rules", "uniform", "constant:skip", "--data", data, "--metric", "accuracy"
+    )
+    assert result.output.startswith("Policy Ranking\n")
+    assert "1.  rules" in result.output
+
+
+def test_compare_can_split(data: str) -> None:
+    result = _run(
+        "compare", "rules", "uniform", "--data", data, "--ab-split", "0.5", "--metric", "accuracy"
+    )
+    assert result.output.startswith("A/B Test Report\n")
+
+
+def test_scored_pairs_are_evaluated_and_compared(tmp_path: Path) -> None:
+    before = _scores(tmp_path / "before.jsonl", 0.0)
+    after = _scores(tmp_path / "after.jsonl", 0.3)
+    alone = _run("eval", before)
+    assert alone.output.startswith("Preference Pair Report\n")
+    page = tmp_path / "page.html"
+    both = _run("compare", before, after, "--html", str(page))
+    assert f"Winner: {after}" in both.output
+    assert "Two models on the same preference pairs" in page.read_text()
+
+
+def test_commands_import_numpy_only_when_they_run() -> None:
+    code = "import sys, dpo.eval.cli; sys.exit('numpy' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "rules"], "--data is missing: the examples to evaluate on"),
+        (["eval", "magic", "--data", "DATA"], "'magic' is no policy: expected rules, uniform"),
+        (["eval", "constant:burn", "--data", "DATA"], "extraction has no class 'burn'"),
+        (["eval", "rules", "--data", "none.jsonl"], "none.jsonl: no such file"),
+        (["eval", "rules", "--data", "DATA", "--confidence", "1"], "confidence must be between 0"),
+        (["eval", "rules", "--data", "DATA", "--stratify"], "stratify_by_class needs by_session="),
+        (["eval", "none.jsonl"], "none.jsonl: no such file; expected the scores"),
+        (["eval", "S.jsonl", "--data", "DATA"], "--data: of no use with a scored file"),
+        (["compare", "rules", "--data", "DATA"], "compare needs at least two policies"),
+        (["compare", "rules", "uniform", "--data", "DATA", "--metric", "x"], "metric must be one"),
+        (["compare", "a.jsonl", "b.jsonl", "--ab-split", "0.5"], "two at a time and without --ab"),
+        (
+            ["compare", "rules", "uniform", "rules", "--data", "DATA", "--ab-split", "0.5"],
+            "--ab-split takes two policies, got 3",
+        ),
+        (
+            ["compare", "rules", "uniform", "--data", "DATA", "--ab-split", "0.5", "--metric",
+             "accuracy", "--html", "p.html"],
+            "--html: there is no page for an A/B test",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_refused_in_one_line_with_code_2(
+    data: str, arguments: list[str], message: str
+) -> None:
+    result = _run(*(data if each == "DATA" else each for each in arguments))
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": float("nan")}, "250 of 250 lines are no extraction examples"),
+        ({"action": {"decision": "skip"}}, "all 250 examples have the action class 'skip'"),
+        ({"metadata": {"propensity": 2}}, "propensity must be a number in (0, 1], got 2"),
+    ],
+)
+def test_wrong_data_are_refused_with_code_2(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    rows = [row | changes for row in _rows("extraction", 250)]
+    result = _run("eval", "rules", "--data", str(_write(tmp_path / "bad.jsonl", rows)))
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_mixed_call_of_policies_and_scores_is_refused(data: str, tmp_path: Path) -> None:
+    scores = _scores(tmp_path / "s.jsonl", 0.0)
+    result = _run("compare", "rules", scores, "--data", data)
+    assert result.exit_code == 2
+    assert "is no policy" in result.output
+
+
+def test_help_explains_what_a_policy_is() -> None:
+    assert compare.epilog == evaluate.epilog
+    assert "constant:CLASS" in str(evaluate.epilog)
