@@ -2,9 +2,9 @@
 
     python bench/peers/record_trl_losses.py --peers PEERS/bin/python
 
-Makes the tiny model of ``tests/test_against_trl.py`` and has ``trl_steps.py`` train it in the peers'
-environment on ``tests/fixtures/hh_pairs.jsonl``: float32, all pairs in each step, plain AdamW, a
-constant rate, no clipping.
+Makes the tiny model of ``tests/test_against_trl.py`` and has ``trl_steps.py`` train it in the
+peers' environment on ``tests/fixtures/hh_pairs.jsonl``: float32, all pairs in each step, plain
+AdamW, a constant rate, no clipping.
 """
 
 import argparse
