@@ -199,7 +199,7 @@ def _advice(prompts: int, evaluated: int, options: BuildOptions) -> str:
     """Say what to choose when too few evaluation examples would be left."""
     choices = []
     if options.split_by != "group":
-        choices.append("split_by 'group', which keeps grouping keys, and with them prompts, whole")
+        choices.append("split_by 'group' (--split-by group), which keeps grouping keys whole")
     if options.remove_crossing == "both" and prompts <= (1 - LEAST_SHARE_LEFT) * evaluated:
         choices.append("remove_crossing 'prompt', which lets grouping keys cross")
     choices.append("remove_crossing 'none', which evaluates on what was trained on")

@@ -1,0 +1,136 @@
+"""Rows of files of pairs as they stand, the faulty ones included.
+
+A row that training would refuse is still read as far as it can be, to say what ails it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo.data.texts import json_line
+from dpo.errors import InputError
+from dpo.pair import PreferencePair
+from dpo.pair_rows import parse_row
+from dpo.preferences import _decode, _numbered
+
+_ASSISTANT_TURN = "\n\nAssistant:"
+
+
+class Texts(NamedTuple):
+    """Prompt and answers as plain text, to compare and to measure."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class PairRow:
+    """A row that training would take.
+
+    Attributes:
+        path: the file, as the user named it.
+        number: position among the file's rows, from 0.
+        place: file and line, for people.
+        pair: as training takes it.
+        texts: what it says.
+    """
+
+    path: Path
+    number: int
+    place: str
+    pair: PreferencePair
+    texts: Texts
+
+
+@dataclass(frozen=True, slots=True)
+class FaultyRow:
+    """A row that training would refuse: the check that it belongs to, and the reader's words."""
+
+    path: Path
+    number: int
+    place: str
+    check: str
+    detail: str
+
+
+def read_rows(path: Path, columns: Mapping[str, str]) -> Iterator[PairRow | FaultyRow]:
+    """Yield every row of a file.
+
+    Args:
+        path: JSON Lines, a JSON array, either also gzipped, or Parquet.
+        columns: field of a pair -> column that holds it, for rows with other names.
+
+    Raises:
+        InputError: the file is absent, of another type, or damaged as a whole.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    for number, (_, place, content) in enumerate(_numbered([path])):
+        try:
+            content = _decode(content) if isinstance(content, bytes) else content
+            pair = parse_row(content, columns=columns, default_id=str(number)).pair
+        except InputError as error:
+            check = _check_of_fault(content, columns)
+            yield FaultyRow(path, number, place, check, str(error))
+            continue
+        texts = Texts(*(plain_text(text) for text in (pair.prompt, pair.chosen, pair.rejected)))
+        yield PairRow(path, number, place, pair, texts)
+
+
+def raw_lines(path: Path) -> Iterator[bytes]:
+    """Yield every row of a file as one line, without the newline."""
+    for _, _, content in _numbered([path]):
+        if isinstance(content, bytes):
+            yield content.strip()
+        else:  # ASCII, because a faulty text may hold half of a surrogate pair
+            yield json.dumps(content, default=str).encode()
+
+
+def plain_text(value: object) -> str:
+    """Return what a text, a message or a conversation says, without roles."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        said = value.get("content", value.get("value"))
+        calls = value.get("tool_calls")
+        return plain_text(said) + (json_line(calls) if calls else "")
+    if isinstance(value, list | tuple):
+        return "\n".join(
+            plain_text(item.get("text", item) if _is_part(item) else item) for item in value
+        )
+    return ""
+
+
+def _check_of_fault(row: object, columns: Mapping[str, str]) -> str:
+    """Name the check that a faulty row belongs to."""
+    names = {"chosen": "preferred_output", "rejected": "non_preferred_output"}
+    if not isinstance(row, Mapping):
+        return "unreadable"
+    found = [columns.get(name, name if name in row else other) for name, other in names.items()]
+    answers = [row.get(column, 0) for column in found]
+    if not all(answer is None or isinstance(answer, str | list | Mapping) for answer in answers):
+        return "unreadable"
+    if columns.get("prompt", "prompt") not in row and "input" not in row:
+        (first, *answers), (second, *others) = map(_split_last, answers)
+        answers += others
+        if first != second:
+            return "different-prompts"
+    chosen, rejected = map(plain_text, answers)
+    if not chosen.strip() or not rejected.strip():
+        return "empty"
+    return "identical" if chosen == rejected else "unreadable"
+
+
+def _split_last(value: object) -> tuple[str, str]:
+    """Split a dialogue before its last answer."""
+    if isinstance(value, list):
+        return plain_text(value[:-1]), plain_text(value[-1:])
+    prompt, mark, answer = plain_text(value).rpartition(_ASSISTANT_TURN)
+    return prompt + mark, answer
+
+
+def _is_part(item: object) -> bool:
+    return isinstance(item, Mapping) and item.get("type") == "text"
