@@ -119,7 +119,7 @@ def compare(
 ) -> None:
     """Compare two POLICIES on the same decisions, or rank several; or compare two scored files."""
     if len(policies) < 2:
-        raise InputError(f"compare needs at least two policies, got {policies[0]!r} alone")
+        raise InputError(f"compare needs at least two policies, got {' '.join(policies)} alone")
     if all(map(_is_scores, policies)):
         if len(policies) > 2 or ab_split is not None:
             raise InputError("scored files are compared two at a time and without --ab-split")

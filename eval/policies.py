@@ -42,13 +42,16 @@ class Policy(Protocol):
     @property
     def name(self) -> str:
         """The name in reports."""
+        ...
 
     @property
     def kind(self) -> PolicyKind:
         """The kind whose states it reads and whose actions it takes."""
+        ...
 
     def decide(self, state: State) -> PolicyDecision:
         """Choose an action; raise anything to let the fallback answer."""
+        ...
 
 
 @runtime_checkable
@@ -57,6 +60,7 @@ class BatchPolicy(Protocol):
 
     def decide_batch(self, states: Sequence[State]) -> Sequence[PolicyDecision]:
         """Choose an action for each state, as ``decide`` would."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ def _codes(keys: Sequence[Hashable], rows: int, what: str) -> Integers:
 def _sums_by_code(table: Floats, code: Integers, codes: int) -> Floats:
     """Add up the rows of each code: (codes, F)."""
     columns = [np.bincount(code, weights=column, minlength=codes) for column in table.T]
-    return np.stack(columns, axis=1)
+    return np.stack(columns, axis=1).astype(np.float64, copy=False)
 
 
 def _joined(tables: list[Floats], copies: list[Integers]) -> Units:

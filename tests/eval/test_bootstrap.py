@@ -41,7 +41,7 @@ def test_interval_of_a_mean_equals_scipy(method: Method) -> None:
     theirs = scipy.stats.bootstrap(
         (SKEWED,), np.mean, method=name, n_resamples=20_000, rng=np.random.default_rng(3)
     )
-    tolerance = MONTE_CARLO * theirs.standard_error * 2  # both sides draw
+    tolerance = MONTE_CARLO * float(theirs.standard_error) * 2  # both sides draw
     assert ours.lower == pytest.approx(theirs.confidence_interval.low, abs=tolerance)
     assert ours.upper == pytest.approx(theirs.confidence_interval.high, abs=tolerance)
     assert ours.standard_error == pytest.approx(theirs.standard_error, rel=0.03)
@@ -55,7 +55,7 @@ def test_interval_of_a_standard_deviation_equals_scipy(method: Method) -> None:
     theirs = scipy.stats.bootstrap(
         (SKEWED,), np.std, method=name, n_resamples=20_000, rng=np.random.default_rng(3)
     )
-    tolerance = MONTE_CARLO * theirs.standard_error * 2
+    tolerance = MONTE_CARLO * float(theirs.standard_error) * 2
     assert ours.mean == pytest.approx(np.std(SKEWED))
     assert ours.lower == pytest.approx(theirs.confidence_interval.low, abs=tolerance)
     assert ours.upper == pytest.approx(theirs.confidence_interval.high, abs=tolerance)
@@ -248,7 +248,7 @@ def _skewed(generator: np.random.Generator) -> tuple[Floats, list[int] | None]:
 
 
 def _shares(generator: np.random.Generator) -> tuple[Floats, list[int] | None]:
-    return (generator.random(100) < 0.7) - 0.7, None
+    return np.asarray((generator.random(100) < 0.7) - 0.7, dtype=np.float64), None
 
 
 def _clustered(generator: np.random.Generator) -> tuple[Floats, list[int] | None]:

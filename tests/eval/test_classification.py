@@ -1,21 +1,19 @@
 """Accuracy, precision, recall and F1: scikit-learn is the oracle."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import (
-    accuracy_score,
-    confusion_matrix,
-    precision_recall_fscore_support,
-)
 
 from dpo.errors import InputError
 from dpo.eval.bootstrap import BootstrapOptions
 from dpo.eval.classification import AVERAGES, average_scores, classify, confusion_columns
 
+ORACLE: Any = sklearn.metrics
 FEW = BootstrapOptions(resamples=40)
 LABELS = st.lists(
     st.tuples(st.sampled_from("abcd"), st.sampled_from("abcd")), min_size=2, max_size=40
@@ -29,12 +27,12 @@ def test_scores_equal_scikit_learn(pairs: list[tuple[str, str]]) -> None:
     found = classify(expected, predicted, FEW)
     names = list(found.classes)
     for prefix, average in (("", "weighted"), ("macro_", "macro")):
-        theirs = precision_recall_fscore_support(
+        theirs = ORACLE.precision_recall_fscore_support(
             expected, predicted, average=average, zero_division=0.0
         )
         ours = [found.averages[prefix + name].mean for name in ("precision", "recall", "f1")]
         assert ours == pytest.approx(list(theirs[:3]))
-    by_class = precision_recall_fscore_support(
+    by_class = ORACLE.precision_recall_fscore_support(
         expected, predicted, labels=names, average=None, zero_division=0.0
     )
     for index, name in enumerate(names):
@@ -43,8 +41,10 @@ def test_scores_equal_scikit_learn(pairs: list[tuple[str, str]]) -> None:
         assert scores.recall.mean == pytest.approx(by_class[1][index])
         assert scores.f1.mean == pytest.approx(by_class[2][index])
         assert scores.support == by_class[3][index]
-    assert found.averages["accuracy"].mean == pytest.approx(accuracy_score(expected, predicted))
-    theirs = confusion_matrix(expected, predicted, labels=[*names, "none"])[:-1, :-1]
+    assert found.averages["accuracy"].mean == pytest.approx(
+        ORACLE.accuracy_score(expected, predicted)
+    )
+    theirs = ORACLE.confusion_matrix(expected, predicted, labels=[*names, "none"])[:-1, :-1]
     assert np.array(found.confusion).tolist() == theirs.tolist()
 
 
@@ -57,7 +57,7 @@ def test_a_resample_scores_as_scikit_learn_scores_its_rows(
     expected, predicted = zip(*(pairs[row] for row in rows), strict=True)
     sums = confusion_columns(expected, predicted, "abcd").sum(axis=0, keepdims=True)
     ours = dict(zip(AVERAGES, average_scores(sums)[0].tolist(), strict=True))
-    theirs = precision_recall_fscore_support(
+    theirs = ORACLE.precision_recall_fscore_support(
         expected, predicted, average="macro", zero_division=0.0
     )
     assert ours["macro_f1"] == pytest.approx(theirs[2])

@@ -96,20 +96,22 @@ def test_differences_are_of_the_metrics_of_both() -> None:
     comparison = compare_policies(
         RulesPolicy(EXTRACTION), UniformPolicy(EXTRACTION), _examples(600), FEW
     )
-    a, b = comparison.policy_a, comparison.policy_b
-    assert set(comparison.differences) == set(METRICS)
-    for name, get in {
-        "accuracy": lambda each: each.accuracy,
-        "f1": lambda each: each.f1,
-        "macro_f1": lambda each: each.classification.averages["macro_f1"].mean,
-        "avg_reward": lambda each: each.avg_reward,
-        "bad_agreement": lambda each: each.agreement.bad.mean,
-        "brier": lambda each: each.calibration.brier.mean,
-        "calibration_error": lambda each: each.calibration.expected_error.mean,
-        "full_action_agreement": lambda each: each.agreement.full_action.mean,
-    }.items():
-        found = comparison.differences[name].interval.mean
-        assert found == pytest.approx(get(b) - get(a)), name
+    sides = [
+        {
+            "avg_reward": each.avg_reward or 0.0,
+            "accuracy": each.accuracy,
+            "f1": each.f1,
+            "macro_f1": each.classification.averages["macro_f1"].mean,
+            "full_action_agreement": each.agreement.full_action.mean,
+            "good_agreement": each.agreement.good.mean,
+            "bad_agreement": each.agreement.bad.mean,
+            "calibration_error": each.calibration.expected_error.mean,
+            "brier": each.calibration.brier.mean,
+        }
+        for each in (comparison.policy_a, comparison.policy_b)
+    ]
+    differences = {name: each.interval.mean for name, each in comparison.differences.items()}
+    assert differences == pytest.approx({name: sides[1][name] - sides[0][name] for name in METRICS})
 
 
 def test_swapping_the_policies_swaps_the_signs() -> None:

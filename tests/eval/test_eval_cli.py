@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -105,9 +106,11 @@ def test_options_reach_the_evaluation(data: str) -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    choices = {each.name: each.type.to_info_dict() for each in evaluate.params}
-    assert choices["method"]["choices"] == METHODS
-    assert choices["arms"]["choices"] == ARMS
+    types = {each.name: each.type for each in evaluate.params}
+    for name, expected in {"method": METHODS, "arms": ARMS}.items():
+        choice = types[name]
+        assert isinstance(choice, click.Choice)
+        assert tuple(choice.choices) == expected
 
 
 def test_compare_names_the_winner(data: str) -> None:

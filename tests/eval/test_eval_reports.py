@@ -18,7 +18,7 @@ from dpo.eval.bootstrap import BootstrapOptions
 from dpo.eval.comparison import PolicyComparison, compare_policies
 from dpo.eval.evaluation import EvaluationOptions
 from dpo.eval.examples import EvaluationExample
-from dpo.eval.policies import ConstantPolicy, RulesPolicy, UniformPolicy
+from dpo.eval.policies import ConstantPolicy, Policy, RulesPolicy, UniformPolicy
 from dpo.eval.preference_pairs import ScoredPairs, compare_pairs, evaluate_pairs
 from dpo.eval.ranking import rank_policies
 from dpo.eval.report_html import (
@@ -64,22 +64,26 @@ def comparison() -> PolicyComparison:
 def pages(comparison: PolicyComparison) -> dict[str, str]:
     """Make one page of each type."""
     generator = np.random.default_rng(0)
-    scores = [
+    before, after = (
         ScoredPairs(
             tuple(map(str, range(60))),
-            generator.normal(gap, 1, 60),
-            generator.integers(0, 2, 60) * 1.0,
+            np.array(generator.normal(gap, 1, 60)),
+            np.array(generator.integers(0, 2, 60), dtype=np.float64),
         )
         for gap in (0.0, 1.0)
+    )
+    policies: list[Policy] = [
+        RulesPolicy(KIND),
+        UniformPolicy(KIND),
+        replace(RulesPolicy(KIND), name=WICKED),
     ]
-    policies = [RulesPolicy(KIND), UniformPolicy(KIND), replace(RulesPolicy(KIND), name=WICKED)]
     return {
         "evaluation": evaluation_page(comparison.policy_a),
         "comparison": comparison_page(comparison),
         "ranking": ranking_page(rank_policies(policies, _examples(), FEW)),
-        "pairs": pair_page(evaluate_pairs(scores[0], FEW.bootstrap)),
+        "pairs": pair_page(evaluate_pairs(before, FEW.bootstrap)),
         "pair comparison": pair_comparison_page(
-            compare_pairs(*scores, FEW.bootstrap), WICKED, "after"
+            compare_pairs(before, after, FEW.bootstrap), WICKED, "after"
         ),
     }
 

@@ -1,13 +1,17 @@
 """Evaluating one policy: the document's example, and what each figure must depend on."""
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dpo.data.builder import build_extraction_dataset
 from dpo.data.kinds import KINDS, PolicyKind
+from dpo.data.records import decision_to_json
 from dpo.data.simulate import simulate
 from dpo.errors import InputError
 from dpo.eval.bootstrap import BootstrapOptions
@@ -45,11 +49,17 @@ def _duplicate_states(expected: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def test_the_documents_example() -> None:
-    examples = _examples()
+def test_the_documents_example(tmp_path: Path) -> None:
+    log = tmp_path / "feedback.jsonl"
+    log.write_text(
+        "".join(
+            json.dumps(decision_to_json(each)) + "\n" for each in simulate("extraction", 900, 0)
+        )
+    )
+    extraction_dataset = build_extraction_dataset(log, eval_split=0.4, remove_crossing="none")
     test_data = [
-        {"state": ex.state, "expected_action": ex.expected_action, "reward": ex.reward}
-        for ex in examples
+        {"state": ex.state, "expected_action": ex.action, "reward": ex.reward}
+        for ex in extraction_dataset.eval
     ]
     evaluation = evaluate_policy(RulesPolicy(EXTRACTION), test_data, FEW)
     report = format_evaluation_report(evaluation)

@@ -216,11 +216,12 @@ TARGET = np.random.default_rng(7).normal(size=(FEATURES, ARMS))
 
 
 def _target(features: Floats) -> Floats:
-    return np.eye(ARMS)[(features @ TARGET).argmax(axis=1)]
+    best = (features @ TARGET).argmax(axis=1)
+    return np.eye(ARMS)[np.asarray(best)]
 
 
 def _world_rewards(features: Floats) -> Floats:
-    return np.asarray(0.7 * np.tanh(features @ WORLD))
+    return np.array(0.7 * np.tanh(features @ WORLD), dtype=np.float64)
 
 
 def _bandit_value(seed: int, count: int) -> OffPolicyValue:
