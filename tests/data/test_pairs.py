@@ -1,15 +1,27 @@
 """Pairs: what is compared, what is chosen, and that nothing degenerate comes out."""
 
+import itertools
+import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple
 from datetime import UTC, datetime
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.data.examples import Example, ExampleMetadata
+from dpo.data.examples import Example, ExampleMetadata, ExampleTable
+from dpo.data.kinds.consolidation import (
+    CONSOLIDATION,
+    ConsolidationAction,
+    ConsolidationState,
+    GroupFeatures,
+    ScopeStats,
+    UsageStats,
+)
 from dpo.data.kinds.extraction import (
     EXTRACTION,
     ContentFeatures,
@@ -19,6 +31,9 @@ from dpo.data.kinds.extraction import (
     MemoryState,
 )
 from dpo.data.pairs import PairFormation, PairOptions, form_pairs
+from dpo.data.simulate import simulate, true_reward
+from dpo.data.simulated_worlds import Chance, extraction_chances
+from dpo.errors import InputError
 
 ExtractionExample: TypeAlias = Example[ExtractionState, ExtractionAction]
 
@@ -28,7 +43,7 @@ DEFER = ExtractionAction("defer")
 ACTIONS = (STORE, SKIP, DEFER, ExtractionAction("store", "tool", 20))
 
 
-def state(*, turn: int = 5, tokens: int = 250) -> ExtractionState:
+def make_state(*, turn: int = 5, tokens: int = 250) -> ExtractionState:
     """A state; ``turn`` is part of the grouping key, ``tokens`` only of the prompt."""
     return ExtractionState(
         ContextFeatures(turn, tokens, 0, False, 3, 2),
@@ -47,7 +62,7 @@ def example(
     confidence: float | None = None,
 ) -> ExtractionExample:
     metadata = ExampleMetadata(name, "s", datetime(2024, 1, 1, tzinfo=UTC), confidence)
-    return Example(state(turn=turn, tokens=tokens), action, reward, metadata)
+    return Example(make_state(turn=turn, tokens=tokens), action, reward, metadata)
 
 
 def pairs_of(
@@ -145,7 +160,7 @@ def test_matching_by_prompt_uses_only_decisions_of_that_prompt(
 def test_better_action_is_chosen() -> None:
     formation = pairs_of([example(SKIP, 0.3), example(STORE, 0.9)])
     (pair,) = formation.pairs
-    assert pair.prompt == EXTRACTION.render_prompt(state())
+    assert pair.prompt == EXTRACTION.render_prompt(make_state())
     assert pair.chosen == EXTRACTION.render_action(STORE)
     assert pair.rejected == EXTRACTION.render_action(SKIP)
 
@@ -187,7 +202,7 @@ def test_decisions_for_one_action_are_averaged() -> None:
     assert evidence.margin == pytest.approx(0.3)
     assert evidence.chosen_ids == ("d4",)
     assert evidence.rejected_ids == ("d1.0", "d0.0", "d-0.4")
-    assert evidence.group_key == EXTRACTION.group_key(state())
+    assert evidence.group_key == EXTRACTION.group_key(make_state())
 
 
 def test_decisions_that_rank_the_other_way_are_told() -> None:
@@ -237,4 +252,198 @@ def test_similar_states_pair_only_on_demand() -> None:
     examples = [example(STORE, 0.9, tokens=1), example(SKIP, 0.1, tokens=2)]
     assert not pairs_of(examples).pairs
     (pair,) = pairs_of(examples, PairOptions(match="group")).pairs
-    assert pair.prompt == EXTRACTION.render_prompt(state(tokens=1))
+    assert pair.prompt == EXTRACTION.render_prompt(make_state(tokens=1))
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weight", "expected"),
+    # margin 0.9 - 0.1; confidences 0.5 and 0.9 of the two decisions: their mean is 0.7
+    [("none", 1.0), ("margin", 0.8), ("confidence", 0.7), ("margin-confidence", 0.56)],
+)
+def test_weight_comes_from_margin_and_confidence(weight: Any, expected: float) -> None:
+    examples = [example(STORE, 0.9, confidence=0.5), example(SKIP, 0.1, confidence=0.9)]
+    (pair,) = pairs_of(examples, PairOptions(weight=weight)).pairs
+    assert pair.weight == pytest.approx(expected)
+
+
+def test_weight_by_confidence_needs_confidences() -> None:
+    examples = [example(STORE, 0.9, confidence=0.5), example(SKIP, 0.1)]
+    with pytest.raises(InputError, match=r"in 1 of 1 pairs one is missing; use weight 'none'"):
+        pairs_of(examples, PairOptions(weight="confidence"))
+
+
+# --- unpaired decisions --------------------------------------------------------------------------
+
+
+def test_unpaired_decisions_keep_label_and_reason() -> None:
+    formation = pairs_of(
+        [
+            example(STORE, reward, turn=turn, name=f"d{turn}")
+            for turn, reward in enumerate((0.5, 0.0, -0.5))
+        ]
+    )
+    assert [(each.label, each.reward, each.id) for each in formation.unpaired] == [
+        (True, 0.5, "d0"),
+        (None, 0.0, "d1"),
+        (False, -0.5, "d2"),
+    ]
+    assert {each.reason for each in formation.unpaired[1:]} == {"one_action"}
+    assert formation.report.unlabelled_examples == 1
+    assert formation.unpaired[0].completion == EXTRACTION.render_action(STORE)
+
+
+# --- contradictions between contexts -------------------------------------------------------------
+
+
+def consolidation_example(
+    similarity: float, action: Any, reward: float, name: str
+) -> Example[ConsolidationState, ConsolidationAction]:
+    """An example whose prompt shows two decimals of the similarity, and whose key cuts at .1."""
+    group = GroupFeatures(2, similarity, similarity, similarity, ("tool",))
+    state = ConsolidationState(group, UsageStats(0, 0.0, 0.0, 0), ScopeStats("project", 10, 0.0))
+    metadata = ExampleMetadata(name, "s", datetime(2024, 1, 1, tzinfo=UTC))
+    return Example(state, ConsolidationAction(action), reward, metadata)
+
+
+# Both similarities are shown as 0.70, but the grouping key puts them below and above 0.7.
+BELOW, ABOVE = 0.699, 0.701
+MERGE_WINS = [("merge", 0.9), ("keep", 0.1)]
+KEEP_WINS = [("merge", 0.1), ("keep", 0.9)]
+
+
+def grouped(*rows: tuple[float, list[tuple[str, float]]]) -> PairFormation:
+    examples = [
+        consolidation_example(similarity, action, reward, f"{similarity}-{action}")
+        for similarity, results in rows
+        for action, reward in results
+    ]
+    return form_pairs(examples, CONSOLIDATION, PairOptions(match="group"))
+
+
+def test_same_pair_from_two_groups_is_kept_once() -> None:
+    formation = grouped((BELOW, MERGE_WINS), (ABOVE, MERGE_WINS))
+    assert len(formation.pairs) == formation.report.duplicates == 1
+    assert formation.report.unpaired_examples.dropped == 2
+
+
+def test_contradiction_is_resolved_by_the_number_of_decisions() -> None:
+    formation = grouped((BELOW, MERGE_WINS), (ABOVE, KEEP_WINS), (ABOVE, KEEP_WINS))
+    (pair,) = formation.pairs
+    assert CONSOLIDATION.parse_response(str(pair.chosen)).action == "keep"
+    assert (formation.report.formed, formation.report.contradictions) == (2, 1)
+
+
+def test_contradiction_of_equal_evidence_is_dropped() -> None:
+    formation = grouped((BELOW, MERGE_WINS), (ABOVE, KEEP_WINS))
+    assert not formation.pairs
+    assert (formation.report.formed, formation.report.contradictions) == (2, 2)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"match": "turn"}, "match must be one of prompt, group, got 'turn'"),
+        ({"strategy": "best"}, "strategy must be one of best-worst, all, adjacent, got 'best'"),
+        ({"weight": "reward"}, "weight must be one of none, margin, confidence, margin-confidence"),
+        ({"margin": -0.1}, r"margin must be in \[0, 2\), the width of the rewards, got -0.1"),
+        ({"margin": float("nan")}, r"margin must be in \[0, 2\)"),
+        ({"tolerance": 1.0}, r"tolerance must be in \[0, 0.001\], got 1.0"),
+        ({"max_pairs_per_context": 3}, "max_pairs_per_context has no effect"),
+        ({"strategy": "all", "max_pairs_per_context": 0}, "max_pairs_per_context must be >= 1"),
+    ],
+)
+def test_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PairOptions(**options)
+
+
+# --- on the simulator, whose true rewards are known ----------------------------------------------
+
+
+def means_of(chances: list[Chance], action: ExtractionAction, decisions: int) -> dict[float, float]:
+    """Return the distribution of the mean reward of independent decisions: value -> probability."""
+    single: dict[float, float] = defaultdict(float)
+    for chance in chances:
+        single[EXTRACTION.reward(chance.outcome, action).value] += chance.probability
+    sums = {0.0: 1.0}
+    for _ in range(decisions):
+        longer: dict[float, float] = defaultdict(float)
+        for (total, first), (value, second) in itertools.product(sums.items(), single.items()):
+            longer[round(total + value, 9)] += first * second
+        sums = longer
+    return {total / decisions: probability for total, probability in sums.items()}
+
+
+def chance_above(one: dict[float, float], other: dict[float, float], margin: float) -> float:
+    """Return P(one > other + margin) of independent values."""
+    values = np.array(sorted(one))
+    tail = np.append(np.cumsum([one[value] for value in values][::-1])[::-1], 0.0)
+    first_above = np.searchsorted(values, np.array(list(other)) + margin, side="right")
+    return float(tail[first_above] @ np.array(list(other.values())))
+
+
+class Expected(NamedTuple):
+    """Expected numbers of pairs of one context."""
+
+    wrong: float
+    formed: float
+
+
+def expected_pairs(
+    state: ExtractionState, tried: Counter[ExtractionAction], margin: float
+) -> Expected:
+    """Add up, over all couples of actions, the chance that their means lie apart by the margin."""
+    arms = [
+        (
+            true_reward("extraction", state, action),
+            means_of(extraction_chances(state, action), action, decisions),
+        )
+        for action, decisions in tried.items()
+    ]
+    arms.sort(key=lambda arm: arm[0])
+    wrong = formed = 0.0
+    for (low, worse), (high, better) in itertools.combinations(arms, 2):
+        reversed_chance = chance_above(worse, better, margin)
+        formed += reversed_chance + chance_above(better, worse, margin)
+        wrong += reversed_chance if high - low > 1e-9 else 0.0
+    return Expected(wrong, formed)
+
+
+def test_worse_actions_are_preferred_as_rarely_as_the_noise_allows() -> None:
+    # Every pair above the margin is formed, so the expected number of wrong pairs is exact.
+    # Contexts are independent: their deviations from it give the standard error of the sum.
+    options = PairOptions(strategy="all")
+    table = ExampleTable(EXTRACTION)
+    for decision in simulate(
+        "extraction", 4000, 1, situations=80, exploration=1.0, session_correlation=0.0
+    ):
+        table.append_decision(decision, "simulation")
+    tried: dict[ExtractionState, Counter[ExtractionAction]] = defaultdict(Counter)
+    for each in table.all():
+        tried[each.state][each.action] += 1
+    state_of = {EXTRACTION.render_prompt(state): state for state in tried}
+    wrong: Counter[ExtractionState] = Counter()
+    pairs = form_pairs(table.all(), EXTRACTION, options).pairs
+    for pair in pairs:
+        state = state_of[str(pair.prompt)]
+        better, worse = (
+            true_reward("extraction", state, EXTRACTION.parse_response(str(answer)))
+            for answer in (pair.chosen, pair.rejected)
+        )
+        wrong[state] += better < worse - 1e-9
+    expected = {
+        state: expected_pairs(state, actions, options.threshold) for state, actions in tried.items()
+    }
+    deviations = [wrong[state] - expected[state].wrong for state in tried]
+    standard_error = math.sqrt(sum(deviation**2 for deviation in deviations))
+    expected_wrong = sum(each.wrong for each in expected.values())
+    assert abs(sum(wrong.values()) - expected_wrong) < 4 * standard_error
+    assert len(pairs) == pytest.approx(sum(each.formed for each in expected.values()), rel=0.05)
+    right = 1 - sum(wrong.values()) / len(pairs)
+    assert right > 1 - (expected_wrong + 4 * standard_error) / len(pairs) > 0.6
