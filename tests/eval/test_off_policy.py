@@ -217,7 +217,8 @@ TARGET = np.random.default_rng(7).normal(size=(FEATURES, ARMS))
 
 def _target(features: Floats) -> Floats:
     best = (features @ TARGET).argmax(axis=1)
-    return np.eye(ARMS)[np.asarray(best)]
+    chances: Floats = np.eye(ARMS)[best]
+    return chances
 
 
 def _world_rewards(features: Floats) -> Floats:
