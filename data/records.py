@@ -183,7 +183,7 @@ def _read(
     try:
         record = make(**values)
     except InputError as error:
-        faults.append(str(error))
+        raise InputError(f"{where}: {'; '.join([*faults, str(error)])}") from error
     if faults:
         raise InputError(f"{where}: {'; '.join(faults)}")
     return record

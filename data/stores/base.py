@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from dpo.data.filters import Bound, DecisionFilter, parse_moment
 from dpo.data.records import (
@@ -20,7 +20,9 @@ from dpo.data.strict_json import same_json
 from dpo.errors import InputError
 from dpo.files import JSON
 
-DECISIONS_PER_TRANSACTION = 1000
+RECORDS_PER_TRANSACTION = 900  # an old SQLite takes 999 parameters
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +65,13 @@ class FeedbackStore(ABC):
     def record_decisions(self, decisions: Iterable[Decision]) -> int:
         """Record many decisions, far faster than one by one; return how many were not there yet.
 
-        They are recorded by the thousand, each thousand whole or not at all. If one is refused the
-        thousands before it stay; after a correction the call is safe to repeat.
+        They are recorded in batches of some hundred, each whole or not at all. If one is refused
+        the batches before it stay; after a correction the call is safe to repeat.
 
         Raises:
             InputError: as `record_decision`.
         """
-        iterator = iter(decisions)
-        recorded = 0
-        while chunk := list(islice(iterator, DECISIONS_PER_TRANSACTION)):
-            recorded += self._record_chunk(chunk)
-        return recorded
+        return sum(map(self._record_decisions, batches(decisions)))
 
     def record_outcome(
         self,
@@ -94,15 +92,15 @@ class FeedbackStore(ABC):
             InputError: no such decision, a wrong value, or another outcome with the same ``at``.
         """
         news = DecisionOutcome(decision_id, at or datetime.now(UTC), reward, outcome)
-        with self._transaction():
-            known = self._known([decision_id]).get(decision_id)
-            if known is None:
-                raise InputError(f"{self}: no decision {decision_id!r}: record the decision first")
-            updated = known.with_outcome(news)
-            if not supersedes(updated, known, str(self)):
-                return False
-            self._write([], [updated])
-        return True
+        return self.record_outcomes([news]) == 1
+
+    def record_outcomes(self, outcomes: Iterable[DecisionOutcome]) -> int:
+        """Record many outcomes, in batches as `record_decisions`; return how many were news.
+
+        Raises:
+            InputError: as `record_outcome`.
+        """
+        return sum(map(self._record_outcomes, batches(outcomes)))
 
     def decisions(self, wanted: DecisionFilter | None = None) -> Iterator[Decision]:
         """Yield decisions with their latest outcomes, the oldest first, in bounded memory.
@@ -167,7 +165,7 @@ class FeedbackStore(ABC):
     def _delete_before(self, moment: datetime) -> int:
         """Delete what was decided before ``moment``, in UTC; return how many decisions."""
 
-    def _record_chunk(self, chunk: Sequence[Decision]) -> int:
+    def _record_decisions(self, chunk: Sequence[Decision]) -> int:
         with self._transaction():
             known = self._known({decision.id for decision in chunk})
             new: dict[str, StoredDecision] = {}
@@ -187,6 +185,29 @@ class FeedbackStore(ABC):
                     (new if identity in new else updated)[identity] = known[identity] = stored
             self._write(list(new.values()), list(updated.values()))
         return len(new)
+
+    def _record_outcomes(self, chunk: Sequence[DecisionOutcome]) -> int:
+        with self._transaction():
+            known = self._known({outcome.decision_id for outcome in chunk})
+            updated: dict[str, StoredDecision] = {}
+            news = 0
+            for outcome in chunk:
+                identity = outcome.decision_id
+                if identity not in known:
+                    raise InputError(f"{self}: no decision {identity!r}: record the decision first")
+                stored = known[identity].with_outcome(outcome)
+                if supersedes(stored, known[identity], str(self)):
+                    updated[identity] = known[identity] = stored
+                    news += 1
+            self._write([], list(updated.values()))
+        return news
+
+
+def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield the items in lists of some hundred, the last one shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, RECORDS_PER_TRANSACTION)):
+        yield batch
 
 
 def as_recorded(decision: Decision) -> StoredDecision:

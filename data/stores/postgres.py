@@ -81,14 +81,15 @@ class PostgresStore(SqlStore):
             reason = " ".join(str(error).split())
             raise InputError(f"{self}: cannot connect to PostgreSQL: {reason}") from error
         connection.execute("SET TIME ZONE 'UTC'")
-        connection.execute(f"SET lock_timeout = {round(self._timeout_seconds * 1000)}")
+        milliseconds = str(round(self._timeout_seconds * 1000))
+        connection.execute("SELECT set_config('lock_timeout', %s, false)", [milliseconds])
         return connection
 
     def _create(self) -> None:
         with self._connection.transaction():
             self._connection.execute("SELECT pg_advisory_xact_lock(%s)", [_CREATION_LOCK])
             if not self._has_table("feedback_schema") and not self._has_table("decisions"):
-                self._connection.execute(_SCHEMA)
+                self._connection.execute(_SCHEMA.encode())
 
     def _check_schema(self) -> None:
         if not self._has_table("feedback_schema"):

@@ -143,10 +143,11 @@ def sqlite_errors(where: str, timeout_seconds: float) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", None)
-        if code is None:  # raised by Python: a defect of the caller
+        if isinstance(error, sqlite3.ProgrammingError):  # a defect of the caller
             raise
-        match code & 0xFF:  # the low byte is the class of the error
+        match (
+            getattr(error, "sqlite_errorcode", 0) & 0xFF
+        ):  # the low byte is the class of the error
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                 raise InputError(
                     f"{where} is locked by another process, for {timeout_seconds:g} s: "

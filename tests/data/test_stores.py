@@ -427,14 +427,14 @@ def is_wanted(item: Decision, conditions: dict[str, object]) -> bool:
                 moment = datetime.combine(moment, moments[name], UTC)
             low, high = (moment, high) if name == "start" else (low, moment)
     named = item.action.get("types")
-    types: set[object] = {item.action.get("entryType")}
+    types: set[object] = {str(item.action.get("entryType"))}
     types.update(named if isinstance(named, list) else [])
     outcome = item.outcome or {}
     found: dict[str, set[object]] = {
         "sessions": {item.session_id},
         "entry_types": types,
-        "scope_types": {item.action.get("scope")},
-        "outcome_types": {outcome.get("taskOutcomeType")},
+        "scope_types": {str(item.action.get("scope"))},
+        "outcome_types": {str(outcome.get("taskOutcomeType"))},
     }
     if any(name in conditions and not found[name] & conditions[name] for name in found):  # type: ignore[operator]
         return False
