@@ -377,9 +377,11 @@ class Trainer:
             self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
             return
         self.evaluations_since_best += 1
+        self.should_stop |= self._is_out_of_patience()
+
+    def _is_out_of_patience(self) -> bool:
         patience = self.config.early_stopping
-        if patience is not None and self.evaluations_since_best >= patience:
-            self.should_stop = True
+        return patience is not None and self.evaluations_since_best >= patience
 
     def _close_window(self) -> dict[str, float]:
         """Turn what was gathered since the last line of metrics into one."""
@@ -455,6 +457,7 @@ class Trainer:
         self.best_step = state["best_step"]
         self.best_loss = math.inf if self.best_step is None else float(state["best_loss"])
         self.evaluations_since_best = int(state["evaluations_since_best"])
+        self.should_stop = self._is_out_of_patience()
         if self.precision.scales_loss:
             self.scaler.update(float(state["loss_scale"]))
 
