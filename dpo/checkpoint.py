@@ -81,13 +81,18 @@ def save_checkpoint(
         OSError: it could not be written; what was there before is unharmed, nothing is added.
     """
     remove_leftovers(folder)
-    path = folder / f"step-{step:06d}"
+    path = checkpoint_path(folder, step)
     with atomic_directory(path, replace=True) as temporary:
         for stem, named in tensors.items():
             write_tensors(temporary / f"{stem}.safetensors", named)
         write_json(temporary / "state.json", {"format": FORMAT, "step": step, "state": state})
         write_manifest(temporary)
     return path
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies, if there is one."""
+    return folder / f"step-{step:06d}"
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

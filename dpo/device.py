@@ -1,10 +1,13 @@
-"""Where a run computes."""
+"""Where a run computes, and what it says when the memory there is full."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from dpo.errors import InputError
+from dpo.errors import InputError, RunError
 from dpo.precision import PRECISIONS
 from dpo.train_config import TrainConfig
 
@@ -24,3 +27,20 @@ def choose_device(config: TrainConfig) -> torch.device:
     if PRECISIONS[config.dtype].scales_loss and device.type == "cpu":
         raise InputError(f"train.dtype = {config.dtype} needs a GPU; on a CPU take bf16-mixed")
     return device
+
+
+@contextmanager
+def explained_lack_of_memory() -> Iterator[None]:
+    """Say what helps when the device's memory is full.
+
+    Raises:
+        RunError: it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"{str(error).splitlines()[0]} Less memory is needed with a smaller "
+            "--tokens-per-micro-batch or --micro-batch-size, a smaller --max-length, or "
+            "--activation-checkpointing"
+        ) from error

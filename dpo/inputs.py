@@ -1,4 +1,4 @@
-"""What a run reads: pairs, split and tokenized, and where caches of it lie."""
+"""What a run reads: models, pairs split and tokenized, and where caches lie."""
 
 from __future__ import annotations
 
@@ -6,17 +6,53 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from dpo.config import RunConfig
 from dpo.errors import InputError
-from dpo.models import ModelConfig
+from dpo.fingerprint import weights_fingerprint
+from dpo.hub import fetch_model
+from dpo.models import ModelConfig, read_config
+from dpo.models.weights import weight_files
 from dpo.preferences import PreferencePair, Text, load_pairs
 from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
-from dpo.tokenizer import Tokenizer
+from dpo.tokenizer import Tokenizer, load_tokenizer
 
 _NAMED_ROWS = 20
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk, in Hugging Face layout."""
+
+    path: Path
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+        return read_config(self.path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of weights and mathematics; reads the weights through."""
+        return weights_fingerprint(self.path)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run.
+
+    Attributes:
+        policy: what is trained or scored.
+        reference: the same object unless the config names another.
+        tokenizer: the policy's; the reference reads its tokens too.
+    """
+
+    policy: ModelFolder
+    reference: ModelFolder
+    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,21 +65,45 @@ class Inputs:
     """
 
     pairs: TokenizedPairs
-    eval_pairs: TokenizedPairs | None
+    eval_pairs: TokenizedPairs | None = None
 
 
-def load_inputs(config: RunConfig, tokenizer: Tokenizer, console: Console) -> Inputs:
+def find_models(config: RunConfig) -> Models:
+    """Find the models of ``config``, and refuse before any work what can be seen without loading.
+
+    Raises:
+        InputError: a file is absent, or the tokenizer makes tokens that a model has no embedding
+            for.
+    """
+    policy = ModelFolder(fetch_model(config.model, config.revision))
+    models = Models(
+        policy,
+        policy
+        if config.reference is None
+        else ModelFolder(fetch_model(config.reference, config.reference_revision)),
+        load_tokenizer(policy.path),
+    )
+    for folder in (models.policy, models.reference):
+        weight_files(folder.path)
+        if models.tokenizer.vocab_size > folder.config.vocab_size:
+            raise InputError(
+                f"{folder.path / 'config.json'}: vocab_size is {folder.config.vocab_size}, but the "
+                f"tokenizer of {models.tokenizer.name} makes tokens up to "
+                f"{models.tokenizer.vocab_size - 1}: they do not belong together"
+            )
+    return models
+
+
+def load_inputs(config: RunConfig, models: Models, console: Console) -> Inputs:
     """Read, split and tokenize the pairs of ``config``.
 
     Raises:
         InputError: a source is not readable or holds faulty rows, or nothing is left to train on.
     """
-    pairs = _load(
-        config, config.data, revision=config.data_revision, split=config.data_split, console=console
-    )
+    pairs = _read_data(config, console)
     held_out: list[PreferencePair] | None = None
     if config.eval_data is not None:
-        held_out = _load(
+        held_out = _read(
             config,
             config.eval_data,
             revision=config.eval_data_revision,
@@ -54,27 +114,18 @@ def load_inputs(config: RunConfig, tokenizer: Tokenizer, console: Console) -> In
         pairs, held_out = split_pairs(pairs, config.eval_split, seed=config.train.seed)
         console.say(f"{len(held_out):,} pairs held out, none shares its prompt with the others")
     return Inputs(
-        _tokenize(config, pairs, tokenizer, console),
-        None if held_out is None else _tokenize(config, held_out, tokenizer, console),
+        _tokenize(config, pairs, models, console),
+        None if held_out is None else _tokenize(config, held_out, models, console),
     )
 
 
-def _load(
-    config: RunConfig, source: str, *, revision: str | None, split: str | None, console: Console
-) -> list[PreferencePair]:
-    loaded = load_pairs(
-        source,
-        columns=config.columns,
-        revision=revision,
-        split=split,
-        on_bad_row=config.on_bad_row,
-    )
-    console.say(f"{source}: {len(loaded.pairs):,} pairs, {loaded.format}")
-    if loaded.skipped:
-        console.warn(f"{source}: {len(loaded.skipped):,} faulty rows left out")
-        for fault in loaded.skipped[:_NAMED_ROWS]:
-            console.warn(f"  {fault}")
-    return loaded.pairs
+def load_all_pairs(config: RunConfig, models: Models, console: Console) -> Inputs:
+    """Read and tokenize all of ``config.data``; nothing is held out.
+
+    Raises:
+        InputError: it is not readable or holds faulty rows, or no row is left.
+    """
+    return Inputs(_tokenize(config, _read_data(config, console), models, console))
 
 
 def split_pairs(
@@ -111,51 +162,66 @@ def split_pairs(
     )
 
 
+def cache_folder(kind: str) -> Path:
+    """Return the user's folder for caches of one kind: under XDG_CACHE_HOME or ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "dpo-engine" / kind
+
+
 def _digest(prompt: Text, seed: int) -> bytes:
     return hashlib.blake2b(repr((seed, prompt)).encode(), digest_size=16).digest()
 
 
+def _read_data(config: RunConfig, console: Console) -> list[PreferencePair]:
+    return _read(
+        config, config.data, revision=config.data_revision, split=config.data_split, console=console
+    )
+
+
+def _read(
+    config: RunConfig, source: str, *, revision: str | None, split: str | None, console: Console
+) -> list[PreferencePair]:
+    """Read a source, and tell what is left out of it."""
+    loaded = load_pairs(
+        source,
+        columns=config.columns,
+        revision=revision,
+        split=split,
+        on_bad_row=config.on_bad_row,
+    )
+    console.say(f"{source}: {len(loaded.pairs):,} pairs, {loaded.format}")
+    if loaded.ignored_columns:
+        console.say(f"{source}: columns that are not read: {', '.join(loaded.ignored_columns)}")
+    if loaded.skipped:
+        console.warn(f"{source}: {len(loaded.skipped):,} faulty rows left out")
+        for fault in loaded.skipped[:_NAMED_ROWS]:
+            console.warn(f"  {fault}")
+    return loaded.pairs
+
+
 def _tokenize(
-    config: RunConfig, pairs: Sequence[PreferencePair], tokenizer: Tokenizer, console: Console
+    config: RunConfig, pairs: Sequence[PreferencePair], models: Models, console: Console
 ) -> TokenizedPairs:
+    """Tokenize pairs, and tell what became of them."""
     with console.bar("tokenize", len(pairs), unit="pairs") as bar:
         result = tokenize_pairs(
             pairs,
-            tokenizer,
+            models.tokenizer,
             config.tokenize,
             on_bad_row=config.on_bad_row,
             cache_dir=cache_folder("tokens"),
             progress=bar.update,
         )
-    for line in result.report.describe():
-        console.say(line)
-    if not len(result.pairs):
-        raise InputError("no pairs are left after tokenizing: see the rows dropped above")
-    return result.pairs
-
-
-def check_fit(pairs: TokenizedPairs, model: ModelConfig, name: str, console: Console) -> None:
-    """Compare the tokens of ``pairs`` with what a model can read.
-
-    Raises:
-        InputError: a token has no embedding.
-    """
-    largest = int(pairs.tokens.max())
-    if largest >= model.vocab_size:
-        raise InputError(
-            f"{name}: the tokenizer makes token {largest}, the model has embeddings for "
-            f"{model.vocab_size}: they do not belong together"
-        )
-    lengths = pairs.lengths()
+    summary, *notes = result.report.describe()
+    console.say(summary)
+    for note in notes:
+        console.warn(note)
+    lengths = result.pairs.lengths()
     longest = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
-    if longest > model.max_positions:
+    limit = min(models.policy.config.max_positions, models.reference.config.max_positions)
+    if longest > limit:
         console.warn(
-            f"{name}: the longest row has {longest:,} tokens, the model was made for "
-            f"{model.max_positions:,}; --max-length {model.max_positions} would drop such rows"
+            f"the longest row has {longest:,} tokens, the model was made for {limit:,}; "
+            f"--max-length {limit} would drop such rows"
         )
-
-
-def cache_folder(kind: str) -> Path:
-    """Return the user's folder for caches of one kind: under XDG_CACHE_HOME or ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "dpo-engine" / kind
+    return result.pairs

@@ -14,10 +14,18 @@ _SHOWN = ("loss", "rewards/accuracy", "rewards/margin")
 def write_model_card(
     folder: Path, config: RunConfig, evaluations: Sequence[Mapping[str, float]]
 ) -> None:
-    """Write ``folder/README.md``: base model, data, method, held-out metrics before and after."""
+    """Write ``folder/README.md``: base model, data, method, held-out metrics before and after.
+
+    Args:
+        folder: of the trained model.
+        config: of the run.
+        evaluations: from the first one to that of the model in ``folder``; maybe none.
+    """
+    base = [] if Path(config.model).exists() else [f"base_model: {config.model}"]
     lines = [
         "---",
         "library_name: transformers",
+        *base,
         "tags: [dpo, preference-optimization]",
         "---",
         "",
@@ -44,7 +52,8 @@ def write_model_card(
 
 def _named(source: str) -> str:
     """Name a source without the path to it on this machine."""
-    return Path(source).name if Path(source).exists() else source
+    path = Path(source)
+    return path.resolve().name if path.exists() else source
 
 
 def _revision(revision: str | None) -> str:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dpo.config import RunConfig
-from dpo.device import choose_device
-from dpo.fingerprint import weights_fingerprint
-from dpo.hub import fetch_model
-from dpo.inputs import Inputs, cache_folder, check_fit
-from dpo.models import Decoder, load_model, read_config
+from dpo.inputs import Inputs, Models, cache_folder
+from dpo.models import Decoder, load_model
 from dpo.precision import PRECISIONS
 from dpo.progress import Console
 from dpo.reference import (
@@ -30,88 +29,100 @@ from dpo.tokenization import TokenizedPairs
 class References:
     """Reference log-probs of the pairs of a run and of its held-out pairs, where there are any."""
 
-    pairs: ReferenceLogProbs | None
-    eval_pairs: ReferenceLogProbs | None
+    pairs: ReferenceLogProbs | None = None
+    eval_pairs: ReferenceLogProbs | None = None
 
 
 def obtain_references(
-    config: RunConfig, source: Path, policy: Decoder | None, inputs: Inputs, console: Console
+    config: RunConfig,
+    models: Models,
+    inputs: Inputs,
+    console: Console,
+    *,
+    device: torch.device,
+    model: Decoder | None = None,
 ) -> References:
     """Look the reference log-probs of ``inputs`` up, and compute those that the cache lacks.
 
+    A sample of those from the cache is computed again and compared, unless the cache has everything
+    and ``model`` is None.
+
     Args:
         config: the run.
-        source: folder of the model that is trained.
-        policy: that model before its first step, if it is loaded; it is its own reference unless
-            ``config.reference`` names another, so no second model is needed.
+        models: of which the reference is used.
         inputs: the pairs.
         console: shows progress.
+        device: where to compute.
+        model: the reference model as it is on disk, if it is loaded; else it is loaded when first
+            needed, and never if the cache has everything.
 
     Raises:
-        RunError: the cache holds other values than the reference model gives.
+        RunError: the cache holds other values than the model gives, or one is not finite.
     """
-    if config.reference is not None:
-        source, policy = fetch_model(config.reference, config.reference_revision), None
-    for pairs in (inputs.pairs, inputs.eval_pairs):
-        if pairs is not None:
-            check_fit(pairs, read_config(source), str(source), console)
-    scorer = _Scorer(config, source, policy)
     cache = ReferenceCache(
         Path(config.reference_cache.dir or cache_folder("reference")),
-        model=str(source),
-        fingerprint=weights_fingerprint(source),
-        numerics=numerics(precision=config.train.dtype, device=scorer.device.type),
+        model=str(models.reference.path),
+        fingerprint=models.reference.fingerprint,
+        numerics=numerics(precision=config.train.dtype, device=device.type),
     )
-    for fault in cache.damaged:
-        console.warn(fault)
+    scorer = _Scorer(config, models.reference.path, device, model)
+    pairs = scorer.obtain(inputs.pairs, cache, console, "reference")
+    if inputs.eval_pairs is None:
+        return References(pairs)
     return References(
-        scorer.obtain(inputs.pairs, cache, console, "reference"),
-        None
-        if inputs.eval_pairs is None
-        else scorer.obtain(inputs.eval_pairs, cache, console, "reference, held out"),
+        pairs, scorer.obtain(inputs.eval_pairs, cache, console, "reference, held out")
     )
 
 
 class _Scorer:
     """Scores pairs with the reference model, which is loaded when it is first needed."""
 
-    def __init__(self, config: RunConfig, source: Path, policy: Decoder | None) -> None:
-        self.config, self.source, self.model = config, source, policy
+    def __init__(
+        self, config: RunConfig, folder: Path, device: torch.device, model: Decoder | None
+    ) -> None:
+        self.train, self.folder, self.device, self.model = config.train, folder, device, model
         self.precision = PRECISIONS[config.train.dtype]
-        self.device = choose_device(config.train)
 
     def obtain(
         self, pairs: TokenizedPairs, cache: ReferenceCache, console: Console, label: str
     ) -> ReferenceLogProbs:
-        """Complete the cache for ``pairs``, or check a sample of it if the model is at hand."""
-        train = self.config.train
+        """Complete the cache for ``pairs``, and check a sample of it if a model is loaded."""
         batches = MicroBatches(
             pairs,
-            micro_batch_size=train.micro_batch_size,
-            tokens_per_micro_batch=train.tokens_per_micro_batch,
-            share_prefix=train.share_prefix,
+            micro_batch_size=self.train.micro_batch_size,
+            tokens_per_micro_batch=self.train.tokens_per_micro_batch,
+            share_prefix=self.train.share_prefix,
         )
 
         def score(rows: Sequence[int]) -> list[AnswerLogProbs]:
             scored = score_rows(
-                self._model(), batches, rows, precision=self.precision, device=self.device
+                self._loaded(), batches, rows, precision=self.precision, device=self.device
             )
             return answer_log_probs(scored)
 
         missing = cache.missing(pairs)
-        if not missing:
+        _tell_damage(cache, console)
+        if missing:
+            with console.bar(label, unit="tokens") as bar:
+                compute_reference(
+                    score, pairs, cache, batches=batches.split_sorted, progress=bar.update
+                )
+        else:
             console.say(f"{label}: all {len(pairs):,} pairs are in the cache")
-            if self.model is not None:
-                verify_sample(cache, pairs, score, tolerance=self.precision.noise)
-            return cache.lookup(pairs)
-        with console.bar(label, unit="tokens") as bar:
-            return compute_reference(
-                score, pairs, cache, batches=batches.split_sorted, progress=bar.update
-            )
+        if len(missing) < len(pairs) and self.model is not None:
+            verify_sample(cache, pairs, score, tolerance=self.precision.noise)
+        found = cache.lookup(pairs)
+        _tell_damage(cache, console)
+        return found
 
-    def _model(self) -> Decoder:
+    def _loaded(self) -> Decoder:
         if self.model is None:
-            self.model = load_model(
-                self.source, dtype=self.precision.parameters, device=self.device
-            )
+            dtype = self.precision.parameters
+            self.model = load_model(self.folder, dtype=dtype, device=self.device)
         return self.model
+
+
+def _tell_damage(cache: ReferenceCache, console: Console) -> None:
+    """Warn of each damaged file once."""
+    while cache.damaged:
+        console.warn(cache.damaged.pop(0))

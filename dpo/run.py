@@ -1,35 +1,28 @@
 """A whole run, from a config to a run folder: ``dpo train`` and ``dpo reference``.
 
-What is composed here is defined elsewhere; this module reads and writes the files, heeds signals
-and speaks to the console. README.md describes the folder of a run.
+What is composed here is defined elsewhere; this module decides what happens in which order, heeds
+signals and writes the model. README.md describes the folder of a run.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from dpo.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    load_checkpoint,
-    prune,
-    save_checkpoint,
-    set_aside_later,
-)
+import torch
+
+from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
 from dpo.config import RunConfig
-from dpo.device import choose_device
+from dpo.device import choose_device, explained_lack_of_memory
 from dpo.errors import InputError, RunError
-from dpo.files import FolderLock, append_jsonl, atomic_directory, atomic_write
-from dpo.hub import fetch_model
-from dpo.inputs import Inputs, load_inputs
+from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
+from dpo.inputs import Inputs, Models, find_models, load_inputs
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, load_model, save_model
 from dpo.models.transforms import checkpoint_activations, compile_blocks
@@ -37,10 +30,9 @@ from dpo.precision import PRECISIONS
 from dpo.progress import Console
 from dpo.reference_pass import References, obtain_references
 from dpo.report import write_report
-from dpo.tokenizer import Tokenizer, load_tokenizer
+from dpo.run_folder import CHECKPOINTS, RunLog, find_checkpoint, go_on_from, write_reproduction
 from dpo.trainer import Metrics, NonFiniteError, Trainer
 
-CHECKPOINTS = "checkpoints"
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -53,8 +45,8 @@ class RunResult:
         model: the folder of the trained model.
         report: the page about the run.
         steps: optimizer steps done.
-        first: the evaluation before the first step; None without held-out pairs.
-        last: the evaluation after the last step; None without held-out pairs.
+        first: the first evaluation, before the first step; None without held-out pairs.
+        last: the evaluation of the saved model; None without held-out pairs.
     """
 
     folder: Path
@@ -74,39 +66,44 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         SystemExit: a signal stopped the run after a checkpoint; the code is 128 + its number.
     """
     folder = Path(config.out)
-    with FolderLock(folder):
-        checkpoint = _find_checkpoint(config, folder, console)
+    with FolderLock(folder), explained_lack_of_memory():
+        remove_leftovers(folder)
+        checkpoint = find_checkpoint(folder, config.train.resume, console)
         device = choose_device(config.train)
-        source = fetch_model(config.model, config.revision)
-        tokenizer = load_tokenizer(source)
-        inputs = load_inputs(config, tokenizer, console)
-        policy = load_model(source, dtype=PRECISIONS[config.train.dtype].parameters, device=device)
-        trainer = _make_trainer(config, source, policy, inputs, console)
+        models = find_models(config)
+        inputs = load_inputs(config, models, console)
+        trainer = _make_trainer(config, models, inputs, device, console)
+        run = _Run(config, models, trainer, console)
         if checkpoint is not None:
-            trainer.restore(checkpoint.tensors, checkpoint.state)
-            set_aside_later(folder / CHECKPOINTS, checkpoint.step)
-        log = RunLog(folder / "metrics.jsonl", step=trainer.step)
-        trainer.callbacks.append(log)
-        atomic_write(folder / "config.toml", config.to_toml())
-        _run(trainer, config, folder, console)
-        return _finish(trainer, policy, tokenizer, config, source, log)
+            run.restore(checkpoint)
+        return run.train()
 
 
 def compute_reference_only(config: RunConfig, *, console: Console) -> None:
-    """Fill the reference cache for the pairs of ``config`` and train nothing."""
-    choose_device(config.train)
-    source = fetch_model(config.model, config.revision)
-    inputs = load_inputs(config, load_tokenizer(source), console)
-    obtain_references(config, source, None, inputs, console)
+    """Fill the reference cache for the pairs of ``config`` and train nothing.
+
+    Raises:
+        InputError: the model or the data cannot be used.
+        RunError: a log-prob is not finite, or the device's memory is full.
+    """
+    device = choose_device(config.train)
+    models = find_models(config)
+    inputs = load_inputs(config, models, console)
+    with explained_lack_of_memory():
+        obtain_references(config, models, inputs, console, device=device)
 
 
 def _make_trainer(
-    config: RunConfig, source: Path, policy: Decoder, inputs: Inputs, console: Console
+    config: RunConfig, models: Models, inputs: Inputs, device: torch.device, console: Console
 ) -> Trainer:
-    loss = config.loss.build()
-    references = References(None, None)
+    loss, is_own_reference = config.loss.build(), models.reference is models.policy
+    # A policy that is its own reference is scored as it lies on disk: this comes before a resumed
+    # run restores it. Another reference leaves the memory before the policy is loaded.
+    policy = _load_policy(config, models, device) if is_own_reference else None
+    references = References()
     if loss.needs_reference:
-        references = obtain_references(config, source, policy, inputs, console)
+        references = obtain_references(config, models, inputs, console, device=device, model=policy)
+    policy = policy or _load_policy(config, models, device)
     if config.train.activation_checkpointing:
         checkpoint_activations(policy)
     if config.train.compile:
@@ -124,45 +121,120 @@ def _make_trainer(
         reference=references.pairs,
         eval_pairs=inputs.eval_pairs,
         eval_reference=references.eval_pairs,
-        starts_at_reference=config.reference is None,
+        starts_at_reference=is_own_reference,
     )
 
 
-# While it runs
+def _load_policy(config: RunConfig, models: Models, device: torch.device) -> Decoder:
+    dtype = PRECISIONS[config.train.dtype].parameters
+    return load_model(models.policy.path, dtype=dtype, device=device)
 
 
-def _run(trainer: Trainer, config: RunConfig, folder: Path, console: Console) -> None:
-    """Train to the end, leaving checkpoints; a signal ends the process after one."""
-    steps = trainer.total_steps
-    with (
-        _stopping_on_signals(trainer, console) as received,
-        console.bar("train", steps, unit="steps", start=trainer.step) as bar,
-    ):
-        try:
+class _Run:
+    """A trainer in its run folder."""
+
+    def __init__(
+        self, config: RunConfig, models: Models, trainer: Trainer, console: Console
+    ) -> None:
+        self.config, self.models, self.trainer, self.console = config, models, trainer, console
+        self.folder = Path(config.out)
+        self.saved_step = 0
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            InputError: the checkpoint is of another run: other models, data or options.
+        """
+        for name, fingerprint in self._fingerprints().items():
+            if checkpoint.state.get(name) != fingerprint:
+                raise InputError(
+                    f"cannot resume from {checkpoint.path}: the {name} is not the one that the "
+                    "run began with"
+                )
+        self.trainer.restore(checkpoint.tensors, checkpoint.state)
+        self.saved_step = self.trainer.step
+        go_on_from(checkpoint, self.folder)
+
+    def train(self) -> RunResult:
+        """Train to the end, leaving metrics and checkpoints, and write the model.
+
+        Raises:
+            RunError: a step is not finite, and the run is to stop there.
+            SystemExit: a signal came.
+        """
+        whole = replace(self.config, train=replace(self.config.train, resume=None))
+        atomic_write(self.folder / "config.toml", whole.to_toml())
+        log = RunLog(self.folder, step=self.trainer.step)
+        self.trainer.callbacks.append(log)
+        with _stopping_on_signals(self.trainer, self.console) as received:
+            try:
+                self._train_steps()
+            except NonFiniteError as error:
+                self._save()
+                path = write_reproduction(self.folder, self.trainer, error)
+                raise RunError(f"{error}. The rows as the model saw them are in {path}") from error
+        if received:
+            self.console.warn(f"stopped at step {self.trainer.step}; go on with --resume auto")
+            raise SystemExit(128 + received[0])
+        return self._write_model(log)
+
+    def _train_steps(self) -> None:
+        trainer, every = self.trainer, self.config.train.save_every
+        with self.console.bar(
+            "train", trainer.total_steps, unit="steps", start=trainer.step
+        ) as bar:
             for step in trainer:
                 bar.update(step.number, status=_status(step.metrics))
-                every = config.train.save_every
-                is_last = step.number == steps or trainer.should_stop
-                is_best = config.train.keep_best and trainer.best_step == step.number
-                if is_last or is_best or (every and step.number % every == 0):
-                    _save(trainer, config, folder)
-        except NonFiniteError as error:
-            path = _write_reproduction(trainer, error, folder)
-            raise RunError(f"{error}. The rows as the model saw them are in {path}") from error
-    if received:
-        console.warn(f"stopped at step {trainer.step}; go on with --resume auto")
-        raise SystemExit(128 + received[0])
+                if self._best_step() == step.number or (every and step.number % every == 0):
+                    self._save()
+        self._save()
 
+    def _save(self) -> None:
+        """Write a checkpoint, unless that of this step is written, and remove old ones."""
+        trainer, checkpoints = self.trainer, self.folder / CHECKPOINTS
+        if trainer.step == self.saved_step:
+            return
+        state = {**trainer.state(), **self._fingerprints()}
+        save_checkpoint(checkpoints, trainer.step, trainer.tensors(), state)
+        self.saved_step = trainer.step
+        prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
 
-def _save(trainer: Trainer, config: RunConfig, folder: Path) -> None:
-    checkpoints = folder / CHECKPOINTS
-    save_checkpoint(checkpoints, trainer.step, trainer.tensors(), trainer.state())
-    best = trainer.best_step if config.train.keep_best else None
-    prune(checkpoints, keep=config.train.keep, best=best)
+    def _best_step(self) -> int | None:
+        return self.trainer.best_step if self.config.train.keep_best else None
+
+    def _fingerprints(self) -> dict[str, str]:
+        models = self.models
+        return {"model": models.policy.fingerprint, "reference": models.reference.fingerprint}
+
+    def _write_model(self, log: RunLog) -> RunResult:
+        """Write the model folder, of the best step if that is kept, and the report."""
+        policy, source = self.trainer.module, self.models.policy.path
+        assert isinstance(policy, Decoder)
+        step = self._best_step() or self.trainer.step
+        if step != self.trainer.step:
+            best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
+            policy.load_state_dict(best.tensors["model"], strict=False)  # tied weights once
+            self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
+        evaluations = [line for line in log.evaluations() if line["step"] <= step]
+        with atomic_directory(self.folder / "model", replace=True) as model_folder:
+            save_model(policy, model_folder)
+            self.models.tokenizer.save(model_folder)
+            if (source / GENERATION_CONFIG).exists():
+                shutil.copyfile(source / GENERATION_CONFIG, model_folder / GENERATION_CONFIG)
+            write_model_card(model_folder, self.config, evaluations)
+        return RunResult(
+            folder=self.folder,
+            model=self.folder / "model",
+            report=write_report(self.folder),
+            steps=self.trainer.step,
+            first=evaluations[0] if evaluations else None,
+            last=evaluations[-1] if evaluations else None,
+        )
 
 
 def _status(metrics: Metrics | None) -> str | None:
-    if metrics is None:
+    if metrics is None or "loss" not in metrics:  # every step since the last line was skipped
         return None
     return (
         f"loss {metrics['loss']:.4f}  acc {metrics['rewards/accuracy']:.3f}  "
@@ -173,124 +245,27 @@ def _status(metrics: Metrics | None) -> str | None:
 
 @contextmanager
 def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[list[int]]:
-    """Let SIGTERM and SIGINT end the run after the current step; a second one ends it at once."""
+    """Let SIGTERM and SIGINT end the run after the current step; a second one ends it at once.
+
+    Yields the signals that came. Python heeds signals in the main thread alone: in another one they
+    stay the caller's affair.
+    """
     received: list[int] = []
+    is_main = threading.current_thread() is threading.main_thread()
+    caught = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in caught}
 
     def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         trainer.should_stop = True
         signal.signal(number, previous[signal.Signals(number)])
-        console.warn(f"{signal.Signals(number).name}: stopping after this step")
+        with suppress(RuntimeError):  # the console was just writing, and cannot be entered twice
+            console.warn(f"{signal.Signals(number).name}: stopping after this step")
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for number in caught:
+            signal.signal(number, stop)
         yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _write_reproduction(trainer: Trainer, error: NonFiniteError, folder: Path) -> Path:
-    """Write the guilty rows as token ids, one JSON object a line."""
-    path = folder / f"nonfinite-step-{error.step:06d}.jsonl"
-    lines = []
-    for row in error.rows:
-        pair = trainer.batches.pairs[row]
-        fields = {
-            "row": row,
-            "id": pair.id,
-            "prompt_ids": pair.prompt_ids.tolist(),
-            "chosen_ids": pair.chosen_ids.tolist(),
-            "rejected_ids": pair.rejected_ids.tolist(),
-            "weight": pair.weight,
-            "margin": pair.margin,
-            "label_prob": pair.label_prob,
-        }
-        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
-    atomic_write(path, "".join(lines))
-    return path
-
-
-class RunLog:
-    """Writes each line of metrics to ``metrics.jsonl``; forgets the lines after a resumed step."""
-
-    def __init__(self, path: Path, *, step: int) -> None:
-        self.path = path
-        kept = [line for line in self.lines() if line["step"] <= step] if step else []
-        atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def __call__(self, _trainer: Trainer, metrics: Metrics) -> None:
-        """Append a line; JSON has no number that is not finite, so that becomes null."""
-        append_jsonl(self.path, {k: v if math.isfinite(v) else None for k, v in metrics.items()})
-
-    def lines(self) -> list[dict[str, float]]:
-        """Read back all lines but one that a kill cut short."""
-        lines = []
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        for line in text.splitlines():
-            with suppress(json.JSONDecodeError):
-                lines.append(json.loads(line))
-        return lines
-
-    def evaluations(self) -> list[dict[str, float]]:
-        """Return the lines that are evaluations."""
-        return [line for line in self.lines() if "eval/loss" in line]
-
-
-# Before and after
-
-
-def _find_checkpoint(config: RunConfig, folder: Path, console: Console) -> Checkpoint | None:
-    """Find what ``--resume`` asks for; refuse to write over a run that is not resumed.
-
-    Raises:
-        InputError: there is nothing to resume, or there is a run and nothing was said of resuming.
-        RunError: the named checkpoint is damaged.
-    """
-    resume, checkpoints = config.train.resume, folder / CHECKPOINTS
-    if resume is None:
-        if (folder / "metrics.jsonl").exists() or checkpoints.exists():
-            raise InputError(
-                f"{folder} holds a run: go on with --resume auto, or choose another --out"
-            )
-        return None
-    if resume != "auto":
-        return load_checkpoint(Path(resume))
-    newest = latest_checkpoint(checkpoints)
-    for fault in newest.damaged:
-        console.warn(f"passed over: {fault}")
-    if newest.checkpoint is None and newest.damaged:
-        raise RunError(f"{checkpoints}: no checkpoint is sound; remove {folder} to start again")
-    if newest.checkpoint is not None:
-        console.say(f"resuming from {newest.checkpoint.path}")
-    return newest.checkpoint
-
-
-def _finish(
-    trainer: Trainer,
-    policy: Decoder,
-    tokenizer: Tokenizer,
-    config: RunConfig,
-    source: Path,
-    log: RunLog,
-) -> RunResult:
-    """Write the model folder and the report."""
-    folder = Path(config.out)
-    if config.train.keep_best and trainer.best_step not in (None, trainer.step):
-        best = load_checkpoint(folder / CHECKPOINTS / f"step-{trainer.best_step:06d}")
-        policy.load_state_dict(best.tensors["model"], strict=False)
-    with atomic_directory(folder / "model", replace=True) as model_folder:
-        save_model(policy, model_folder)
-        tokenizer.save(model_folder)
-        if (source / GENERATION_CONFIG).exists():
-            shutil.copyfile(source / GENERATION_CONFIG, model_folder / GENERATION_CONFIG)
-        evaluations = log.evaluations()
-        write_model_card(model_folder, config, evaluations)
-    return RunResult(
-        folder=folder,
-        model=folder / "model",
-        report=write_report(folder),
-        steps=trainer.step,
-        first=evaluations[0] if evaluations else None,
-        last=evaluations[-1] if evaluations else None,
-    )

@@ -6,7 +6,8 @@ Shapes: P pairs.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,32 +15,33 @@ import torch
 from torch import nn
 
 from dpo.config import RunConfig
-from dpo.device import choose_device
-from dpo.errors import InputError
+from dpo.device import choose_device, explained_lack_of_memory
+from dpo.errors import InputError, RunError
 from dpo.files import atomic_write
-from dpo.hub import fetch_model
-from dpo.inputs import load_inputs
+from dpo.inputs import find_models, load_all_pairs
 from dpo.losses import Loss, make_loss
 from dpo.models import load_model
 from dpo.policy import Policy
 from dpo.precision import PRECISIONS, Precision
 from dpo.progress import Console
 from dpo.reference import ReferenceLogProbs
-from dpo.reference_pass import obtain_references
+from dpo.reference_pass import References, obtain_references
 from dpo.scoring import MicroBatches, score_rows
 from dpo.tokenization import TokenizedPairs
-from dpo.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class PairScore:
-    """One pair under a policy; log-probs are sums over the answer, in nats."""
+    """One pair under a policy; log-probs are sums over the answer, in nats.
+
+    The reference's are None if the loss needs no reference.
+    """
 
     id: str
     chosen_log_prob: float
     rejected_log_prob: float
-    reference_chosen_log_prob: float
-    reference_rejected_log_prob: float
+    reference_chosen_log_prob: float | None
+    reference_rejected_log_prob: float | None
     chosen_reward: float
     rejected_reward: float
     margin: float
@@ -50,7 +52,7 @@ class PairScore:
 def score_pairs(
     policy: nn.Module,
     pairs: TokenizedPairs,
-    reference: ReferenceLogProbs,
+    reference: ReferenceLogProbs | None = None,
     *,
     loss: str | Loss = "sigmoid",
     precision: str = "float32",
@@ -59,25 +61,78 @@ def score_pairs(
     """Score ``pairs``; the rewards are those that training with ``loss`` logs for the same rows.
 
     Args:
-        policy: follows the ``Policy`` protocol.
+        policy: follows the ``Policy`` protocol; its dropout is off meanwhile.
         pairs: what to score.
-        reference: reference log-probs of ``pairs``.
+        reference: reference log-probs of ``pairs``, unless the loss needs none.
         loss: gives the rewards their meaning and scale.
         precision: a name in ``PRECISIONS``.
         tokens_per_micro_batch: tokens in a forward pass.
 
     Returns:
         The scores in the order of ``pairs``.
+
+    Raises:
+        InputError: the policy lacks the protocol, or the loss its reference.
+        RunError: a log-prob is not finite.
     """
     if not isinstance(policy, Policy):
         raise InputError(f"{type(policy).__name__} is no policy: it has no output_head()")
+    loss = make_loss(loss)
+    if loss.needs_reference and reference is None:
+        raise InputError(f"the loss {loss} needs the reference log-probs of the pairs")
     batches = MicroBatches(pairs, reference, tokens_per_micro_batch=tokens_per_micro_batch)
-    device = next(policy.parameters()).device
-    return _score(policy, batches, make_loss(loss), PRECISIONS[precision], device)
+    was_training = policy.training
+    policy.eval()
+    try:
+        device = next(policy.parameters()).device
+        return _score(policy, batches, loss, PRECISIONS[precision], device)
+    finally:
+        policy.train(was_training)
+
+
+def score_file(config: RunConfig, *, console: Console) -> Path:
+    """Write a line for every pair of ``config.data`` to ``config.out``.
+
+    Raises:
+        InputError: no reference is named, or the model or the data cannot be used.
+        RunError: the device's memory is full, or a log-prob is not finite.
+    """
+    out, loss = Path(config.out), config.loss.build()
+    if out.is_dir():
+        raise InputError(f"{out} is a folder: --out of dpo score is the file of scores")
+    if loss.needs_reference and config.reference is None:
+        raise InputError("dpo score needs --reference: the model that rewards are measured against")
+    device = choose_device(config.train)
+    models = find_models(config)
+    inputs = load_all_pairs(config, models, console)
+    references = References()
+    with explained_lack_of_memory():
+        if loss.needs_reference:
+            references = obtain_references(config, models, inputs, console, device=device)
+        precision = PRECISIONS[config.train.dtype]
+        policy = load_model(models.policy.path, dtype=precision.parameters, device=device)
+        batches = MicroBatches(
+            inputs.pairs,
+            references.pairs,
+            micro_batch_size=config.train.micro_batch_size,
+            tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+            share_prefix=config.train.share_prefix,
+        )
+        with console.bar("score", len(inputs.pairs), unit="pairs") as bar:
+            scores = _score(policy, batches, loss, precision, device, progress=bar.update)
+    lines = (json.dumps(asdict(score), ensure_ascii=False) + "\n" for score in scores)
+    atomic_write(out, "".join(lines))
+    return out
 
 
 def _score(
-    policy: Policy, batches: MicroBatches, loss: Loss, precision: Precision, device: torch.device
+    policy: Policy,
+    batches: MicroBatches,
+    loss: Loss,
+    precision: Precision,
+    device: torch.device,
+    *,
+    progress: Callable[[int], None] | None = None,
 ) -> list[PairScore]:
     scores: dict[int, PairScore] = {}
     for rows in batches.split_sorted(range(len(batches.pairs))):
@@ -95,36 +150,14 @@ def _score(
         values = torch.stack(columns, dim=1).tolist()  # (P, 7)
         tokens = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens], dim=1).long().tolist()
         for row, of_pair, counts in zip(rows, values, tokens, strict=True):
+            if not all(map(math.isfinite, of_pair)):
+                raise RunError(
+                    f"pair {batches.pairs.ids[row]!r}: its log-probs under the policy are not "
+                    "finite: the weights are damaged or the dtype overflows (try float32)"
+                )
+            if batches.reference is None:
+                of_pair[2:4] = None, None
             scores[row] = PairScore(batches.pairs.ids[row], *of_pair, *counts)
+        if progress is not None:
+            progress(len(scores))
     return [scores[row] for row in range(len(batches.pairs))]
-
-
-def score_file(config: RunConfig, *, console: Console) -> Path:
-    """Write a line for every pair of ``config.data`` to ``config.out``.
-
-    Raises:
-        InputError: no reference is named, or the model or the data cannot be used.
-    """
-    if config.reference is None:
-        raise InputError("dpo score needs --reference: the model that rewards are measured against")
-    device = choose_device(config.train)
-    source = fetch_model(config.model, config.revision)
-    inputs = load_inputs(config, load_tokenizer(source), console)
-    references = obtain_references(config, source, None, inputs, console)
-    precision = PRECISIONS[config.train.dtype]
-    policy = load_model(source, dtype=precision.parameters, device=device)
-    batches = MicroBatches(
-        inputs.pairs,
-        references.pairs,
-        micro_batch_size=config.train.micro_batch_size,
-        tokens_per_micro_batch=config.train.tokens_per_micro_batch,
-        share_prefix=config.train.share_prefix,
-    )
-    scores = _score(policy, batches, config.loss.build(), precision, device)
-    atomic_write(Path(config.out), "".join(_lines(scores)))
-    return Path(config.out)
-
-
-def _lines(scores: list[PairScore]) -> Iterator[str]:
-    for score in scores:
-        yield json.dumps(asdict(score), ensure_ascii=False) + "\n"

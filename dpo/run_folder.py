@@ -1,0 +1,145 @@
+"""What a run keeps in its folder while it trains, and what resuming makes of it.
+
+``metrics.jsonl`` holds one object per optimizer step and per evaluation, ``checkpoints`` a folder
+for each checkpoint. The holder of the folder's ``FolderLock`` writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from dpo.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    set_aside_later,
+)
+from dpo.errors import InputError, RunError
+from dpo.files import append_jsonl, atomic_write
+from dpo.progress import Console
+from dpo.trainer import NonFiniteError, Trainer
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+
+
+def find_checkpoint(folder: Path, resume: str | None, console: Console) -> Checkpoint | None:
+    """Find what ``--resume`` asks for; nothing is changed.
+
+    Returns:
+        The checkpoint; None to begin at the first step.
+
+    Raises:
+        InputError: there is no such checkpoint, or the folder holds a run that is not resumed.
+        RunError: the checkpoint is damaged, or none is sound.
+    """
+    if resume == "auto":
+        checkpoint = _newest(folder / CHECKPOINTS, console)
+    else:
+        checkpoint = None if resume is None else load_checkpoint(Path(resume))
+        has_run = (folder / METRICS).exists() or (folder / CHECKPOINTS).exists()
+        if has_run and not (checkpoint and _is_in(folder, checkpoint)):
+            raise InputError(
+                f"{folder} holds a run: go on with --resume auto, or choose another --out"
+            )
+    if checkpoint is not None:
+        console.say(f"resuming from {checkpoint.path}")
+    return checkpoint
+
+
+def go_on_from(checkpoint: Checkpoint, folder: Path) -> None:
+    """Make ``folder`` that of a run at ``checkpoint``: what came later is set aside.
+
+    A folder without a run gets what it needs of the run that it goes on from: the metrics, the
+    checkpoint and the best one.
+    """
+    if not _is_in(folder, checkpoint):
+        metrics = checkpoint.path.parent.parent / METRICS
+        if metrics.exists():
+            atomic_write(folder / METRICS, metrics.read_bytes())
+        for step in {checkpoint.step, checkpoint.state["best_step"]} - {None}:
+            source = checkpoint_path(checkpoint.path.parent, step)
+            if source.exists():
+                shutil.copytree(source, checkpoint_path(folder / CHECKPOINTS, step))
+    set_aside_later(folder / CHECKPOINTS, checkpoint.step)
+
+
+def _is_in(folder: Path, checkpoint: Checkpoint) -> bool:
+    return checkpoint.path.resolve().parent == (folder / CHECKPOINTS).resolve()
+
+
+def _newest(checkpoints: Path, console: Console) -> Checkpoint | None:
+    newest = latest_checkpoint(checkpoints)
+    for fault in newest.damaged:
+        console.warn(f"passed over: {fault}")
+    if newest.checkpoint is None and newest.damaged:
+        raise RunError(
+            f"{checkpoints}: no checkpoint is sound; remove {checkpoints.parent} to start again"
+        )
+    return newest.checkpoint
+
+
+class RunLog:
+    """Writes each line of metrics to ``metrics.jsonl``; forgets the lines after a resumed step."""
+
+    def __init__(self, folder: Path, *, step: int) -> None:
+        self._path = folder / METRICS
+        kept = [line for line in self.lines() if line["step"] <= step] if step else []
+        atomic_write(self._path, "".join(json.dumps(_plain(line)) + "\n" for line in kept))
+
+    def __call__(self, _trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Append a line."""
+        append_jsonl(self._path, _plain(metrics))
+
+    def lines(self) -> list[dict[str, float]]:
+        """Read back all lines but one that a kill cut short."""
+        lines = []
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        for line in text.splitlines():
+            with suppress(json.JSONDecodeError):
+                values = json.loads(line)
+                lines.append({k: math.nan if v is None else v for k, v in values.items()})
+        return lines
+
+    def evaluations(self) -> list[dict[str, float]]:
+        """Return the lines that are evaluations."""
+        return [line for line in self.lines() if "eval/loss" in line]
+
+
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Replace by null the numbers that are not finite, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def write_reproduction(folder: Path, trainer: Trainer, error: NonFiniteError) -> Path:
+    """Write the guilty rows as the loss saw them, one JSON object a line."""
+    path = folder / f"nonfinite-step-{error.step:06d}.jsonl"
+    batches = trainer.batches
+    lines = []
+    for row in error.rows:
+        pair = batches.pairs[row]
+        fields = {
+            "row": row,
+            "id": pair.id,
+            "prompt_ids": pair.prompt_ids.tolist(),
+            "chosen_ids": pair.chosen_ids.tolist(),
+            "rejected_ids": pair.rejected_ids.tolist(),
+            "weight": pair.weight,
+            "margin": pair.margin,
+            "label_prob": pair.label_prob,
+        }
+        if batches.reference is not None:
+            chosen, rejected = batches.reference[row]
+            fields |= {
+                "reference_chosen": chosen.tolist(),
+                "reference_rejected": rejected.tolist(),
+            }
+        lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+    atomic_write(path, "".join(lines))
+    return path
