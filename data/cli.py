@@ -5,13 +5,16 @@ They read arguments, call the library and print; what they call is imported when
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dpo.data import cli_text as text
 from dpo.data.kinds import KINDS
 from dpo.errors import InputError
+
+if TYPE_CHECKING:
+    from dpo.data.stores import FeedbackStore
 
 SOURCE_HELP = "A file (.jsonl, .jsonl.gz, .db, .sqlite) or a postgresql:// URL."
 
@@ -104,9 +107,12 @@ def build(
     from dpo.data.dataset import BuildOptions
     from dpo.data.dataset_files import write_dataset
     from dpo.data.pairs import PairOptions
+    from dpo.data.stores import open_store
 
     build_options = BuildOptions(**{name: _given(value) for name, value in options.items()})
-    dataset = build_dataset(feedback, KINDS[policy], build_options)
+    with open_store(feedback) as store:
+        dataset = build_dataset(store, KINDS[policy], build_options)
+        _warn(store)
     written = write_dataset(
         dataset,
         out,
@@ -242,6 +248,46 @@ def _equation(option: str, argument: str) -> tuple[str, str]:
     if not (name and sign and value):
         raise InputError(f"{option} expects NAME=VALUE, got {argument!r}")
     return name, value
+
+
+# --- feedback stores -----------------------------------------------------------------------------
+
+
+@cli.command
+@click.argument("feedback")
+@click.option("--policy", type=click.Choice(list(KINDS)), help="Only this policy.")
+@click.option("--start-date", help="First day or moment counted.")
+@click.option("--end-date", help="Last day or moment counted; a day is counted whole.")
+def stats(feedback: str, policy: str | None, start_date: str | None, end_date: str | None) -> None:
+    """Say what the store FEEDBACK holds."""
+    from dpo.data.filters import DecisionFilter
+    from dpo.data.stats import feedback_stats
+    from dpo.data.stores import open_store
+
+    wanted = DecisionFilter(policy=policy, start=start_date, end=end_date)
+    with open_store(feedback) as store:
+        found = feedback_stats(store.decisions(wanted))
+        _warn(store)
+    click.echo("\n".join(line for each in found for line in each.lines()) or "No decisions.")
+
+
+@cli.command("import")
+@click.argument("database", type=click.Path(path_type=Path))
+@click.option("--out", required=True, help=f"The feedback store to add to. {SOURCE_HELP}")
+def import_(database: Path, out: str) -> None:
+    """Copy the decisions of an agent-memory DATABASE (SQLite) into a feedback store."""
+    from dpo.data.import_original import import_original
+    from dpo.data.stores import open_store
+
+    with open_store(out, create=True) as store:
+        report = import_original(database, store)
+    click.echo("\n".join(report.lines()))
+
+
+def _warn(store: "FeedbackStore") -> None:
+    """Say on stderr what the user should know about a store."""
+    for warning in store.warnings:
+        click.echo(f"Note: {warning}", err=True)
 
 
 # --- simulate ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 from dpo.data.card import dataset_card
 from dpo.data.dataset import BuildOptions, Dataset, DatasetStats
 from dpo.data.examples import Examples, read_examples
-from dpo.data.kinds import KINDS
+from dpo.data.kinds import KINDS, PolicyKind
 from dpo.data.kinds.base import Action, State
 from dpo.data.kinds.schema import RecordSchema, to_json
 from dpo.data.pairs import PairFormation, PairOptions, PairReport, form_pairs
@@ -106,28 +106,35 @@ def check_enough_pairs(report: PairReport, min_pairs: int) -> None:
             f"Insufficient training pairs: {report.formed} formed, {report.unique} of them unique "
             f"(minimum {min_pairs} required). Of {report.examples} decisions in {report.contexts} "
             f"contexts, {unpaired.one_action} stand where only one action was tried and "
-            f"{unpaired.within_margin} differ by no more than the margin. More decisions, match "
-            "'group', strategy 'all', a smaller margin or a lower min_pairs would help"
+            f"{unpaired.within_margin} differ by no more than the margin. More decisions, "
+            "match 'group', strategy 'all', a smaller margin or a lower --min-pairs would help"
         )
 
 
-def load_dataset(folder: str | Path) -> Dataset[Any, Any]:
-    """Read back the data set that `write_dataset` wrote, of whatever policy it is.
+def load_dataset(folder: str | Path, kind: PolicyKind | None = None) -> Dataset[Any, Any]:
+    """Read back the data set that `write_dataset` wrote.
+
+    Args:
+        folder: where it was written.
+        kind: of its policy; needed for a kind that is not in ``KINDS``.
 
     Raises:
-        InputError: the folder holds no data set, or a damaged one.
+        InputError: the folder holds no data set, one of another kind, or a damaged one.
     """
     path = find_metadata(folder)
     metadata = read_json(path)
-    if not isinstance(metadata, Mapping) or metadata.get("policy") not in KINDS:
-        raise InputError(f"{path}: expected an object with a policy among {', '.join(KINDS)}")
-    kind = KINDS[metadata["policy"]]
+    kinds = KINDS if kind is None else {kind.name: kind}
+    policy = metadata.get("policy") if isinstance(metadata, Mapping) else None
+    if not isinstance(policy, str) or policy not in kinds:
+        raise InputError(
+            f"{path}: expected an object with a policy among {', '.join(kinds)}, got {policy!r}"
+        )
     train, evaluation = (
-        read_examples(path.with_name(f"{kind.name}_examples_{side}.jsonl"), kind)
+        read_examples(path.with_name(f"{policy}_examples_{side}.jsonl"), kinds[policy])
         for side in ("train", "eval")
     )
     return Dataset(
-        kind,
+        kinds[policy],
         train,
         evaluation,
         RecordSchema(DatasetStats).parse(metadata.get("dataset"), f"{path}: dataset"),
