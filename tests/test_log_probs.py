@@ -96,6 +96,9 @@ def test_no_tensor_of_all_logits_is_ever_made() -> None:
     class Largest(TorchDispatchMode):
         numbers = 0
 
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             result = func(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, tuple) else (result,):

@@ -95,7 +95,8 @@ def naive_dpo_losses(
     def log_prob(prompt: Any, answer: Any) -> Tensor:
         texts = collate_answers([(prompt, [answer])], multiple_of=1)
         log_probs = (model(texts.stream) @ model.lm_head.weight.T).log_softmax(dim=-1)
-        return log_probs[texts.predictors, texts.targets].sum()
+        total: Tensor = log_probs[texts.predictors, texts.targets].sum()
+        return total
 
     def gaps(rows: list[int]) -> Tensor:
         return torch.stack(
@@ -372,7 +373,7 @@ class HostReads(TorchDispatchMode):
     """Counts the operations that make the host wait for the device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
