@@ -124,6 +124,10 @@ class TokenizedPairs(Sequence[TokenizedPair]):
 
     def lengths(self) -> NDArray[np.int64]:
         """Count the tokens of each pair: (P, 3) int64, prompt, chosen, rejected."""
+        return self._lengths
+
+    @cached_property
+    def _lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets).reshape(-1, 3)
 
     @cached_property

@@ -9,8 +9,6 @@ Shapes: P pairs of a micro-batch.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +27,7 @@ from dpo.policy import Policy
 from dpo.precision import PRECISIONS
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
+from dpo.throughput import Throughput, peak_memory_mib
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import TrainConfig
 
@@ -67,23 +66,6 @@ class Step:
     number: int
     metrics: Metrics | None
     evaluation: Metrics | None
-
-
-@dataclass
-class Progress:
-    """Work done since the last line of metrics; tokens count a prompt once and each answer once."""
-
-    steps: int = 0
-    pairs: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, pairs: int, tokens: int, seconds: float) -> None:
-        """Add one optimizer step."""
-        self.steps += 1
-        self.pairs += pairs
-        self.tokens += tokens
-        self.seconds += seconds
 
 
 class Trainer:
@@ -167,7 +149,7 @@ class Trainer:
         self.best_step: int | None = None
         self.evaluations_since_best = 0
         self.should_stop = False
-        self._window, self._progress = MetricSums(), Progress()
+        self._window, self._throughput = MetricSums(), Throughput()
         self._norms: list[Tensor] = []
 
     def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
@@ -258,7 +240,7 @@ class Trainer:
         self.step += 1
         tokens = int(self.batches.pairs.lengths()[rows].sum())
         self.tokens_seen += tokens
-        self._progress.add(len(rows), tokens, time.perf_counter() - started)
+        self._throughput.add(len(rows), tokens, time.perf_counter() - started)
 
     def _score(self, rows: Sequence[int], batches: MicroBatches) -> ScoredPairs:
         batch = batches.collate(rows).to(self.device)
@@ -385,8 +367,6 @@ class Trainer:
 
     def _close_window(self) -> dict[str, float]:
         """Turn what was gathered since the last line of metrics into one."""
-        steps = max(1, self._progress.steps)
-        seconds = max(self._progress.seconds, 1e-9)
         norms = self._norms
         line = {
             "step": self.step,
@@ -394,14 +374,12 @@ class Trainer:
             **self._window.result(),
             "grad_norm": float(torch.stack(norms).mean()) if norms else math.nan,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "perf/step_s": seconds / steps,
-            "perf/pairs_per_s": self._progress.pairs / seconds,
-            "perf/tokens_per_s": self._progress.tokens / seconds,
+            **self._throughput.rates(),
             "mem/peak_mib": peak_memory_mib(self.device),
             "data/tokens": self.tokens_seen,
             "health/nonfinite": self.skipped_steps,
         }
-        self._window, self._progress, self._norms = MetricSums(), Progress(), []
+        self._window, self._throughput, self._norms = MetricSums(), Throughput(), []
         return line
 
     def _emit(self, metrics: Metrics) -> None:
@@ -474,11 +452,3 @@ class Trainer:
             "warmup_steps": config.warmup_steps,
             "weight_decay": config.weight_decay,
         }
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Return the most memory used so far: allocated on a GPU, resident of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -14,9 +14,10 @@ import torch
 from dpo.batching import collate
 from dpo.models import Decoder
 from dpo.models.transforms import compile_blocks
+from dpo.throughput import peak_memory_mib
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import TrainConfig
-from dpo.trainer import Trainer, peak_memory_mib
+from dpo.trainer import Trainer
 
 PLAIN = TrainConfig(batch_size=4, learning_rate=1e-3, schedule="constant", steps=3)
 HAS_VARLEN = {"float32": False, "bfloat16": True, "bf16-mixed": True, "fp16-mixed": True}
