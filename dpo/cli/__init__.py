@@ -31,6 +31,9 @@ COMMANDS = {
         "dpo.cli.reference:reference",
         "Compute the reference log-probs of a data set and keep them for later runs.",
     ),
+    "generate": Entry(
+        "dpo.cli.generate:generate", "Continue a text or answer a message with a saved model."
+    ),
     "eval": Entry(
         "dpo.eval.cli:evaluate",
         "Evaluate POLICY on logged decisions, or the rewards of a scored file on its pairs.",
