@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dpo.data.stores import open_store
 from dpo.errors import InputError
 from dpo.pair import PreferencePair
 from dpo.preferences import read_pairs, write_pairs
+from dpo.tokenizer import byte_tokenizer
 
 TRICKY = [
     "plain",
@@ -143,6 +145,46 @@ def test_datasets_loads_the_data_set_folder_itself(dataset: Path, tmp_path: Path
     datasets = pytest.importorskip("datasets")
     loaded = datasets.load_dataset(str(dataset), cache_dir=str(tmp_path / "cache"))
     assert set(loaded) == {"train", "eval"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of transformers, about its own names
+def test_trl_trains_on_the_huggingface_export_as_it_is(dataset: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")  # a peer: in no environment of this package
+    datasets = pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    export_pairs(dataset, tmp_path / "hf", format_name="huggingface")
+    loaded = datasets.load_dataset(str(tmp_path / "hf"), cache_dir=str(tmp_path / "cache"))
+    tokenizer = byte_tokenizer()
+    tokenizer.save(tmp_path / "model")
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    end = tokenizer.special_tokens["eos_token"]
+    trainer = trl.DPOTrainer(
+        model=str(tmp_path / "model"),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "out"),
+            max_steps=1,
+            per_device_train_batch_size=4,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            save_strategy="no",
+        ),
+        train_dataset=loaded["train"],
+        eval_dataset=loaded["test"],
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(tmp_path / "model/tokenizer.json"), eos_token=end, pad_token=end
+        ),
+    )
+    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_openai_rows_have_the_published_fields(dataset: Path, tmp_path: Path) -> None:
