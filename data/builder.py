@@ -8,7 +8,7 @@ Shapes: N examples.
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeAlias, Unpack
@@ -34,6 +34,7 @@ from dpo.data.kinds.retrieval import RETRIEVAL, RetrievalAction, RetrievalState
 from dpo.data.records import format_time
 from dpo.data.splits import crossing_rows, seeded_rank, split_by_time, split_by_unit
 from dpo.data.stores import FeedbackStore, open_store
+from dpo.data.texts import json_line
 from dpo.errors import InputError
 
 Source: TypeAlias = str | Path | FeedbackStore
@@ -166,13 +167,12 @@ def _evaluation_side(
     """Split along the chosen unit; (N,) true on the evaluation side."""
     if options.split_by == "time":
         return split_by_time(columns.times, eval_split=options.eval_split)
-    by_session = options.split_by == "session"
-    return split_by_unit(
-        columns.sessions if by_session else columns.groups,
-        table.sessions if by_session else table.groups,
-        eval_split=options.eval_split,
-        seed=options.seed,
-    )
+    names: Sequence[str]
+    if options.split_by == "session":
+        units, names = columns.sessions, table.sessions
+    else:
+        units, names = columns.groups, [json_line(key) for key in table.groups]
+    return split_by_unit(units, names, eval_split=options.eval_split, seed=options.seed)
 
 
 def _removed(

@@ -23,7 +23,7 @@ from dpo.data.examples import Examples, read_examples
 from dpo.data.kinds import KINDS, PolicyKind
 from dpo.data.kinds.base import Action, State
 from dpo.data.kinds.schema import RecordSchema, to_json
-from dpo.data.pairs import PairFormation, PairOptions, PairReport, form_pairs
+from dpo.data.pairs import PairFormation, PairOptions, PairReport, UnpairedExample, form_pairs
 from dpo.data.records import format_time, parse_time
 from dpo.data.texts import json_line
 from dpo.errors import InputError
@@ -169,8 +169,22 @@ def _write_side(
     _write_lines(folder / f"{policy}_evidence_{side}.jsonl", evidence)
     lines = (examples.line(row) for row in range(len(examples)))
     _write_lines(folder / f"{policy}_examples_{side}.jsonl", lines)
-    unpaired = (to_json(each) for each in formation.unpaired if each.label is not None)
-    _write_lines(folder / f"{policy}_unpaired_{side}.jsonl", map(json_line, unpaired))
+    unpaired = (_unpaired_line(each) for each in formation.unpaired if each.label is not None)
+    _write_lines(folder / f"{policy}_unpaired_{side}.jsonl", unpaired)
+
+
+def _unpaired_line(example: UnpairedExample) -> str:
+    """Return a row for the losses that need no pairs."""
+    return json_line(
+        {
+            "prompt": example.prompt,
+            "completion": example.completion,
+            "label": example.label,
+            "reward": example.reward,
+            "id": example.id,
+            "reason": example.reason,
+        }
+    )
 
 
 def _write_lines(path: Path, lines: Iterable[str]) -> None:

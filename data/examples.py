@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo.data.kinds.base import Action, GroupKey, State, TypedKind
-from dpo.data.records import Decision, decision_from_json, format_time
+from dpo.data.records import Decision, decision_from_json
 from dpo.data.strict_json import decode_json
 from dpo.data.texts import DistinctTexts, TextColumn, TextFile, json_line
 from dpo.errors import InputError
@@ -130,7 +130,7 @@ class Examples(Sequence[Example[State, Action]]):
     def group(self, index: int) -> GroupKey:
         """Return an example's grouping key."""
         state = self.table.states[int(self.rows[index])]
-        return tuple(json.loads(self.table.groups[self.table.group_of_state[state]]))
+        return self.table.groups[self.table.group_of_state[state]]
 
     def columns(self) -> Columns:
         """Return copies of the columns."""
@@ -159,7 +159,7 @@ class ExampleTable(Generic[State, Action]):
         file = TextFile()
         self.state_texts, self.prompts = DistinctTexts(file), DistinctTexts(file)
         self.action_spellings, self.action_texts = DistinctTexts(file), TextColumn(file)
-        self.responses, self.groups = DistinctTexts(file), DistinctTexts(file)
+        self.responses = DistinctTexts(file)
         self.ids, self.sessions = TextColumn(file), DistinctTexts(file)
         # Indices into them: of each state, of each spelling of an action, of each row.
         self.prompt_of_state, self.group_of_state = array("i"), array("i")
@@ -168,6 +168,8 @@ class ExampleTable(Generic[State, Action]):
         # Numbers of each row; NaN where missing.
         self.rewards, self.confidences, self.propensities = array("d"), array("d"), array("d")
         self.times = array("q")  # microseconds since 1970
+        self.groups: list[GroupKey] = []
+        self._group_index: dict[GroupKey, int] = {}
 
     def append(self, example: Example[State, Action]) -> None:
         """Add one example."""
@@ -222,21 +224,17 @@ class ExampleTable(Generic[State, Action]):
         )
 
     def line(self, row: int) -> str:
-        """Return one example as JSON."""
-        metadata = self.metadata(row)
-        details = json_line(
-            {
-                "id": metadata.id,
-                "sessionId": metadata.session_id,
-                "decidedAt": format_time(metadata.decided_at),
-                "confidence": metadata.confidence,
-                "propensity": metadata.propensity,
-            }
-        )
-        state, action = self.state_texts[self.states[row]], self.action_texts[self.actions[row]]
+        """Return one example as JSON, put together from the texts of its parts."""
+        time = np.datetime64(self.times[row], "us")
         return (
-            f'{{"state":{state},"action":{action},"reward":{self.rewards[row]!r},'
-            f'"metadata":{details}}}'
+            f'{{"state":{self.state_texts[self.states[row]]},'
+            f'"action":{self.action_texts[self.actions[row]]},'
+            f'"reward":{self.rewards[row]!r},'
+            f'"metadata":{{"id":{json_line(self.ids[row])},'
+            f'"sessionId":{json_line(self.sessions[self.session_of_row[row]])},'
+            f'"decidedAt":"{time}Z",'
+            f'"confidence":{_number_or_null(self.confidences[row])},'
+            f'"propensity":{_number_or_null(self.propensities[row])}}}}}'
         )
 
     def _append(self, state: int, action: int, reward: float, metadata: ExampleMetadata) -> None:
@@ -261,21 +259,22 @@ class ExampleTable(Generic[State, Action]):
 
     def _state(self, text: str, parse: Callable[[], State]) -> int:
         """Return the index of a state, which is parsed and rendered if it is new."""
-        index = self.state_texts.find(text)
-        if index is None:
+        index = self.state_texts.index_of(text)
+        if index == len(self.prompt_of_state):
             state = parse()
-            index = self.state_texts.index_of(text)
             self.prompt_of_state.append(self.prompts.index_of(self.kind.render_prompt(state)))
-            group = json_line(self.kind.group_key(state))
-            self.group_of_state.append(self.groups.index_of(group))
+            key = self.kind.group_key(state)
+            group = self._group_index.setdefault(key, len(self.groups))
+            self.group_of_state.append(group)
+            if group == len(self.groups):
+                self.groups.append(key)
         return index
 
     def _action(self, text: str, parse: Callable[[], Action]) -> int:
         """Return the index of an action: of its response text, so 80 and 80.0 are one priority."""
-        spelling = self.action_spellings.find(text)
-        if spelling is None:
+        spelling = self.action_spellings.index_of(text)
+        if spelling == len(self.action_of_spelling):
             action = parse()
-            spelling = self.action_spellings.index_of(text)
             index = self.responses.index_of(self.kind.render_action(action))
             self.action_of_spelling.append(index)
             if index == len(self.action_texts):
@@ -325,6 +324,10 @@ def _reward(decision: Decision, kind: TypedKind[State, Action], where: str) -> f
 
 def _nan_for_none(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _number_or_null(value: float) -> str:
+    return "null" if math.isnan(value) else repr(value)
 
 
 def _none_for_nan(value: float) -> float | None:

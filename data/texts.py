@@ -28,7 +28,7 @@ class TextFile:
     """An unnamed temporary file that several columns share."""
 
     def __init__(self) -> None:
-        self._size = 0
+        self._size = self._flushed = 0
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(tempfile.TemporaryFile())
             weakref.finalize(self, stack.pop_all().close)
@@ -42,7 +42,9 @@ class TextFile:
 
     def read(self, start: int, size: int) -> bytes:
         """Return ``size`` bytes from ``start``."""
-        self._file.flush()
+        if start + size > self._flushed:
+            self._file.flush()
+            self._flushed = self._size
         return os.pread(self._file.fileno(), size, start)
 
 
@@ -79,17 +81,11 @@ class DistinctTexts(TextColumn):
         super().__init__(file)
         self._indices: dict[bytes, int] = {}
 
-    def find(self, text: str) -> int | None:
-        """Return the index of ``text`` if it is there."""
-        return self._indices.get(_digest(text))
-
     def index_of(self, text: str) -> int:
         """Return the index of ``text``, which is appended if it is new."""
-        index = self._indices.setdefault(_digest(text), len(self))
-        if index == len(self):
+        size = len(self)
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        index = self._indices.setdefault(digest, size)
+        if index == size:
             self.append(text)
         return index
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
