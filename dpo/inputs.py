@@ -212,6 +212,7 @@ def _tokenize(
             cache_dir=cache_folder("tokens"),
             progress=bar.update,
         )
+        bar.update(len(pairs))  # tokens from the cache are done too
     summary, *notes = result.report.describe()
     console.say(summary)
     for note in notes:

@@ -67,7 +67,8 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
     """
     folder = Path(config.out)
     with FolderLock(folder), explained_lack_of_memory():
-        remove_leftovers(folder)
+        for place in (folder, folder / CHECKPOINTS):
+            remove_leftovers(place)
         checkpoint = find_checkpoint(folder, config.train.resume, console)
         device = choose_device(config.train)
         models = find_models(config)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dpo.models import Decoder, init_model, parse_config
+from dpo.models import Decoder, init_model, parse_config, save_model
 from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
+from dpo.tokenizer import byte_tokenizer
 
 VOCAB = 31
 
@@ -59,3 +62,39 @@ def make_pairs() -> Callable[..., TokenizedPairs]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_model_folder() -> Callable[..., Path]:
+    """Write a tiny Llama with a tokenizer of bytes, as the Hub lays models out."""
+
+    def make(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+        tokenizer = byte_tokenizer()
+        config = {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "vocab_size": tokenizer.vocab_size,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": True,
+            "eos_token_id": tokenizer.eos_id,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(init_model(parse_config(config | changes), seed=seed), folder)
+        tokenizer.save(folder)
+        (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.7}))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    make_model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tiny model that no test changes."""
+    return make_model_folder(tmp_path_factory.mktemp("model"))
