@@ -3,7 +3,8 @@
 The lines are the records of `dpo.data.records`. A line never changes; only `delete_before` writes
 the log anew. An index in a temporary SQLite file, made when the log is opened and grown with it,
 tells where what stands: memory stays bounded, and a big log takes time to open. An agent that keeps
-many decisions and restarts often is better served by a SQLite store.
+many decisions and restarts often is better served by a SQLite store. A batch that is cut off leaves
+its first lines in a plain log; recording it again completes it.
 """
 
 import json
@@ -43,22 +44,23 @@ _FAULTS_SHOWN = 20
 _INDEX = """
     PRAGMA journal_mode = MEMORY;
     PRAGMA cache_size = -32768;
-    CREATE TABLE decisions (id TEXT PRIMARY KEY, decided_at TEXT, start INTEGER, length INTEGER);
-    CREATE TABLE outcomes (decision_id TEXT PRIMARY KEY, start INTEGER, length INTEGER);
+    CREATE TABLE decisions (
+        id TEXT PRIMARY KEY, policy TEXT, decided_at TEXT, start INTEGER, length INTEGER,
+        outcome_start INTEGER, outcome_length INTEGER
+    );
 """
-_SELECT = """
-    SELECT d.start, d.length, o.start, o.length
-    FROM decisions AS d LEFT JOIN outcomes AS o ON o.decision_id = d.id
+_SELECT = "SELECT start, length, outcome_start, outcome_length FROM decisions"
+_IN_ORDER = f"""
+    {_SELECT} WHERE decided_at BETWEEN :first AND :last AND policy = coalesce(:policy, policy)
+    ORDER BY decided_at, id
 """
 _KEPT = """
     SELECT start, length FROM decisions WHERE decided_at >= :moment
     UNION
-    SELECT o.start, o.length FROM outcomes AS o JOIN decisions AS d ON d.id = o.decision_id
-    WHERE d.decided_at >= :moment
+    SELECT outcome_start, outcome_length FROM decisions
+    WHERE decided_at >= :moment AND outcome_start IS NOT NULL
     ORDER BY start
 """
-
-
 _Places: TypeAlias = tuple[int, int, int | None, int | None]  # a decision's line, its outcome's
 
 
@@ -143,7 +145,7 @@ class JsonLinesStore(FeedbackStore):
 
     def _read(self, wanted: DecisionFilter) -> Iterator[Decision]:
         self._look()
-        return self._log.in_order(wanted.first_moment, wanted.last_moment)
+        return self._log.in_order(wanted)
 
     def _delete_before(self, moment: datetime) -> int:
         with self._transaction():
@@ -201,15 +203,19 @@ class _Log:
         return int(self._index.execute(query, (first,)).fetchone()[0])
 
     def find(self, identity: str) -> StoredDecision | None:
-        row = self._index.execute(f"{_SELECT} WHERE d.id = ?", (identity,)).fetchone()
+        row = self._index.execute(f"{_SELECT} WHERE id = ?", (identity,)).fetchone()
         return self._stored(row) if row else None
 
-    def in_order(self, first: datetime | None, last: datetime | None) -> Iterator[Decision]:
-        """Yield the decisions of a time span, both ends included, as they were at the last scan."""
-        query = f"{_SELECT} WHERE decided_at BETWEEN ? AND ? ORDER BY decided_at, id"
-        span = (format_time(first) if first else "", format_time(last) if last else "~")
+    def in_order(self, wanted: DecisionFilter) -> Iterator[Decision]:
+        """Yield the decisions of a policy and a time span, as they were at the last scan."""
+        first, last = wanted.first_moment, wanted.last_moment
+        parameters = {
+            "first": format_time(first) if first else "",
+            "last": format_time(last) if last else "~",
+            "policy": wanted.policy,
+        }
         with self._errors():
-            for places in self._index.execute(query, span):
+            for places in self._index.execute(_IN_ORDER, parameters):
                 yield self._stored(places).decision
 
     def lines_since(self, moment: datetime) -> Iterator[bytes]:
@@ -283,19 +289,21 @@ class _Log:
         self, new: StoredDecision, is_outcome: bool, start: int, length: int, where: str
     ) -> None:
         """Enter a line that begins at ``start`` into the index, unless it says nothing new."""
-        decision = new.decision
-        row = (decision.id, format_time(decision.decided_at), start, length)
-        query = "INSERT INTO decisions VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
-        is_news = new.outcome_at is not None
-        if is_outcome or not self._index.execute(query, row).rowcount:
-            known = self.find(decision.id)
-            assert known
-            if not same_decision(known.decision, decision):
-                raise InputError(f"{where}: decision {decision.id!r} has other content further up")
-            is_news = supersedes(new, known, where)
-        if is_news:
-            query = "INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?)"
-            self._index.execute(query, (decision.id, start, length))
+        decision, place = new.decision, (start, length)
+        if not is_outcome:
+            outcome_place = (None, None) if new.outcome_at is None else place
+            time = format_time(decision.decided_at)
+            row = (decision.id, decision.policy, time, *place, *outcome_place)
+            query = "INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
+            if self._index.execute(query, row).rowcount:
+                return
+        known = self.find(decision.id)
+        assert known
+        if not same_decision(known.decision, decision):
+            raise InputError(f"{where}: decision {decision.id!r} has other content further up")
+        if supersedes(new, known, where):
+            query = "UPDATE decisions SET outcome_start = ?, outcome_length = ? WHERE id = ?"
+            self._index.execute(query, (*place, decision.id))
 
     def _stored(self, places: _Places) -> StoredDecision:
         start, length, outcome_start, outcome_length = places

@@ -175,11 +175,13 @@ class TestTimes:
     @given(TIMES)
     def test_written_time_is_read_back_exactly(self, time: datetime) -> None:
         aware = time if time.tzinfo else time.replace(tzinfo=UTC)
-        assert parse_time(format_time(aware)) == aware
+        assert parse_time(format_time(aware)) == aware.astimezone(UTC)
 
     @given(TIMES, TIMES)
     def test_texts_sort_as_times_do(self, one: datetime, other: datetime) -> None:
-        first, second = (time.replace(tzinfo=time.tzinfo or UTC) for time in (one, other))
+        first, second = (
+            time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC) for time in (one, other)
+        )
         assert (format_time(first) < format_time(second)) == (first < second)
 
 
@@ -225,6 +227,18 @@ class TestFilter:
 
     def test_offset_of_an_end_with_a_time_is_honoured(self) -> None:
         assert DecisionFilter(end="2024-05-01T14:00:00+02:00").last_moment == NOON
+
+    @pytest.mark.parametrize(
+        ("microseconds", "is_accepted"),
+        [(-1, False), (0, True), (86_399_999_999, True), (86_400_000_000, False)],
+    )
+    def test_both_ends_are_included_to_the_microsecond(
+        self, microseconds: int, is_accepted: bool
+    ) -> None:
+        at = datetime(2024, 5, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)
+        decision = Decision("d", "p", "s", at, {}, {})
+        wanted = DecisionFilter(start="2024-05-01", end="2024-05-01")
+        assert wanted.accepts(decision) is is_accepted
 
     def test_one_day_may_be_start_and_end(self) -> None:
         DecisionFilter(start="2024-05-01", end="2024-05-01")

@@ -159,11 +159,13 @@ class TestInterruptedWriters:
         with open_store(path, create=True) as store:
             store.record_decision(decision("d-1"))
             sound = path.stat().st_size
-            store.record_decisions([decision("d-2")])
+            store.record_decision(
+                Decision("d-2", "extraction", "s-1", DAY, {"text": "longer" * 30}, {})
+            )
         whole = path.read_bytes()
         complete = len(whole) - (path.suffix != ".gz")  # a line that lacks but its newline
         aside = path.with_name(path.name + ".torn")
-        for end in range(sound + 1, complete, 7):
+        for end in range(sound + 1, complete, 11):
             path.write_bytes(whole[:end])
             with open_store(path) as store:
                 assert [item.id for item in store.decisions()] == ["d-1"]
