@@ -311,7 +311,7 @@ def _influence(units: Units, statistic: Statistic) -> Floats:
             # the stratum without one unit, scaled back to its size
             left.append(statistic(units.total - total + (total - block) * (size / (size - 1))))
         values = np.concatenate(left)  # (K_h, M)
-        influence.append((copies @ values / size - values) * (size - 1))
+        influence.append((copies @ values / size - values) * ((size - 1) / size))
     return np.concatenate(influence)
 
 

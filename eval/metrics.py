@@ -25,6 +25,7 @@ from dpo.eval.off_policy import (
     overlap_refusal,
     policy_chances,
     robust_columns,
+    robust_value,
 )
 from dpo.eval.policies import Policy, PolicyDecision, decide_all
 from dpo.eval.resampling import Floats
@@ -132,7 +133,7 @@ def _bad_agreement(decided: Decided) -> Floats:
 
 
 METRICS: dict[str, Metric[Decided]] = {
-    "avg_reward": Metric(_value, ratio_of_sums),
+    "avg_reward": Metric(_value, robust_value),
     "accuracy": Metric(_confusion, statistic_of("accuracy")),
     "f1": Metric(_confusion, statistic_of("f1")),
     "macro_f1": Metric(_confusion, statistic_of("macro_f1")),

@@ -122,10 +122,10 @@ def _softmax_regression(features: Floats, arms: Integers, arm_count: int) -> Flo
     """Fit by minorise-maximise: every step uses one fixed bound of the Hessian (Boehning 1992)."""
     hits = np.eye(arm_count)[arms]  # (N, A)
     size = features.shape[1]
-    inverse = np.linalg.inv(features.T @ features / 2.0 + np.eye(size))
+    inverse = np.linalg.inv(features.T @ features / 2.0 + PENALTY * np.eye(size))
     weights = np.zeros((size, arm_count))
     for _ in range(STEPS):
-        slope = features.T @ (hits - _softmax(features @ weights)) - weights
+        slope = features.T @ (hits - _softmax(features @ weights)) - PENALTY * weights
         step = inverse @ slope
         weights += step
         if np.abs(step).max() < 1e-4:

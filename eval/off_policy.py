@@ -6,8 +6,8 @@ The log tells what the logged action earned, never what another one would have. 
 - *IPS*: logged rewards, weighted by how much likelier the policy takes the logged action than the
   log did, weights cut at sqrt(N) (Ionides 2008);
 - *SNIPS*: the same over the sum of the weights instead of N (Swaminathan & Joachims 2015);
-- *doubly robust*: direct, plus the weighted errors of the model on the log (Dudik et al. 2011);
-  right if either the chances or the model are.
+- *doubly robust*: direct, plus the weighted mean error of the model on the log (Dudik et al. 2011,
+  self-normalised as SNIPS is); right if either the chances or the model are.
 
 No number is given where the log says too little about the policy's choices (see ``refusal``).
 
@@ -42,7 +42,7 @@ ARMS: tuple[Arms, ...] = get_args(Arms)
 OTHER = "other"  # what a policy does that is neither offered nor in the log
 MIN_EFFECTIVE = 30.0  # effective sample size below which no number is given
 MIN_COVERAGE = 0.9  # share of the policy's choices that the log must have been able to make
-MAX_MEAN_WEIGHT = 1.2  # weights average 1 if the chances are right and the policy is ignorant
+MAX_MEAN_WEIGHT = 1.5  # weights average 1 if the chances are right and the policy is ignorant
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,10 @@ def make_log(
     index = {name: i for i, name in enumerate(names)}
     taken = np.array([index[key] for key in keys], dtype=np.int64)  # (N,)
     rewards = np.array([example.reward for example in examples], dtype=np.float64)
-    features = state_features(kind.state_to_json(example.state) for example in examples)  # (N, P)
+    features = state_features(  # (N, P); logs are often made by the rules, so those are told
+        {**kind.state_to_json(example.state), "rule": kind.baseline(example.state).reason}
+        for example in examples
+    )
     folds = make_folds(groups, seed)
     logged = [example.propensity for example in examples if example.propensity is not None]
     is_logged = len(logged) == len(examples)
@@ -191,12 +194,8 @@ def estimate_value(
     direct = deviation = None
     if refusal is None:
         columns = np.concatenate(
-            [
-                robust_columns(log, chances),
-                np.stack([weights * log.rewards, weights], axis=1),
-            ],
-            axis=1,
-        )  # (N, 4)
+            [robust_columns(log, chances), (weights * log.rewards)[:, None]], axis=1
+        )  # (N, 5)
         intervals = list(bootstrap(columns, _estimates, options, groups=log.groups))
         direct = float((chances * log.expected).sum(axis=1).mean())
         around = weights @ log.rewards / weights.sum()
@@ -218,18 +217,23 @@ def estimate_value(
 
 
 def robust_columns(log: DecisionLog, chances: Floats) -> Floats:
-    """Return each example's doubly robust term, and ones: (N, 2); the value is their ratio."""
+    """Return what ``robust_value`` needs: direct estimate, 1, weighted error, weight: (N, 4)."""
     rows = np.arange(len(log.taken))
     weights = np.minimum(importance_weights(log, chances), np.sqrt(len(rows)))
     direct = (chances * log.expected).sum(axis=1)
     errors = log.rewards - log.expected[rows, log.taken]
-    return np.stack([direct + weights * errors, np.ones(len(rows))], axis=1)
+    return np.stack([direct, np.ones(len(rows)), weights * errors, weights], axis=1)
+
+
+def robust_value(sums: Floats) -> Floats:
+    """Map sums of ``robust_columns`` (B, 4) to the doubly robust estimate: (B, 1)."""
+    return divide(sums[:, :1], sums[:, 1:2]) + divide(sums[:, 2:3], sums[:, 3:4])
 
 
 def _estimates(sums: Floats) -> Floats:
-    """Map (B, 4) sums to the doubly robust, IPS and SNIPS estimates: (B, 3)."""
-    robust, count, weighted, weights = (sums[:, i : i + 1] for i in range(4))
-    return np.concatenate([robust / count, weighted / count, divide(weighted, weights)], axis=1)
+    """Map (B, 5) sums to the doubly robust, IPS and SNIPS estimates: (B, 3)."""
+    count, weights, weighted = sums[:, 1:2], sums[:, 3:4], sums[:, 4:5]
+    return np.concatenate([robust_value(sums), weighted / count, divide(weighted, weights)], axis=1)
 
 
 def importance_weights(log: DecisionLog, chances: Floats) -> Floats:

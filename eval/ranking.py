@@ -23,7 +23,7 @@ from dpo.eval.comparison import (
 from dpo.eval.evaluation import EvaluationOptions
 from dpo.eval.metrics import METRICS, Decided
 from dpo.eval.policies import Policy
-from dpo.eval.resampling import Floats, make_units
+from dpo.eval.resampling import make_units
 from dpo.eval.significance import holm, relabel_p_value
 
 
@@ -120,8 +120,8 @@ class ABTest:
     p_value: float
     """Two-sided, of labelling the sessions again at random."""
     effect_size: float | None
-    """Cohen's d: the difference over the pooled standard deviation of single examples; None for
-    metrics that are not a mean over examples."""
+    """Cohen's d: the difference over the pooled standard deviation of one example, as the standard
+    errors imply it; None where that is 0 or unknown."""
     winner: Winner
     """"tie" unless the interval excludes zero and the p-value agrees."""
 
@@ -177,15 +177,16 @@ def ab_test(
     winner: Winner = "tie"
     if difference.excludes(0.0) and p_value <= 1.0 - difference.confidence:
         winner = "B" if (difference.mean > 0.0) == kind.is_better_higher else "A"
+    own_a, own_b = _estimate(a, metric, ways, ~is_b), _estimate(b, metric, ways, is_b)
     return ABTest(
         metric=metric,
-        examples_a=int((~is_b).sum()),
-        examples_b=int(is_b.sum()),
-        a=_estimate(a, metric, ways, ~is_b),
-        b=_estimate(b, metric, ways, is_b),
+        examples_a=own_a.n,
+        examples_b=own_b.n,
+        a=own_a,
+        b=own_b,
         difference=difference,
         p_value=p_value,
-        effect_size=_effect_size(as_a[~is_b], as_b[is_b]),
+        effect_size=_effect_size(own_a, own_b),
         winner=winner,
     )
 
@@ -203,12 +204,9 @@ def _deal(groups: Sequence[str], split_ratio: float, seed: int) -> NDArray[np.bo
     return np.array([group in chosen for group in groups])
 
 
-def _effect_size(a: Floats, b: Floats) -> float | None:
-    """Return Cohen's d of two samples of values beside ones (N, 2); None for other columns."""
-    if a.shape[1] != 2 or not (a[:, 1] == 1.0).all():
-        return None
-    spread = math.sqrt((a[:, 0].var(ddof=1) + b[:, 0].var(ddof=1)) / 2.0)
-    return float((b[:, 0].mean() - a[:, 0].mean()) / spread) if spread > 0.0 else None
+def _effect_size(a: ConfidenceInterval, b: ConfidenceInterval) -> float | None:
+    spread = math.sqrt((a.standard_error**2 * a.n + b.standard_error**2 * b.n) / 2.0)
+    return (b.mean - a.mean) / spread if spread > 0.0 else None
 
 
 def _is_refused(decided: Decided, metric: str) -> bool:

@@ -148,29 +148,19 @@ def _draw_stratum(copies: Integers, generator: np.random.Generator, size: int) -
 
 
 def _alike_codes(influence: Floats) -> Integers:
-    """Put units into cells that keep all but ``LOST_VARIANCE`` of the variance: (U,) codes.
-
-    The extremes get cells of their own and what lies between is cut into equal widths.
-    """
-    order = np.argsort(influence)
+    """Cut the influences into cells that keep all but ``LOST_VARIANCE`` of the variance: (U,)."""
     centred = influence - influence.mean()
+    low, span = centred.min(), max(float(np.ptp(centred)), np.finfo(np.float64).tiny)
+    variance = centred @ centred
     cells = 1024
     while True:
-        edge = min(cells // 4, len(order) // 2)
-        middle = influence[order[edge : len(order) - edge]]
-        code = np.arange(len(order))  # extremes: the rank is the cell
-        if len(middle):
-            width = max(float(middle[-1] - middle[0]) / (cells // 2), np.finfo(np.float64).tiny)
-            step = np.minimum((middle - middle[0]) / width, cells // 2 - 1).astype(np.int64)
-            code[edge : len(order) - edge] = edge + step
-            code[len(order) - edge :] = edge + cells // 2 + np.arange(edge)
-        codes = np.empty_like(code)
-        codes[order] = np.unique(code, return_inverse=True)[1]
-        count = np.bincount(codes)
-        means = np.bincount(codes, weights=centred) / count
-        lost = centred @ centred - count @ means**2
-        if lost <= LOST_VARIANCE * (centred @ centred) or len(count) == len(order):
-            return codes
+        code = np.minimum((centred - low) / span * cells, cells - 1).astype(np.int64)
+        count = np.bincount(code)
+        sums = np.bincount(code, weights=centred)
+        lost = variance - (sums**2 / np.maximum(count, 1)).sum()
+        if lost <= LOST_VARIANCE * variance:
+            renumbered = np.cumsum(count > 0) - 1  # without the empty cells
+            return np.asarray(renumbered[code], dtype=np.int64)
         cells *= 2
 
 

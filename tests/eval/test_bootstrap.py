@@ -21,8 +21,9 @@ from dpo.eval.bootstrap import (
     bootstrap,
     compute_confidence_interval,
     divide,
+    ratio_of_sums,
 )
-from dpo.eval.resampling import Floats
+from dpo.eval.resampling import Floats, make_units
 
 SKEWED = np.random.default_rng(1).exponential(size=60)
 MONTE_CARLO = 0.06  # of a standard error: three sigma of a 2.5% quantile of 20,000 resamples
@@ -144,6 +145,18 @@ def test_stratified_error_is_the_error_within_strata(method: Method) -> None:
     assert found.standard_error == pytest.approx(np.sqrt(variance), rel=0.05)
     width = (found.upper - found.lower) / 2
     assert width == pytest.approx(1.96 * found.standard_error, rel=0.06)
+
+
+def test_acceleration_counts_every_unit_of_every_stratum_alike() -> None:
+    # Efron & Tibshirani 1993, equation 14.15, with influences x - mean of the stratum
+    generator = np.random.default_rng(4)
+    strata = [generator.exponential(size=4), generator.normal(size=40)]
+    values = np.concatenate(strata)
+    columns = np.stack([values, np.ones(44)], axis=1)
+    units = make_units(columns, strata=["a"] * 4 + ["b"] * 40)
+    centred = np.concatenate([each - each.mean() for each in strata])
+    expected = (centred**3).sum() / (6 * (centred**2).sum() ** 1.5)
+    assert module._acceleration(units, ratio_of_sums) == pytest.approx([expected])
 
 
 @pytest.mark.parametrize("method", METHODS)

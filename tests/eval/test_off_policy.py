@@ -21,6 +21,7 @@ from dpo.eval.off_policy import (
     make_log,
     policy_chances,
     robust_columns,
+    robust_value,
 )
 from dpo.eval.policies import ConstantPolicy, PolicyDecision, RulesPolicy, UniformPolicy
 from dpo.eval.resampling import Floats
@@ -80,13 +81,16 @@ def test_estimates_by_hand() -> None:
     assert found.reward_std_dev == pytest.approx(0.0)
 
 
-def test_doubly_robust_term_by_hand() -> None:
-    # direct .2 + weight 2 x (reward .5 - model .2) = .8; and .3 where the log took another arm
+def test_doubly_robust_value_by_hand() -> None:
+    # direct .2 and .3; where the log took the same arm, reward .5 against .2 in the model; the
+    # weight of 2 is cut at sqrt(2)
     expected = np.array([[0.2, 0.0, 0.0], [0.3, 0.1, 0.0]])
     log = _log([0, 1], [0.5, 0.9], [0.5, 0.5], expected)
     columns = robust_columns(log, np.array([[1.0, 0.0, 0.0]] * 2))
-    # weights are cut at sqrt(2)
-    assert columns[:, 0].tolist() == pytest.approx([0.2 + np.sqrt(2) * 0.3, 0.3])
+    cut = np.sqrt(2)
+    assert columns[0].tolist() == pytest.approx([0.2, 1.0, cut * 0.3, cut])
+    assert columns[1].tolist() == pytest.approx([0.3, 1.0, 0.0, 0.0])
+    assert robust_value(columns.sum(axis=0)[None])[0, 0] == pytest.approx(0.25 + 0.3)
 
 
 def test_a_policy_like_the_log_earns_what_the_log_earned() -> None:
@@ -110,7 +114,9 @@ def test_doubly_robust_needs_no_chances_where_the_model_is_exact() -> None:
         taken.tolist(), rewards.tolist(), generator.uniform(0.2, 0.9, 400).tolist(), expected
     )
     chances = np.tile([1.0, 0.0, 0.0], (400, 1))
-    assert robust_columns(log, chances)[:, 0] == pytest.approx(expected[:, 0])
+    columns = robust_columns(log, chances)
+    assert columns[:, 2] == pytest.approx(np.zeros(400))
+    assert robust_value(columns.sum(axis=0)[None])[0, 0] == pytest.approx(expected[:, 0].mean())
 
 
 def test_too_few_matching_decisions_are_refused() -> None:

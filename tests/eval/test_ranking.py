@@ -123,13 +123,11 @@ def test_the_split_ratio_is_the_share_of_a() -> None:
 
 
 def test_effect_size_by_hand() -> None:
-    examples = _examples()
-    test = ab_test(RULES, UNIFORM, examples, FEW, metric="accuracy")
-    assert test.effect_size is None  # accuracy is kept as a confusion matrix, not as a mean
-    full = ab_test(RULES, UNIFORM, examples, FEW, metric="full_action_agreement")
-    shares, counts = (full.a.mean, full.b.mean), (full.examples_a, full.examples_b)
-    variances = [p * (1 - p) * n / (n - 1) for p, n in zip(shares, counts, strict=True)]
-    assert full.effect_size == pytest.approx((shares[1] - shares[0]) / np.sqrt(sum(variances) / 2))
+    options = EvaluationOptions(bootstrap=BootstrapOptions(resamples=2000), by_session=False)
+    test = ab_test(RULES, UNIFORM, _examples(), options, metric="accuracy")
+    variances = [each.mean * (1 - each.mean) for each in (test.a, test.b)]
+    expected = test.difference.mean / np.sqrt(sum(variances) / 2)
+    assert test.effect_size == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.5])
