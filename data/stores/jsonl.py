@@ -79,11 +79,11 @@ class JsonLinesStore(FeedbackStore):
         """
         self._path = path
         self._set_aside: list[str] = []
-        if create:
+        if not path.exists():
+            if not create:
+                raise InputError(f"{path}: no such file")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        elif not path.exists():
-            raise InputError(f"{path}: no such file")
         self._log = _Log(path)
         self._look()
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo.data.filters import DecisionFilter
-from dpo.data.records import Decision
+from dpo.data.records import Decision, DecisionOutcome
 from dpo.data.stores import FeedbackStore, open_store
 from dpo.errors import InputError
 
@@ -233,6 +233,27 @@ class TestOutcomes:
         store.record_outcome("d-1", reward=1)
         assert not store.record_outcome("d-1", reward=0, at=datetime.now(UTC) - timedelta(hours=1))
         assert store.record_outcome("d-1", reward=0, at=datetime.now(UTC) + timedelta(hours=1))
+
+    def test_many_outcomes_are_recorded_at_once_and_news_are_counted(
+        self, store: FeedbackStore
+    ) -> None:
+        store.record_decisions(decision(f"d-{number:04}") for number in range(1000))
+        first = [
+            DecisionOutcome(f"d-{number:04}", DAY + timedelta(days=1), reward=0.25)
+            for number in range(1000)
+        ]
+        corrected = DecisionOutcome("d-0007", DAY + timedelta(days=2), reward=1)
+        assert store.record_outcomes([*first, corrected, corrected, first[7]]) == 1001
+        assert store.record_outcomes(first) == 0
+        found = {item.id: item.reward for item in store.decisions()}
+        assert found == {item.decision_id: item.reward for item in first} | {"d-0007": 1.0}
+
+    def test_one_wrong_outcome_undoes_its_batch(self, store: FeedbackStore) -> None:
+        store.record_decision(decision())
+        batch = [DecisionOutcome(name, DAY, reward=1) for name in ("d-1", "d-9")]
+        with pytest.raises(InputError, match="no decision 'd-9'"):
+            store.record_outcomes(batch)
+        assert list(store.decisions()) == [decision()]
 
     def test_outcome_of_an_unknown_decision_is_refused(self, store: FeedbackStore) -> None:
         with pytest.raises(InputError, match="no decision 'd-9': record the decision first"):
