@@ -11,22 +11,34 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dpo import cli
-from dpo.data.simulate import simulate
+from dpo.data.kinds import KINDS
+from dpo.data.simulate import simulate, simulated_situations
 from dpo.eval.bootstrap import METHODS
 from dpo.eval.cli import compare, evaluate
 from dpo.eval.off_policy import ARMS
-
-
-@pytest.fixture(autouse=True)
-def _commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "eval", cli.Entry("dpo.eval.cli:evaluate", "Evaluate."))
-    monkeypatch.setitem(cli.COMMANDS, "compare", cli.Entry("dpo.eval.cli:compare", "Compare."))
+from dpo.eval.tiny import make_tiny_model, make_tiny_tokenizer
+from dpo.models import save_model
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
     """Write 250 logged decisions as the dataset builder does."""
     return str(_write(tmp_path / "examples.jsonl", _rows("extraction", 250)))
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """Save an untrained language model as a policy."""
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    kind = KINDS["extraction"]
+    texts = [kind.render_prompt(state) for state in simulated_situations("extraction", 5)]
+    texts += [kind.render_action(action) for action in kind.actions()]
+    tokenizer = make_tiny_tokenizer(texts)
+    tokenizer.save(folder)
+    save_model(make_tiny_model(tokenizer, seed=0), folder)
+    (folder / "extraction_metadata.json").write_text('{"policy": "extraction"}')
+    return folder
 
 
 def _rows(kind: str, count: int) -> list[dict[str, Any]]:
@@ -132,6 +144,37 @@ def test_compare_can_split(data: str) -> None:
         "compare", "rules", "uniform", "--data", data, "--ab-split", "0.5", "--metric", "accuracy"
     )
     assert result.output.startswith("A/B Test Report\n")
+
+
+def test_a_saved_language_model_is_compared_with_the_rules(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    data = str(_write(tmp_path / "few.jsonl", _rows("extraction", 30)))
+    result = _run("compare", "rules", str(model_folder), "--data", data, "--metric", "accuracy")
+    assert result.exit_code == 0, result.output
+    assert f"rules vs {model_folder}\n" in result.output
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, "no trained policy: expected a model folder with one <policy>_metadata.json"),
+        ('{"policy": "magic"}', "policy 'magic' is of no known kind"),
+        (
+            '{"policy": "retrieval"}',
+            "holds a policy of kind retrieval, the data are of kind extraction",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_policy_for_the_data_is_refused(
+    data: str, model_folder: Path, metadata: str | None, message: str
+) -> None:
+    (model_folder / "extraction_metadata.json").unlink()
+    if metadata is not None:
+        (model_folder / "x_metadata.json").write_text(metadata)
+    result = _run("eval", str(model_folder), "--data", data)
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_scored_pairs_are_evaluated_and_compared(tmp_path: Path) -> None:
