@@ -46,7 +46,7 @@ def split_by_unit(
     """
     _check_share(eval_split)
     used, rows_per_unit = np.unique(units, return_counts=True)
-    used_names = [names[unit] for unit in used.tolist()]
+    used_names = [names[int(unit)] for unit in used]
     if len(used) < 2:
         raise InputError(
             f"cannot split {len(units)} examples by unit: {len(used)} unit(s) found, "

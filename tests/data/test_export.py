@@ -113,6 +113,15 @@ def test_csv_gives_back_any_text_and_no_cell_begins_a_formula(
     assert not any(cell.lstrip().startswith(("=", "+", "-", "@")) for cell in cells)
 
 
+def test_csv_disarms_formulas_behind_blanks_and_in_full_width(tmp_path: Path) -> None:
+    with (export(TEXT_PAIRS, tmp_path, "csv") / "train.csv").open(
+        "r", -1, "utf-8", newline=""
+    ) as file:
+        cells = [row["chosen"] for row in csv.DictReader(file)]
+    disarmed = [text for text, cell in zip(TRICKY, cells, strict=True) if cell == f"'{text}"]
+    assert disarmed == ["=1+1", " \t@SUM(A1)", "-2", "'quoted", "\uff1dfull width"]
+
+
 def test_csv_holds_conversations_and_optional_fields_as_json(tmp_path: Path) -> None:
     pair = PreferencePair(
         ({"role": "user", "content": 'hi, "you"'},),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.data.examples import Example, ExampleMetadata, ExampleTable
+from dpo.data.examples import Example, ExampleMetadata, Examples, ExampleTable
 from dpo.data.kinds.consolidation import (
     CONSOLIDATION,
     ConsolidationAction,
@@ -171,6 +171,24 @@ def test_better_action_is_chosen() -> None:
 def test_difference_of_exactly_the_margin_makes_no_pair(better: float, worse: float) -> None:
     # In floats 0.8 - 0.7 is 0.10000000000000009 and 0.6 - 0.5 is 0.09999999999999998.
     assert not pairs_of([example(STORE, better), example(SKIP, worse)]).pairs
+
+
+def test_margin_is_strict_without_a_tolerance_too() -> None:
+    examples = [example(STORE, 0.75), example(SKIP, 0.25)]
+    assert not pairs_of(examples, PairOptions(margin=0.5, tolerance=0.0)).pairs
+    assert pairs_of(examples, PairOptions(margin=0.49, tolerance=0.0)).pairs
+
+
+def test_contexts_come_in_the_order_of_their_first_example() -> None:
+    examples = [
+        example(action, reward, turn=turn)
+        for turn in (7, 3, 5)
+        for action, reward in ((STORE, 0.9), (SKIP, 0.1))
+    ]
+    table = Examples.of(examples, EXTRACTION)
+    prompts = [EXTRACTION.render_prompt(make_state(turn=turn)) for turn in (7, 3, 5)]
+    assert [pair.prompt for pair in pairs_of(table).pairs] == prompts
+    assert [pair.prompt for pair in pairs_of(table[::-1]).pairs] == prompts[::-1]
 
 
 def test_lone_context_forms_no_pair() -> None:
