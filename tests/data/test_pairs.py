@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.examples import Example, ExampleMetadata, Examples, ExampleTable
@@ -103,6 +103,7 @@ OPTIONS = st.builds(
 # --- properties ----------------------------------------------------------------------------------
 
 
+@settings(max_examples=50)
 @given(examples=EXAMPLES, options=OPTIONS)
 def test_no_pair_is_degenerate_repeated_or_contradicted(
     examples: list[ExtractionExample], options: PairOptions
@@ -114,6 +115,7 @@ def test_no_pair_is_degenerate_repeated_or_contradicted(
     assert len({(prompt, frozenset(answers)) for prompt, *answers in pairs}) == len(pairs)
 
 
+@settings(max_examples=50)
 @given(examples=EXAMPLES, options=OPTIONS)
 def test_every_pair_exceeds_the_margin_by_its_evidence(
     examples: list[ExtractionExample], options: PairOptions
@@ -127,6 +129,7 @@ def test_every_pair_exceeds_the_margin_by_its_evidence(
         assert pair.weight >= 0
 
 
+@settings(max_examples=50)
 @given(examples=EXAMPLES, options=OPTIONS)
 def test_every_decision_is_counted_once(
     examples: list[ExtractionExample], options: PairOptions
@@ -140,6 +143,7 @@ def test_every_decision_is_counted_once(
     assert report.unique == len(formation.pairs)
 
 
+@settings(max_examples=50)
 @given(examples=EXAMPLES, options=OPTIONS)
 def test_matching_by_prompt_uses_only_decisions_of_that_prompt(
     examples: list[ExtractionExample], options: PairOptions
