@@ -443,7 +443,7 @@ def test_worse_actions_are_preferred_as_rarely_as_the_noise_allows() -> None:
     options = PairOptions(strategy="all")
     table = ExampleTable(EXTRACTION)
     for decision in simulate(
-        "extraction", 4000, 1, situations=80, exploration=1.0, session_correlation=0.0
+        "extraction", 2500, 1, situations=50, exploration=1.0, session_correlation=0.0
     ):
         table.append_decision(decision, "simulation")
     tried: dict[ExtractionState, Counter[ExtractionAction]] = defaultdict(Counter)
