@@ -158,6 +158,12 @@ def test_broken_config_is_refused(folder: Path) -> None:
         load_model(folder)
 
 
+def test_config_that_is_no_object_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json: expected a JSON object"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -169,6 +175,20 @@ def test_broken_config_is_refused(folder: Path) -> None:
         (
             {"num_key_value_heads": 3},
             "num_attention_heads 4 is no multiple of num_key_value_heads 3",
+        ),
+        (
+            {"num_key_value_heads": "two"},
+            "num_key_value_heads must be a positive integer, got 'two'",
+        ),
+        ({"head_dim": -1}, "head_dim must be a positive integer, got -1"),
+        ({"max_window_layers": None}, "max_window_layers must be an integer >= 0, got None"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number, got 'small'"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a positive number, got nan"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
+        ({"rope_scaling": {"rope_type": []}}, r"rope type \[\] is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+            "factor must be a positive number, got 0",
         ),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs 'factor'"),

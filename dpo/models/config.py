@@ -8,6 +8,7 @@ transformers by being named.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +123,9 @@ ARCHITECTURES: Final[dict[str, Callable[[HubConfig], Facts]]] = {
     "qwen3": _qwen3,
 }
 
+_OPTIONAL_COUNTS: Final = (
+    "num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings",
+)  # fmt: skip
 _DEFAULT_HEAD_SIZE: Final = {"qwen3": 128}
 
 
@@ -138,6 +142,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"{folder}: not a model folder: config.json is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: expected a JSON object")
     return parse_config(config, where=str(path))
 
 
@@ -158,6 +164,11 @@ def parse_config(config: HubConfig, *, where: str = "config") -> ModelConfig:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise InputError(f"{where}: hidden_act {activation!r} is not supported; expected 'silu'")
+    for key in _OPTIONAL_COUNTS:
+        if config.get(key) is not None:
+            _count(config, key, where)
+    if "max_window_layers" in config:
+        _count(config, "max_window_layers", where, least=0)
     heads = _count(config, "num_attention_heads", where)
     hidden_size = _count(config, "hidden_size", where)
     layers = _count(config, "num_hidden_layers", where)
@@ -178,8 +189,8 @@ def parse_config(config: HubConfig, *, where: str = "config") -> ModelConfig:
         key_heads=key_heads,
         head_size=config.get("head_dim")
         or _DEFAULT_HEAD_SIZE.get(architecture, hidden_size // heads),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
+        norm_epsilon=_positive(config, "rms_norm_eps", where, default=1e-6),
+        max_positions=config.get("max_position_embeddings") or 2048,
         rope=_parse_rope(config, where),
         ties_embeddings=bool(config.get("tie_word_embeddings", False)),
         source=dict(config),
@@ -187,24 +198,37 @@ def parse_config(config: HubConfig, *, where: str = "config") -> ModelConfig:
     )
 
 
-def _count(config: HubConfig, key: str, where: str) -> int:
+def _count(config: HubConfig, key: str, where: str, *, least: int = 1) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{where}: {key} must be a positive integer, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        expected = "a positive integer" if least else "an integer >= 0"
+        raise InputError(f"{where}: {key} must be {expected}, got {value!r}")
     return value
+
+
+def _positive(config: HubConfig, key: str, where: str, *, default: float | None = None) -> float:
+    value = config.get(key, default)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise InputError(f"{where}: {key} must be a positive number, got {value!r}")
+    return float(value)
 
 
 def _parse_rope(config: HubConfig, where: str) -> Rope:
     """Read ``rope_parameters`` (transformers 5), else ``rope_theta`` with ``rope_scaling``."""
     scaling: HubConfig = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta", config.get("rope_theta", 10000.0)))
+    if not isinstance(scaling, Mapping):
+        raise InputError(f"{where}: rope_scaling must be an object, got {scaling!r}")
+    theta = _positive({**config, **scaling}, "rope_theta", where, default=10000.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in _ROPE_OPTIONS:
+    if not isinstance(kind, str) or kind not in _ROPE_OPTIONS:
         supported = ", ".join(_ROPE_OPTIONS)
         raise InputError(f"{where}: rope type {kind!r} is not supported; supported are {supported}")
     missing = [name for name in _ROPE_OPTIONS[kind].values() if name not in scaling]
     if missing:
         raise InputError(f"{where}: rope type {kind!r} needs {missing[0]!r}")
+    for name in _ROPE_OPTIONS[kind].values():
+        _positive(scaling, name, where)
     return Rope(
         theta, kind, **{ours: scaling[theirs] for ours, theirs in _ROPE_OPTIONS[kind].items()}
     )
