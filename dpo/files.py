@@ -31,7 +31,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:
-        with temporary.open("xb") as file:
+        with _named(path), temporary.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -202,11 +202,21 @@ def write_json(path: Path, value: JSON) -> None:
 def append_jsonl(path: Path, record: Mapping[str, JSON]) -> None:
     """Append one line to a JSON Lines file; an unfinished last line stays a line of its own."""
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    with path.open("ab+") as file:
+    with _named(path), path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
         file.write(line)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the file in errors of writing, as those of opening do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _temporary_name(path: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from dpo.files import atomic_directory, read_json, verify_manifest, write_json, write_manifest
@@ -35,12 +36,19 @@ def content_key(pairs: Sequence[PreferencePair], *others: str) -> str:
 
 
 def store(folder: Path, result: Tokenization) -> None:
-    """Write an entry, in place of one that is there."""
+    """Write an entry, in place of one that is there.
+
+    Raises:
+        OSError: a file could not be written; nothing is left of the entry.
+    """
     with atomic_directory(folder, replace=True) as temporary:
         columns = {name: getattr(result.pairs, name) for name in _COLUMNS}
         path = temporary / "columns.safetensors"
         path.touch()  # with the usual permissions: safetensors lets the owner alone read its files
-        save_file(columns, path)
+        try:
+            save_file(columns, path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: {error}") from error
         write_json(
             temporary / "rows.json",
             {

@@ -57,9 +57,10 @@ def test_failed_atomic_write_harms_nothing(tmp_path: Path, monkeypatch: pytest.M
     atomic_write(path, "first")
     monkeypatch.setattr(os, "fsync", fill_disk)
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as refusal:
         atomic_write(path, "second")
 
+    assert refusal.value.filename == str(path)
     assert path.read_text(encoding="utf-8") == "first"
     assert names(tmp_path) == ["a.txt"]
 
