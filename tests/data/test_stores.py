@@ -333,8 +333,9 @@ class TestRetention:
         kept = [replace(log[1], reward=1), log[2]]
         assert list(store.decisions()) == kept
         assert store.count() == 2
-        assert store.record_decision(log[0])  # its outcome did not outlive it
-        assert list(store.decisions()) == [log[0], *kept]
+        again = replace(log[0], reward=None)
+        assert store.record_decision(again)
+        assert list(store.decisions()) == [again, *kept]  # its outcome did not outlive it
 
     def test_nothing_older_is_nothing_deleted(self, store: FeedbackStore) -> None:
         store.record_decision(decision())
