@@ -169,6 +169,7 @@ def test_config_that_is_no_object_is_refused(folder: Path) -> None:
     [
         ({"model_type": "t5"}, "model_type 't5' is not supported; supported are llama"),
         ({"model_type": None}, "model_type None is not supported"),
+        ({"model_type": []}, r"model_type \[\] is not supported"),
         ({"quantization_config": {}}, "quantised weights cannot be trained"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"hidden_size": "big"}, "hidden_size must be a positive integer, got 'big'"),

@@ -154,7 +154,7 @@ def parse_config(config: HubConfig, *, where: str = "config") -> ModelConfig:
         InputError: an unsupported or contradictory entry, named with ``where``.
     """
     architecture = config.get("model_type")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise InputError(
             f"{where}: model_type {architecture!r} is not supported; "
             f"supported are {', '.join(sorted(ARCHITECTURES))}"
