@@ -1,0 +1,208 @@
+"""What a run reads, and what it says about it."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo.config import RunConfig
+from dpo.errors import InputError
+from dpo.inputs import (
+    Inputs,
+    cache_folder,
+    find_models,
+    load_all_pairs,
+    load_inputs,
+    split_pairs,
+)  # fmt: skip
+from dpo.preferences import PreferencePair
+from dpo.progress import Console
+from dpo.tokenize_config import TokenizeOptions
+
+MakeFolder = Callable[..., Path]
+ROWS: list[dict[str, object]] = [
+    {"prompt": f"say {n}", "chosen": " yes", "rejected": " no"} for n in range(12)
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_folder: Path) -> RunConfig:
+    data = write_rows(tmp_path / "pairs.jsonl", ROWS)
+    return RunConfig(model=str(model_folder), data=data, out=str(tmp_path / "RUN"))
+
+
+def loaded(config: RunConfig, *, quiet: bool = False) -> tuple[Inputs, str]:
+    said = io.StringIO()
+    inputs = load_inputs(config, find_models(config), Console(said, quiet=quiet))
+    return inputs, said.getvalue()
+
+
+# --- splitting ----------------------------------------------------------------------------------
+
+
+def pairs_of(prompts: list[int]) -> list[PreferencePair]:
+    return [
+        PreferencePair(f"prompt {prompt}", "yes", "no", id=f"{row}")
+        for row, prompt in enumerate(prompts)
+    ]
+
+
+@given(
+    prompts=st.lists(st.integers(0, 9), min_size=4, max_size=40).filter(lambda p: len({*p}) > 3),
+    share=st.floats(0.3, 0.7),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_split_keeps_prompts_together_and_does_not_depend_on_the_order_of_rows(
+    prompts: list[int], share: float, seed: int, data: st.DataObject
+) -> None:
+    pairs = pairs_of(prompts)
+    try:
+        kept, held_out = split_pairs(pairs, share, seed=seed)
+    except InputError:
+        return  # some prompt has too many of the pairs
+    assert {pair.prompt for pair in kept} & {pair.prompt for pair in held_out} == set()
+    assert [p for p in pairs if p in kept] == kept
+    assert [p for p in pairs if p in held_out] == held_out
+    assert len(kept) + len(held_out) == len(pairs)
+
+    shuffled = data.draw(st.permutations(pairs))
+    ids = sorted(str(pair.id) for pair in split_pairs(shuffled, share, seed=seed)[1])
+    assert ids == sorted(str(pair.id) for pair in held_out)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.9])
+def test_split_holds_out_the_share_asked_for(share: float) -> None:
+    pairs = pairs_of(list(range(200)))
+    assert len(split_pairs(pairs, share, seed=0)[1]) == round(200 * share)
+
+
+def test_split_depends_on_the_seed() -> None:
+    pairs = pairs_of(list(range(50)))
+    assert split_pairs(pairs, 0.5, seed=0) != split_pairs(pairs, 0.5, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "share", "message"),
+    [
+        ([1, 2, 3], 0.1, "eval_split 0.1 of 3 pairs with 3 prompts leaves 3 to train on and 0"),
+        ([1, 2, 3], 0.9, "eval_split 0.9 of 3 pairs with 3 prompts leaves 0 to train on and 3"),
+        ([1, 1, 1], 0.5, "eval_split 0.5 of 3 pairs with 1 prompts leaves"),
+    ],
+)
+def test_split_with_an_empty_part_is_refused(
+    prompts: list[int], share: float, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        split_pairs(pairs_of(prompts), share, seed=0)
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def test_held_out_pairs_come_from_a_split_or_a_file_of_their_own(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    apart = write_rows(tmp_path / "apart.jsonl", ROWS[:5])
+    alone, _ = loaded(config)
+    split, said = loaded(replace(config, eval_split=0.25))
+    beside, _ = loaded(replace(config, eval_data=apart))
+    assert (len(alone.pairs), alone.eval_pairs) == (12, None)
+    assert split.eval_pairs is not None
+    assert beside.eval_pairs is not None
+    assert (len(split.pairs), len(split.eval_pairs)) == (9, 3)
+    assert (len(beside.pairs), len(beside.eval_pairs)) == (12, 5)
+    assert "3 pairs held out, none shares its prompt with the others" in said
+
+
+def test_all_pairs_are_read_though_the_config_holds_some_out(config: RunConfig) -> None:
+    config = replace(config, eval_split=0.5)
+    inputs = load_all_pairs(config, find_models(config), Console(io.StringIO()))
+    assert (len(inputs.pairs), inputs.eval_pairs) == (12, None)
+
+
+def test_tokens_are_found_in_the_cache_the_second_time(config: RunConfig) -> None:
+    (_, first), (_, second) = loaded(config), loaded(config)
+    assert "12 of 12 rows; cache stored" in first
+    assert "12 of 12 rows; cache found" in second
+    assert "tokenize 100% 12/12" in second
+
+
+def test_columns_that_mean_nothing_are_named(tmp_path: Path, config: RunConfig) -> None:
+    data = write_rows(tmp_path / "more.jsonl", [{**row, "score": 1, "note": ""} for row in ROWS])
+    _, said = loaded(replace(config, data=data))
+    assert f"{data}: columns that are not read: score, note" in said
+
+
+def test_rows_left_out_are_told_even_when_quiet(tmp_path: Path, config: RunConfig) -> None:
+    long: dict[str, object] = {**ROWS[0], "id": "long", "chosen": " yes" * 9}
+    data = write_rows(tmp_path / "faulty.jsonl", [*ROWS, {"prompt": "a"}, long])
+    options = TokenizeOptions(max_length=30)
+    config = replace(config, data=data, on_bad_row="skip", tokenize=options)
+    _, said = loaded(config, quiet=True)
+    assert said.splitlines() == [
+        f"{data}: 1 faulty rows left out",
+        f"  {data}:13: missing chosen and rejected; the row has prompt",
+        "1 rows dropped: long (42 tokens, max_length 30)",
+    ]
+
+
+def test_quiet_console_says_nothing_of_sound_rows(config: RunConfig) -> None:
+    assert loaded(config, quiet=True)[1] == ""
+
+
+def test_rows_longer_than_the_model_was_made_for_are_warned_of(
+    tmp_path: Path, config: RunConfig, make_model_folder: MakeFolder
+) -> None:
+    model = make_model_folder(tmp_path / "short", max_position_embeddings=9)
+    _, said = loaded(replace(config, model=str(model)))
+    assert (
+        "the longest row has 11 tokens, the model was made for 9; --max-length 9 would drop" in said
+    )
+    _, said = loaded(replace(config, reference=str(model)))
+    assert "the longest row has 11 tokens, the model was made for 9" in said
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def test_policy_is_its_own_reference_unless_another_is_named(
+    tmp_path: Path, config: RunConfig, make_model_folder: MakeFolder
+) -> None:
+    own = find_models(config)
+    assert own.reference is own.policy
+    other = find_models(replace(config, reference=str(make_model_folder(tmp_path / "o", seed=1))))
+    assert other.reference.fingerprint != other.policy.fingerprint == own.policy.fingerprint
+
+
+def test_faulty_reference_is_refused_before_data_is_read(
+    tmp_path: Path, config: RunConfig, make_model_folder: MakeFolder
+) -> None:
+    reference = make_model_folder(tmp_path / "reference")
+    (reference / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=f"{reference}: no weights"):
+        find_models(replace(config, reference=str(reference), data="absent.jsonl"))
+
+
+def test_caches_lie_where_the_user_keeps_caches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_folder("tokens") == tmp_path / "cache" / "dpo-engine" / "tokens"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("tokens") == tmp_path / ".cache" / "dpo-engine" / "tokens"
