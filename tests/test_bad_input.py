@@ -307,11 +307,12 @@ def test_tokenizer_beyond_the_embedding_is_refused_for_every_loss(
         assert_refused(result, "vocab_size is 258, but the tokenizer", "makes tokens up to 264")
 
 
-def test_reference_with_a_smaller_embedding_is_refused(
-    tmp_path: Path, model_folder: Path, bad_folder: Path, data: Path
+@pytest.mark.parametrize("role", ["--model", "--reference"])
+def test_smaller_embedding_is_refused_in_policy_and_reference(
+    tmp_path: Path, model_folder: Path, bad_folder: Path, data: Path, role: str
 ) -> None:
     change_config(bad_folder, vocab_size=257)
-    options = ("--reference", str(bad_folder))
+    options = ("--reference", str(model_folder), role, str(bad_folder))
     result = dpo_train(model_folder, data, tmp_path / "RUN", *options)
     assert_refused(result, f"{bad_folder}/config.json: vocab_size is 257, but the tokenizer")
 

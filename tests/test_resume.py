@@ -292,6 +292,14 @@ def contrary(tmp_path: Path, config: RunConfig) -> RunConfig:
     return changed(config, eval_data=str(eval_data), eval_every=1, save_every=None)
 
 
+def test_what_killed_runs_left_under_temporary_names_is_removed(finished: RunConfig) -> None:
+    rubbish = ("model.tmp-1-ab", "metrics.jsonl.tmp-1-ab", "checkpoints/step-000002.tmp-1-ab")
+    for name in rubbish:
+        (Path(finished.out) / name).mkdir()
+    said_by(changed(finished, resume="auto"))
+    assert not list(Path(finished.out).rglob("*.tmp-*"))
+
+
 def test_early_stopped_run_stays_stopped(contrary: RunConfig) -> None:
     config = changed(contrary, early_stopping=2)
     said_by(config)
