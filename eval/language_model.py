@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpo.batching import collate_forest, pack
+from dpo.batching import collate_forest
 from dpo.data.kinds import KINDS, PolicyKind
 from dpo.errors import InputError, RunError
 from dpo.eval.policies import Action, PolicyDecision, State
@@ -28,7 +28,6 @@ from dpo.preferences import PreferencePair
 from dpo.tokenization import tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
 
-_WINDOW = 1024  # prompts packed at a time
 _SHOWN_CHARACTERS = 60
 
 
@@ -215,10 +214,8 @@ class LanguageModelPolicy:
             self._check_fit(len(prompt) + trie.depth)
             sizes.append(len(prompt) + trie.tokens)
         log_probs = np.empty((len(texts), len(self._actions)))
-        for first in range(0, len(texts), _WINDOW):
-            for items in pack(sizes[first : first + _WINDOW], capacity=self._tokens_per_batch):
-                rows = [first + item for item in items]
-                log_probs[rows] = self._score([prompts[r] for r in rows], [tries[r] for r in rows])
+        for rows in _batches(sizes, self._tokens_per_batch):
+            log_probs[rows] = self._score(prompts[rows], tries[rows])
         return log_probs
 
     def _check_fit(self, tokens: int) -> None:
@@ -266,6 +263,18 @@ class GeneratedActions:
     def invalid_share(self) -> float:
         """Share of the states for which no valid action was written."""
         return sum(fault is not None for fault in self.faults) / len(self.faults)
+
+
+def _batches(sizes: Sequence[int], capacity: int) -> Iterator[slice]:
+    """Divide items in their order over batches; one that is larger than that stands alone."""
+    first = total = 0
+    for item, size in enumerate(sizes):
+        if first < item and total + size > capacity:
+            yield slice(first, item)
+            first, total = item, 0
+        total += size
+    if sizes:
+        yield slice(first, len(sizes))
 
 
 def _parse(generation: Generation, kind: PolicyKind) -> Action:

@@ -161,6 +161,22 @@ def test_tokens_are_drawn_with_the_chances_that_transformers_gives_them(
     assert (counts / draws - expected.softmax(dim=1)).abs().max() < 1.5 / draws
 
 
+def test_draws_by_hand() -> None:
+    """The tokens have the shares [0, 0.5), [0.5, 0.8) and [0.8, 1), of top_p 0.7 the first two."""
+    log_probs = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+    whole, nucleus = (GenerateOptions(temperature=1.0, top_p=top_p) for top_p in (None, 0.7))
+
+    def drawn(options: GenerateOptions, uniform: float) -> list[int]:
+        return choose_tokens(log_probs, options, torch.tensor([uniform]).double()).tolist()
+
+    assert [drawn(whole, uniform) for uniform in (0.0, 0.49, 0.51, 0.79, 0.81)] == [
+        [0], [0], [1], [1], [2],
+    ]  # fmt: skip
+    assert [drawn(nucleus, uniform) for uniform in (0.0, 0.62, 0.63, 0.999)] == [
+        [0], [0], [1], [1],
+    ]  # fmt: skip
+
+
 def test_the_last_draw_there_is_stays_among_the_tokens_that_can_be_drawn() -> None:
     log_probs = torch.tensor([[0.7, 0.2, 0.1]]).log()
     options = GenerateOptions(temperature=1.0, top_p=0.8)
@@ -183,15 +199,17 @@ def test_one_token_to_draw_from_is_the_likeliest(chatty: Decoder) -> None:
 def test_draws_depend_on_the_seed_and_not_on_the_batches(chatty: Decoder) -> None:
     prompts = ["a", "bcd", "efghijk", "lm"]
 
-    def texts(seed: int, tokens_per_batch: int) -> list[str]:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_ids = frozenset(range(0, 290, 5))  # texts end at different times
+
+    def texts(seed: int, tokens_per_batch: int) -> list[tuple[int, ...]]:
         options = GenerateOptions(max_new_tokens=9, temperature=1.0, seed=seed)
-        generations = generate(
-            chatty, byte_tokenizer(), prompts, options, tokens_per_batch=tokens_per_batch
-        )
-        return [generation.text for generation in generations]
+        written = generate(chatty, tokenizer, prompts, options, tokens_per_batch=tokens_per_batch)
+        return [generation.ids for generation in written]
 
     assert texts(0, 1) == texts(0, 10_000) == texts(0, 25)
     assert texts(0, 10_000) != texts(1, 10_000)
+    assert len(set(map(len, texts(0, 1)))) > 1
 
 
 # --- texts --------------------------------------------------------------------------------------

@@ -192,6 +192,10 @@ def test_draws_depend_on_the_seed_and_not_on_batches(writer: LanguageModelPolicy
     assert [decision.action for decision in other.decide_batch([STATE] * 12)] != in_batch
 
 
+def test_no_states_need_no_decision(writer: LanguageModelPolicy) -> None:
+    assert writer.decide_batch([]) == []
+
+
 def test_many_states_are_decided_in_few_passes(make_model: MakeModel) -> None:
     policy = make_policy(make_model, tokens_per_batch=100_000)
     passes: list[int] = []
