@@ -159,7 +159,7 @@ def parse_time(text: str) -> datetime:
 
 def format_time(time: datetime) -> str:
     """Return an aware time in UTC, always in 27 letters: the order of texts is that of times."""
-    return time.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+    return time.astimezone(UTC).isoformat(timespec="microseconds")[:26] + "Z"
 
 
 def _read(

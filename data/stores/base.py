@@ -20,7 +20,7 @@ from dpo.data.strict_json import same_json
 from dpo.errors import InputError
 from dpo.files import JSON
 
-RECORDS_PER_TRANSACTION = 900  # an old SQLite takes 999 parameters
+RECORDS_PER_TRANSACTION = 5000
 
 Item = TypeVar("Item")
 
@@ -65,7 +65,7 @@ class FeedbackStore(ABC):
     def record_decisions(self, decisions: Iterable[Decision]) -> int:
         """Record many decisions, far faster than one by one; return how many were not there yet.
 
-        They are recorded in batches of some hundred, each whole or not at all. If one is refused
+        They are recorded in batches of some thousand, each whole or not at all. If one is refused
         the batches before it stay; after a correction the call is safe to repeat.
 
         Raises:
@@ -203,10 +203,10 @@ class FeedbackStore(ABC):
         return news
 
 
-def batches(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Yield the items in lists of some hundred, the last one shorter."""
+def batches(items: Iterable[Item], size: int = RECORDS_PER_TRANSACTION) -> Iterator[list[Item]]:
+    """Yield the items in lists of ``size``, the last one shorter."""
     iterator = iter(items)
-    while batch := list(islice(iterator, RECORDS_PER_TRANSACTION)):
+    while batch := list(islice(iterator, size)):
         yield batch
 
 

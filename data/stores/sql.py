@@ -12,12 +12,13 @@ from dpo.data.records import (
     format_time,
     parse_time,
 )
-from dpo.data.stores.base import FeedbackStore, StoredDecision
+from dpo.data.stores.base import FeedbackStore, StoredDecision, batches
 from dpo.data.strict_json import decode_json, encode_json
 
 Row: TypeAlias = Sequence[Any]
 
 SCHEMA_VERSION = 1
+_PARAMETERS = 900  # an old SQLite takes 999 in one query
 
 # CAST: PostgreSQL gives the text of its JSON type, SQLite has text already
 _SELECT = """
@@ -59,9 +60,12 @@ class SqlStore(FeedbackStore):
         """Run a query on a snapshot of its own and yield its rows in bounded memory."""
 
     def _known(self, ids: Collection[str]) -> dict[str, StoredDecision]:
-        marks = ", ".join("?" * len(ids))
-        rows = self._rows(f"{_SELECT} WHERE d.id IN ({marks})", list(ids))
-        return {row[0]: self._stored(row) for row in rows}
+        known = {}
+        for batch in batches(ids, _PARAMETERS):
+            marks = ", ".join("?" * len(batch))
+            for row in self._rows(f"{_SELECT} WHERE d.id IN ({marks})", batch):
+                known[str(row[0])] = self._stored(row)
+        return known
 
     def _write(self, new: Sequence[StoredDecision], updated: Sequence[StoredDecision]) -> None:
         self._run(_INSERT_DECISION, [self._decision_row(stored.decision) for stored in new])

@@ -168,8 +168,8 @@ class TestRecording:
         assert store.record_decision(decision("good"))
 
     def test_a_batch_of_several_transactions_is_recorded_whole(self, store: FeedbackStore) -> None:
-        many = [decision(f"d-{number:04}") for number in range(2500)]
-        assert store.record_decisions(iter(many)) == 2500
+        many = [decision(f"d-{number:04}") for number in range(5001)]
+        assert store.record_decisions(iter(many)) == 5001
         assert [item.id for item in store.decisions()] == [item.id for item in many]
 
     def test_no_decisions_are_no_fault(self, store: FeedbackStore) -> None:
