@@ -429,6 +429,7 @@ def test_full_disk_ends_scoring_in_one_line(
     assert out.read_text() == "what was there\n"
 
 
+@pytest.mark.slow
 def test_real_process_refuses_in_one_line(tmp_path: Path, model_folder: Path) -> None:
     data = write_lines(tmp_path / "pairs.jsonl", GOOD, "{")
     arguments = ["--model", model_folder, "--data", data, "--out", tmp_path / "RUN"]

@@ -157,7 +157,7 @@ print(json.dumps(outcomes))
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((61, 110), id="some"),
+        pytest.param((97, 500), id="some"),
         pytest.param((2, 5), marks=pytest.mark.slow, id="all"),
     ],
 )
@@ -189,7 +189,7 @@ def outcomes(
 def test_run_that_got_a_signal_at_any_instant_ends_in_the_same_files(
     outcomes: list[dict[str, Any]],
 ) -> None:
-    assert len(outcomes) >= 8
+    assert len(outcomes) >= 6
     for outcome in outcomes:
         assert outcome["again"] == 0, outcome
         assert outcome["same"], outcome
@@ -215,12 +215,12 @@ def test_second_run_on_a_folder_in_use_is_refused_and_the_first_goes_on(
     tmp_path: Path, config: RunConfig
 ) -> None:
     """In real processes; the first is stopped meanwhile, then terminated, and resumed."""
-    config = changed(config, steps=50, save_every=None)
+    config = changed(config, steps=30, save_every=None)
     said_by(changed(config, out=str(tmp_path / "unbroken")))
     out = Path(config.out)
     arguments = [
         *("train", "--model", config.model, "--data", config.data, "--out", config.out),
-        *("--batch-size", "4", "--steps", "50", "--learning-rate", "0.01"),
+        *("--batch-size", "4", "--steps", "30", "--learning-rate", "0.01"),
         *("--schedule", "constant", "--threads", "1", "--device", "cpu"),
     ]
     first = subprocess.Popen(
