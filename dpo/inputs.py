@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from dpo.config import RunConfig
 from dpo.errors import InputError
 from dpo.fingerprint import weights_fingerprint
-from dpo.hub import fetch_model
+from dpo.hub import commit_of, fetch_model
 from dpo.models import ModelConfig, read_config
 from dpo.models.weights import weight_files
-from dpo.preferences import PreferencePair, Text, load_pairs
+from dpo.preferences import LoadedPairs, PreferencePair, Text, load_pairs
 from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
@@ -25,9 +25,15 @@ _NAMED_ROWS = 20
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk, in Hugging Face layout."""
+    """A model on disk, in Hugging Face layout.
+
+    Attributes:
+        path: the folder.
+        commit: of a model on the Hub; None for a local one.
+    """
 
     path: Path
+    commit: str | None
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -62,10 +68,14 @@ class Inputs:
     Attributes:
         pairs: what to train on or to score.
         eval_pairs: held-out pairs, or None.
+        commit: of the pairs, if they are a data set on the Hub.
+        eval_commit: of held-out pairs that are another one.
     """
 
     pairs: TokenizedPairs
     eval_pairs: TokenizedPairs | None = None
+    commit: str | None = None
+    eval_commit: str | None = None
 
 
 def find_models(config: RunConfig) -> Models:
@@ -75,14 +85,10 @@ def find_models(config: RunConfig) -> Models:
         InputError: a file is absent, or the tokenizer makes tokens that a model has no embedding
             for.
     """
-    policy = ModelFolder(fetch_model(config.model, config.revision))
-    models = Models(
-        policy,
-        policy
-        if config.reference is None
-        else ModelFolder(fetch_model(config.reference, config.reference_revision)),
-        load_tokenizer(policy.path),
-    )
+    policy = reference = _find_model(config.model, config.revision)
+    if config.reference is not None:
+        reference = _find_model(config.reference, config.reference_revision)
+    models = Models(policy, reference, load_tokenizer(policy.path))
     for folder in (models.policy, models.reference):
         weight_files(folder.path)
         if models.tokenizer.vocab_size > folder.config.vocab_size:
@@ -100,22 +106,38 @@ def load_inputs(config: RunConfig, models: Models, console: Console) -> Inputs:
     Raises:
         InputError: a source is not readable or holds faulty rows, or nothing is left to train on.
     """
-    pairs = _read_data(config, console)
+    data = _read_data(config, console)
+    pairs, commit, eval_commit = data.pairs, data.revision, None
     held_out: list[PreferencePair] | None = None
     if config.eval_data is not None:
-        held_out = _read(
+        eval_data = _read(
             config,
             config.eval_data,
             revision=config.eval_data_revision,
             split=config.eval_data_split,
             console=console,
         )
+        held_out, eval_commit = eval_data.pairs, eval_data.revision
     elif config.eval_split is not None:
         pairs, held_out = split_pairs(pairs, config.eval_split, seed=config.train.seed)
         console.say(f"{len(held_out):,} pairs held out, none shares its prompt with the others")
     return Inputs(
         _tokenize(config, pairs, models, console),
         None if held_out is None else _tokenize(config, held_out, models, console),
+        commit,
+        eval_commit,
+    )
+
+
+def pin_revisions(config: RunConfig, models: Models, inputs: Inputs) -> RunConfig:
+    """Name the commits of what came from the Hub, so that the config gives the same run later."""
+    has_reference = config.reference is not None
+    return replace(
+        config,
+        revision=models.policy.commit,
+        reference_revision=models.reference.commit if has_reference else None,
+        data_revision=inputs.commit,
+        eval_data_revision=inputs.eval_commit,
     )
 
 
@@ -125,7 +147,7 @@ def load_all_pairs(config: RunConfig, models: Models, console: Console) -> Input
     Raises:
         InputError: it is not readable or holds faulty rows, or no row is left.
     """
-    return Inputs(_tokenize(config, _read_data(config, console), models, console))
+    return Inputs(_tokenize(config, _read_data(config, console).pairs, models, console))
 
 
 def split_pairs(
@@ -172,7 +194,12 @@ def _digest(prompt: Text, seed: int) -> bytes:
     return hashlib.blake2b(repr((seed, prompt)).encode(), digest_size=16).digest()
 
 
-def _read_data(config: RunConfig, console: Console) -> list[PreferencePair]:
+def _find_model(name: str, revision: str | None) -> ModelFolder:
+    path = fetch_model(name, revision)
+    return ModelFolder(path, None if path == Path(name) else commit_of(path))
+
+
+def _read_data(config: RunConfig, console: Console) -> LoadedPairs:
     return _read(
         config, config.data, revision=config.data_revision, split=config.data_split, console=console
     )
@@ -180,7 +207,7 @@ def _read_data(config: RunConfig, console: Console) -> list[PreferencePair]:
 
 def _read(
     config: RunConfig, source: str, *, revision: str | None, split: str | None, console: Console
-) -> list[PreferencePair]:
+) -> LoadedPairs:
     """Read a source, and tell what is left out of it."""
     loaded = load_pairs(
         source,
@@ -196,7 +223,7 @@ def _read(
         console.warn(f"{source}: {len(loaded.skipped):,} faulty rows left out")
         for fault in loaded.skipped[:_NAMED_ROWS]:
             console.warn(f"  {fault}")
-    return loaded.pairs
+    return replace(loaded, revision=None) if Path(source).exists() else loaded
 
 
 def _tokenize(

@@ -22,7 +22,7 @@ from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
-from dpo.inputs import Inputs, Models, find_models, load_inputs
+from dpo.inputs import Inputs, Models, find_models, load_inputs, pin_revisions
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, load_model, save_model
 from dpo.models.transforms import checkpoint_activations, compile_blocks
@@ -73,6 +73,7 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         device = choose_device(config.train)
         models = find_models(config)
         inputs = load_inputs(config, models, console)
+        config = pin_revisions(config, models, inputs)
         trainer = _make_trainer(config, models, inputs, device, console)
         run = _Run(config, models, trainer, console)
         if checkpoint is not None:
@@ -98,6 +99,9 @@ def _make_trainer(
     config: RunConfig, models: Models, inputs: Inputs, device: torch.device, console: Console
 ) -> Trainer:
     loss, is_own_reference = config.loss.build(), models.reference is models.policy
+    for pairs in (inputs.pairs, inputs.eval_pairs):
+        if pairs is not None:  # the trainer asks the same, but after the reference is computed
+            loss.check(margins=pairs.margins, label_probs=pairs.label_probs)
     # A policy that is its own reference is scored as it lies on disk: this comes before a resumed
     # run restores it. Another reference leaves the memory before the policy is loaded.
     policy = _load_policy(config, models, device) if is_own_reference else None

@@ -18,6 +18,7 @@ from dpo.inputs import (
     find_models,
     load_all_pairs,
     load_inputs,
+    pin_revisions,
     split_pairs,
 )  # fmt: skip
 from dpo.preferences import PreferencePair
@@ -197,6 +198,51 @@ def test_faulty_reference_is_refused_before_data_is_read(
     (reference / "model.safetensors").unlink()
     with pytest.raises(InputError, match=f"{reference}: no weights"):
         find_models(replace(config, reference=str(reference), data="absent.jsonl"))
+
+
+COMMIT = "c" * 40
+
+
+def on_the_hub(home: Path, kind: str, name: str) -> Path:
+    """Lay a repository out as the cache of huggingface-hub holds it; return its folder of files."""
+    repository = home / f"{kind}s--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "snapshots" / COMMIT).mkdir(parents=True)
+    return repository / "snapshots" / COMMIT
+
+
+def test_commits_of_what_the_hub_gave_are_pinned(
+    tmp_path: Path,
+    config: RunConfig,
+    make_model_folder: MakeFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    make_model_folder(on_the_hub(tmp_path, "model", "me/tiny"))
+    write_rows(on_the_hub(tmp_path, "dataset", "me/pairs") / "train.jsonl", ROWS)
+
+    remote = replace(config, model="me/tiny", reference=config.model, eval_data="me/pairs")
+    models = find_models(remote)
+    pinned = pin_revisions(remote, models, load_inputs(remote, models, Console(quiet=True)))
+
+    assert (pinned.revision, pinned.eval_data_revision) == (COMMIT, COMMIT)
+    assert (pinned.reference_revision, pinned.data_revision) == (None, None)
+    assert find_models(pinned).policy.path == models.policy.path
+    again = pin_revisions(pinned, models, load_inputs(pinned, models, Console(quiet=True)))
+    assert again == pinned
+
+
+def test_folder_within_the_hubs_cache_is_a_local_one(
+    tmp_path: Path, config: RunConfig, make_model_folder: MakeFolder
+) -> None:
+    folder = make_model_folder(on_the_hub(tmp_path, "model", "me/tiny"))
+    data = write_rows(folder / "pairs.jsonl", ROWS)
+    local = replace(config, model=str(folder), data=data)
+    models = find_models(local)
+    inputs = load_inputs(local, models, Console(quiet=True))
+    assert pin_revisions(local, models, inputs) == local
 
 
 def test_caches_lie_where_the_user_keeps_caches(

@@ -302,6 +302,16 @@ def test_cache_folder_can_be_chosen(tmp_path: Path, config: RunConfig) -> None:
     assert not (tmp_path / "cache" / "dpo-engine" / "reference").exists()
 
 
+def test_column_that_the_loss_ignores_is_refused_before_the_reference_is_computed(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    row = {"prompt": "say", "chosen": " yes", "rejected": " no", "margin": 1.0}
+    Path(config.data).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="1 pairs have a margin"):
+        started(replace(config, loss=LossConfig("sppo_hard")))
+    assert not (tmp_path / "cache" / "dpo-engine" / "reference").exists()
+
+
 def test_run_starts_from_another_reference(
     tmp_path: Path, config: RunConfig, make_model_folder: MakeFolder
 ) -> None:
