@@ -23,6 +23,7 @@ class Entry:
 
 
 COMMANDS = {
+    "demo": Entry("dpo.cli.demo:demo", "Show the whole way on a simulated agent, offline."),
     "train": Entry("dpo.cli.train:train", "Train a model on preference pairs."),
     "score": Entry(
         "dpo.cli.score:score", "Write log-probs, implicit rewards and margin of every pair."
@@ -33,6 +34,9 @@ COMMANDS = {
     ),
     "generate": Entry(
         "dpo.cli.generate:generate", "Continue a text or answer a message with a saved model."
+    ),
+    "data": Entry(
+        "dpo.data.cli:cli", "Build, check, export and describe preference data from feedback."
     ),
     "eval": Entry(
         "dpo.eval.cli:evaluate",
