@@ -1,1 +1,1 @@
-"""From an agent's feedback to preference pairs: stores, policy kinds, pair building, exports, checks."""
+"""From feedback to preference pairs: stores, policy kinds, pair building, exports, checks."""

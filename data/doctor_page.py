@@ -75,7 +75,8 @@ def _histogram(series: Sequence[NDArray[np.int64]], label: str) -> str:
     parts = [
         f'<text x="{_LEFT - 6}" y="14" text-anchor="end">{top:.0%}</text>',
         f'<text x="{_LEFT - 6}" y="{_BOTTOM}" text-anchor="end">0</text>',
-        f'<text x="{_WIDTH // 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(label)}; the end bins take what is beyond</text>',
+        f'<text x="{_WIDTH // 2}" y="{_HEIGHT - 4}" text-anchor="middle">'
+        f"{escape(label)}; the end bins take what is beyond</text>",
         *(_tick(edges, index) for index in range(0, len(edges), 5)),
     ]
     for number, share in enumerate(shares):

@@ -39,10 +39,10 @@ from dpo.trainer import Metrics, Trainer
 
 POLICY = "extraction"
 SFT = TrainConfig(
-    epochs=4, batch_size=32, learning_rate=3e-3, warmup_steps=10, schedule="cosine", log_every=5
+    epochs=20, batch_size=16, learning_rate=3e-3, warmup_steps=10, schedule="cosine", log_every=5
 )
 DPO = TrainConfig(
-    epochs=3, batch_size=32, learning_rate=3e-4, warmup_steps=10, schedule="linear", log_every=1
+    epochs=4, batch_size=16, learning_rate=3e-4, warmup_steps=10, schedule="linear", log_every=1
 )
 BETA = 0.1
 
