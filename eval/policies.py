@@ -4,6 +4,7 @@ A policy of your own needs a ``name``, the ``kind`` whose states it reads, and `
 can do many states at once faster, a ``decide_batch`` as well. It then works with everything here.
 """
 
+import importlib
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -196,9 +197,10 @@ def load_policy(text: str, kind: PolicyKind) -> Policy:
             f"{text!r} is no policy: expected rules, uniform, constant:CLASS with CLASS one of "
             f"{', '.join(kind.classes)}, or the folder of a trained policy"
         )
-    from dpo.eval.language_model import LanguageModelPolicy  # needs torch
+    # by name: it needs torch, and it builds on this module
+    home = importlib.import_module("dpo.eval.language_model")
 
-    policy = LanguageModelPolicy.load(text)
+    policy: Policy = home.LanguageModelPolicy.load(text)
     if policy.kind.name != kind.name:
         raise InputError(
             f"{text} holds a policy of kind {policy.kind.name}, the data are of kind {kind.name}"

@@ -23,7 +23,10 @@ class Entry:
 
 
 COMMANDS = {
-    "demo": Entry("dpo.cli.demo:demo", "Show the whole way on a simulated agent, offline."),
+    "demo": Entry(
+        "dpo.cli.demo:demo",
+        "Show the whole way on a simulated agent: feedback, pairs, SFT, DPO, evaluation.",
+    ),
     "train": Entry("dpo.cli.train:train", "Train a model on preference pairs."),
     "score": Entry(
         "dpo.cli.score:score", "Write log-probs, implicit rewards and margin of every pair."
@@ -35,9 +38,7 @@ COMMANDS = {
     "generate": Entry(
         "dpo.cli.generate:generate", "Continue a text or answer a message with a saved model."
     ),
-    "data": Entry(
-        "dpo.data.cli:cli", "Build, check, export and describe preference data from feedback."
-    ),
+    "data": Entry("dpo.data.cli:cli", "From an agent's feedback log to preference pairs."),
     "eval": Entry(
         "dpo.eval.cli:evaluate",
         "Evaluate POLICY on logged decisions, or the rewards of a scored file on its pairs.",
