@@ -1,7 +1,7 @@
 """What a policy is evaluated on: states, the actions that were taken, and what they earned.
 
-Read from the JSON Lines that the dataset builder writes beside its pairs, or given as
-``dpo.data`` examples, or as the mappings ``{"state", "expected_action", "reward"}``.
+Read from the JSON Lines that the dataset builder writes beside its pairs, or given as examples or
+decisions of ``dpo.data``, or as the mappings ``{"state", "expected_action", "reward"}``.
 """
 
 import json
@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from dpo.data.examples import Example
 from dpo.data.kinds import KINDS, PolicyKind
+from dpo.data.records import Decision
 from dpo.errors import InputError
 from dpo.eval.policies import Action, State
 
@@ -101,33 +103,53 @@ def as_examples(items: Iterable[object], kind: PolicyKind) -> list[EvaluationExa
     examples = [_convert(item, kind, index) for index, item in enumerate(items)]
     if not examples:
         raise InputError("test_data is empty: there is nothing to evaluate on")
+    _check_kind(examples, kind)
     return examples
 
 
 def _convert(item: object, kind: PolicyKind, index: int) -> EvaluationExample:
     where = f"test_data[{index}]"
-    if isinstance(item, EvaluationExample):
-        return _checked(item, where)
     if isinstance(item, Mapping):
         return _parse(item, kind, where, str(index))
-    metadata = getattr(item, "metadata", None)
-    if metadata is None or not all(hasattr(item, name) for name in ("state", "action", "reward")):
-        raise InputError(
-            f"{where}: expected an example with state, action, reward and metadata, or a mapping "
-            f"with state, expected_action and reward, got {type(item).__name__}"
-        )
-    return _checked(
-        EvaluationExample(
-            item.state,  # type: ignore[attr-defined]  # checked above
-            item.action,  # type: ignore[attr-defined]
-            item.reward,  # type: ignore[attr-defined]
-            metadata.id,
-            metadata.session_id,
-            metadata.decided_at,
-            metadata.propensity,
-        ),
-        where,
+    if isinstance(item, Decision):
+        return _checked(_of_decision(item, kind, where), where)
+    if isinstance(item, Example):
+        about = item.metadata
+        item = EvaluationExample(
+            item.state, item.action, item.reward, about.id, about.session_id, about.decided_at,
+            about.propensity,
+        )  # fmt: skip
+    if isinstance(item, EvaluationExample):
+        return _checked(item, where)
+    raise InputError(
+        f"{where}: expected an example or a decision of dpo.data, or a mapping with state, "
+        f"expected_action and reward, got {type(item).__name__}"
     )
+
+
+def _of_decision(decision: Decision, kind: PolicyKind, where: str) -> EvaluationExample:
+    reward = decision.reward
+    if reward is None:
+        raise InputError(f"{where}: decision {decision.id!r} has no reward yet; leave it out")
+    return EvaluationExample(
+        kind.parse_state(decision.state, f"{where}: state"),
+        kind.parse_action(decision.action, f"{where}: action"),
+        reward,
+        decision.id,
+        decision.session_id,
+        decision.decided_at,
+        decision.propensity,
+    )
+
+
+def _check_kind(examples: Sequence[EvaluationExample], kind: PolicyKind) -> None:
+    """Refuse states that were parsed by another kind; one type stands for all of its states."""
+    types = {type(example.state): example for example in examples}
+    for example in types.values():
+        try:
+            kind.parse_state(kind.state_to_json(example.state), f"example {example.id!r}: state")
+        except (InputError, TypeError) as error:
+            raise InputError(f"not examples of {kind.name}: {error}") from error
 
 
 def _parse(row: object, kind: PolicyKind, where: str, number: str) -> EvaluationExample:

@@ -22,7 +22,7 @@ from dpo.eval.comparison import (
     metric_differences,
 )
 from dpo.eval.evaluation import EvaluationOptions
-from dpo.eval.examples import EvaluationExample
+from dpo.eval.examples import EvaluationExample, as_examples
 from dpo.eval.metrics import METRICS, Metric
 from dpo.eval.policies import ConstantPolicy, PolicyDecision, RulesPolicy, UniformPolicy
 from dpo.eval.report_text import format_comparison_report
@@ -39,18 +39,7 @@ MEAN: Metric[Floats] = Metric(
 def _examples(
     count: int = 300, seed: int = 0, kind: PolicyKind = EXTRACTION
 ) -> list[EvaluationExample]:
-    return [
-        EvaluationExample(
-            kind.parse_state(each.state, "state"),
-            kind.parse_action(each.action, "action"),
-            each.reward or 0.0,
-            each.id,
-            each.session_id,
-            each.decided_at,
-            each.propensity,
-        )
-        for each in simulate(kind.name, count, seed)
-    ]
+    return as_examples(simulate(kind.name, count, seed), kind)
 
 
 class Best:

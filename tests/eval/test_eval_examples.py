@@ -1,6 +1,7 @@
 """Examples to evaluate on: every accepted form, and every refusal."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,28 @@ def test_examples_of_the_builder_are_taken_as_they_are() -> None:
     ]
 
 
+def test_decisions_of_a_store_are_taken() -> None:
+    decision = next(simulate("extraction", 1, 0))
+    (example,) = as_examples([decision], EXTRACTION)
+    assert EXTRACTION.state_to_json(example.state) == decision.state
+    assert EXTRACTION.action_to_json(example.expected_action) == decision.action
+    assert (example.reward, example.propensity) == (decision.reward, decision.propensity)
+
+
+def test_a_decision_without_a_reward_is_refused() -> None:
+    decision = replace(next(simulate("extraction", 1, 0)), reward=None)
+    with pytest.raises(InputError, match=r"test_data\[0\]: decision .* has no reward yet"):
+        as_examples([decision], EXTRACTION)
+
+
+def test_states_that_another_kind_has_parsed_are_refused() -> None:
+    examples = as_examples([_row()], EXTRACTION)
+    with pytest.raises(InputError, match=r"not examples of retrieval: .*queryFeatures is missing"):
+        as_examples(examples, KINDS["retrieval"])
+    with pytest.raises(InputError, match="not examples of extraction"):
+        as_examples([{"state": 3, "action": SKIP, "reward": 0.0}], EXTRACTION)
+
+
 @pytest.mark.parametrize("name", ["expected_action", "expectedAction", "action"])
 def test_the_documents_mappings_are_taken(name: str) -> None:
     row = _row()
@@ -112,9 +135,7 @@ def test_a_missing_field_is_named(name: str) -> None:
 
 
 def test_an_object_of_another_type_is_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"test_data\[0\]: expected an example with state.* got int"
-    ):
+    with pytest.raises(InputError, match=r"test_data\[0\]: expected an example or a .* got int"):
         as_examples([3], EXTRACTION)
 
 

@@ -17,7 +17,7 @@ from dpo.data.simulate import simulate
 from dpo.eval.bootstrap import BootstrapOptions
 from dpo.eval.comparison import PolicyComparison, compare_policies
 from dpo.eval.evaluation import EvaluationOptions
-from dpo.eval.examples import EvaluationExample
+from dpo.eval.examples import EvaluationExample, as_examples
 from dpo.eval.policies import ConstantPolicy, Policy, RulesPolicy, UniformPolicy
 from dpo.eval.preference_pairs import ScoredPairs, compare_pairs, evaluate_pairs
 from dpo.eval.ranking import rank_policies
@@ -37,18 +37,8 @@ WICKED = "<script>alert('&')</script>"
 
 
 def _examples(count: int = 250) -> list[EvaluationExample]:
-    return [
-        EvaluationExample(
-            KIND.parse_state(each.state, "state"),
-            KIND.parse_action(each.action, "action"),
-            each.reward or 0.0,
-            f"{WICKED}{each.id}",
-            each.session_id,
-            each.decided_at,
-            each.propensity,
-        )
-        for each in simulate("extraction", count, 0)
-    ]
+    examples = as_examples(simulate("extraction", count, 0), KIND)
+    return [replace(each, id=f"{WICKED}{each.id}") for each in examples]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from dpo.data.simulate import simulate
 from dpo.errors import InputError
 from dpo.eval.bootstrap import BootstrapOptions
 from dpo.eval.evaluation import EvaluationOptions, evaluate_policy
-from dpo.eval.examples import EvaluationExample
+from dpo.eval.examples import EvaluationExample, as_examples
 from dpo.eval.policies import ConstantPolicy, PolicyDecision, RulesPolicy, UniformPolicy
 from dpo.eval.report_text import format_evaluation_report
 from dpo.eval.rewards import reward_by_class, reward_distribution, reward_trend
@@ -27,18 +27,7 @@ BOOTSTRAP = BootstrapOptions(resamples=200)
 
 
 def _examples(count: int = 300, seed: int = 0) -> list[EvaluationExample]:
-    return [
-        EvaluationExample(
-            EXTRACTION.parse_state(each.state, "state"),
-            EXTRACTION.parse_action(each.action, "action"),
-            each.reward or 0.0,
-            each.id,
-            each.session_id,
-            each.decided_at,
-            each.propensity,
-        )
-        for each in simulate("extraction", count, seed)
-    ]
+    return as_examples(simulate("extraction", count, seed), EXTRACTION)
 
 
 def _duplicate_states(expected: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from dpo.data.kinds import KINDS
 from dpo.data.simulate import simulate, true_value
 from dpo.errors import InputError
 from dpo.eval.bootstrap import BootstrapOptions
-from dpo.eval.examples import EvaluationExample
+from dpo.eval.examples import EvaluationExample, as_examples
 from dpo.eval.nuisance import expected_rewards, make_folds, state_features
 from dpo.eval.off_policy import (
     DecisionLog,
@@ -50,19 +50,8 @@ def _log(
 
 
 def _examples(kind: str, count: int, seed: int, *, keep: bool = True) -> list[EvaluationExample]:
-    parser = KINDS[kind]
-    return [
-        EvaluationExample(
-            parser.parse_state(each.state, "state"),
-            parser.parse_action(each.action, "action"),
-            each.reward if each.reward is not None else 0.0,
-            each.id,
-            each.session_id,
-            each.decided_at,
-            each.propensity if keep else None,
-        )
-        for each in simulate(kind, count, seed)
-    ]
+    examples = as_examples(simulate(kind, count, seed), KINDS[kind])
+    return [each if keep else replace(each, propensity=None) for each in examples]
 
 
 def test_estimates_by_hand() -> None:

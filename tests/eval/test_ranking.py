@@ -10,7 +10,7 @@ from dpo.data.simulate import simulate
 from dpo.errors import InputError
 from dpo.eval.bootstrap import BootstrapOptions
 from dpo.eval.evaluation import EvaluationOptions, evaluate_policy
-from dpo.eval.examples import EvaluationExample
+from dpo.eval.examples import EvaluationExample, as_examples
 from dpo.eval.policies import ConstantPolicy, RulesPolicy, UniformPolicy
 from dpo.eval.ranking import ab_test, rank_policies
 from dpo.eval.report_text import format_ab_test_report, format_ranking
@@ -22,18 +22,7 @@ UNHEARD = ConstantPolicy(KIND, replace(KIND.actions()[0], merge_strategy=None), 
 
 
 def _examples(count: int = 500, seed: int = 0) -> list[EvaluationExample]:
-    return [
-        EvaluationExample(
-            KIND.parse_state(each.state, "state"),
-            KIND.parse_action(each.action, "action"),
-            each.reward or 0.0,
-            each.id,
-            each.session_id,
-            each.decided_at,
-            each.propensity,
-        )
-        for each in simulate(KIND.name, count, seed)
-    ]
+    return as_examples(simulate(KIND.name, count, seed), KIND)
 
 
 def test_a_ranking_orders_by_the_metric() -> None:
