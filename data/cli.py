@@ -111,8 +111,10 @@ def build(
 
     build_options = BuildOptions(**{name: _given(value) for name, value in options.items()})
     with open_store(feedback) as store:
-        dataset = build_dataset(store, KINDS[policy], build_options)
-        _warn(store)
+        try:
+            dataset = build_dataset(store, KINDS[policy], build_options)
+        finally:
+            _warn(store)
     written = write_dataset(
         dataset,
         out,

@@ -105,6 +105,17 @@ def test_missing_store_is_refused(tmp_path: Path) -> None:
         run("build", "extraction", "--feedback", tmp_path / "none.db", "--out", tmp_path / "out")
 
 
+def test_unfinished_last_line_of_a_log_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "feedback.jsonl"
+    run("simulate", "retrieval", "--out", path, "--decisions", 1)
+    path.write_bytes(path.read_bytes()[:-50])
+    result = CliRunner().invoke(
+        cli, ["build", "retrieval", "--feedback", str(path), "--out", str(tmp_path / "out")]
+    )
+    assert isinstance(result.exception, InputError)
+    assert result.stderr.startswith("Note: ")
+
+
 def test_unknown_policy_is_refused(tmp_path: Path) -> None:
     result = run("build", "chess", "--feedback", "x.db", "--out", tmp_path)
     assert result.exit_code == 2
