@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TypeAlias, TypeGuard
 
@@ -23,7 +23,6 @@ from dpo.data.records import (
     DecisionOutcome,
     decision_from_json,
     decision_to_json,
-    format_time,
     outcome_from_json,
     outcome_to_json,
 )
@@ -41,11 +40,12 @@ from dpo.errors import InputError
 from dpo.files import JSON
 
 _FAULTS_SHOWN = 20
+_FIRST_MOMENT, _LAST_MOMENT = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 _INDEX = """
     PRAGMA journal_mode = MEMORY;
-    PRAGMA cache_size = -32768;
+    PRAGMA cache_size = -131072;  -- KiB: random ids touch the whole index
     CREATE TABLE decisions (
-        id TEXT PRIMARY KEY, policy TEXT, decided_at TEXT, start INTEGER, length INTEGER,
+        id TEXT PRIMARY KEY, policy TEXT, decided_at INTEGER, start INTEGER, length INTEGER,
         outcome_start INTEGER, outcome_length INTEGER
     );
 """
@@ -199,7 +199,7 @@ class _Log:
 
     def count(self, since: datetime | None = None) -> int:
         query = "SELECT count(*) FROM decisions WHERE decided_at >= ?"
-        first = format_time(since) if since else ""
+        first = _microseconds(since or _FIRST_MOMENT)
         return int(self._index.execute(query, (first,)).fetchone()[0])
 
     def find(self, identity: str) -> StoredDecision | None:
@@ -210,8 +210,8 @@ class _Log:
         """Yield the decisions of a policy and a time span, as they were at the last scan."""
         first, last = wanted.first_moment, wanted.last_moment
         parameters = {
-            "first": format_time(first) if first else "",
-            "last": format_time(last) if last else "~",
+            "first": _microseconds(first or _FIRST_MOMENT),
+            "last": _microseconds(last or _LAST_MOMENT),
             "policy": wanted.policy,
         }
         with self._errors():
@@ -220,7 +220,7 @@ class _Log:
 
     def lines_since(self, moment: datetime) -> Iterator[bytes]:
         """Yield the lines of decisions from ``moment`` on, and of their latest outcomes."""
-        for start, length in self._index.execute(_KEPT, {"moment": format_time(moment)}):
+        for start, length in self._index.execute(_KEPT, {"moment": _microseconds(moment)}):
             yield self.file.read(start, length).removesuffix(b"\n") + b"\n"
 
     def append(self, lines: Sequence[_Line]) -> None:
@@ -292,7 +292,7 @@ class _Log:
         decision, place = new.decision, (start, length)
         if not is_outcome:
             outcome_place = (None, None) if new.outcome_at is None else place
-            time = format_time(decision.decided_at)
+            time = _microseconds(decision.decided_at)
             row = (decision.id, decision.policy, time, *place, *outcome_place)
             query = "INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
             if self._index.execute(query, row).rowcount:
@@ -322,3 +322,7 @@ class _Log:
 
 def _is_outcome(record: object) -> TypeGuard[Mapping[str, JSON]]:
     return isinstance(record, Mapping) and "decision_id" in record
+
+
+def _microseconds(time: datetime) -> int:
+    return (time - _FIRST_MOMENT) // timedelta(microseconds=1)
