@@ -108,7 +108,8 @@ class _TiledLogProbs(torch.autograd.Function):
         return log_probs, entropy, is_top
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]  # (K,); entropy and is_top have none
         hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
         scale, softcap, tile_bytes, narrow = ctx.options
         head = _TileMaker(hidden, weight, bias, scale, softcap, tile_bytes, narrow)

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def test_training_on_human_preferences_lowers_the_loss(
     assert evaluations[-1]["eval/loss"] < evaluations[0]["eval/loss"] - 0.01
     assert evaluations[-1]["eval/rewards/accuracy"] > evaluations[0]["eval/rewards/accuracy"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

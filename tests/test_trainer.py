@@ -407,7 +407,7 @@ def test_transformers_model_trains_like_ours(make_pairs: MakePairs, tmp_path: An
     from dpo.models import load_model
 
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 31,
         "hidden_size": 16,
         "intermediate_size": 24,

@@ -7,6 +7,7 @@ micro-batch (``.item()``, ``bool(tensor)``) raises on fake tensors, and so does 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def install_fake_cuda(build_folder: Path) -> None:
     from torch.utils.cpp_extension import load
 
     build_folder.mkdir(parents=True, exist_ok=True)
-    guard = load(
+    guard: Any = load(
         "dpo_fake_cuda",
         [str(Path(__file__).with_name("guard.cpp"))],
         extra_cflags=["-O0"],
