@@ -2,8 +2,9 @@
 
     PEERS/bin/python bench/peers/trl_steps.py --model M --data pairs.jsonl --steps 5 --batch-size 8
 
-Prints one JSON object: losses, step_seconds, peak_mib and the settings. Plain text pairs
-``{prompt, chosen, rejected}`` in the order of the file, plain AdamW, constant rate, no clipping.
+Prints one JSON object: losses, step_seconds, reference_seconds, peak_mib and the settings. Plain
+text pairs ``{prompt, chosen, rejected}`` in the order of the file, plain AdamW, constant rate, no
+clipping.
 """
 
 import argparse
@@ -42,6 +43,18 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         """Note the loss."""
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
+
+
+class TimedTrainer(DPOTrainer):  # type: ignore[misc]
+    """Takes the wall time of the reference pass that precedes training."""
+
+    reference_seconds: float | None = None
+
+    def _precompute_ref_logps(self, *arguments: Any) -> Dataset:
+        started = time.perf_counter()
+        dataset = super()._precompute_ref_logps(*arguments)
+        self.reference_seconds = time.perf_counter() - started
+        return dataset
 
 
 def parse() -> argparse.Namespace:
@@ -95,7 +108,7 @@ def main() -> None:
             max_length=options.max_length,
             train_sampling_strategy="sequential",
         )
-        trainer = DPOTrainer(
+        trainer = TimedTrainer(
             model=model,
             args=config,
             train_dataset=data,
@@ -106,6 +119,7 @@ def main() -> None:
     result = {
         "losses": stopwatch.losses,
         "step_seconds": stopwatch.seconds,
+        "reference_seconds": trainer.reference_seconds,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "settings": vars(options) | {"data": str(options.data)},
         "torch": torch.__version__,

@@ -1,0 +1,179 @@
+"""Train with this engine and report the loss and the time of each step.
+
+    python -m dpo.bench.step --model M --data pairs.jsonl --steps 5 --batch-size 8
+
+Prints one JSON object of the form that ``peers/trl_steps.py`` prints: losses, step_seconds,
+peak_mib, reference_seconds and the settings. Pairs in the order of the file, plain AdamW, constant
+rate, no clipping.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import torch
+
+from dpo.batching import StepSampler
+from dpo.bench.machine import commit
+from dpo.losses import make_loss
+from dpo.models import Decoder, load_model
+from dpo.models.transforms import checkpoint_activations
+from dpo.precision import PRECISIONS
+from dpo.preferences import read_pairs
+from dpo.reference import ReferenceLogProbs, reference_in_memory
+from dpo.scoring import (
+    MicroBatches,
+    ScoredPairs,
+    answer_log_probs,
+    score_batch,
+    score_rows,
+)
+from dpo.throughput import peak_memory_mib
+from dpo.tokenization import TokenizedPairs, tokenize_pairs
+from dpo.tokenizer import load_tokenizer
+from dpo.train_config import Dtype, TrainConfig
+from dpo.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class FileOrder(StepSampler):
+    """Takes the rows in the order of the file, from the start again after the last."""
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of optimizer step ``step``."""
+        first = step % self.steps_per_epoch * self.batch_size
+        return list(range(first, min(first + self.batch_size, self.pairs)))
+
+
+class LiveReferenceTrainer(Trainer):
+    """Runs the reference model beside the policy in each step: what the cache saves.
+
+    Attributes:
+        reference_model: set it before the first step.
+    """
+
+    reference_model: Decoder | None = None
+
+    def _score(self, rows: Sequence[int], batches: MicroBatches) -> ScoredPairs:
+        if self.reference_model is None:
+            return super()._score(rows, batches)
+        batch = batches.collate(rows).to(self.device)
+        with self.precision.context(self.device):
+            with torch.no_grad():
+                reference = score_batch(self.reference_model, batch).tokens.log_probs
+            return score_batch(self.policy, replace(batch, reference=reference))
+
+
+def make_trainer(
+    policy: Decoder,
+    pairs: TokenizedPairs,
+    config: TrainConfig,
+    *,
+    reference: ReferenceLogProbs | None = None,
+    live_reference: bool = False,
+    beta: float = 0.1,
+) -> Trainer:
+    """Make a trainer that takes ``pairs`` in their order.
+
+    Args:
+        policy: to train.
+        pairs: to train on.
+        config: the options.
+        reference: log-probs of ``pairs``; the policy's own if None.
+        live_reference: keep a copy of the policy and run it in each step.
+        beta: of the sigmoid loss.
+    """
+    kind = LiveReferenceTrainer if live_reference else Trainer
+    trainer = kind(policy, pairs, config, loss=make_loss("sigmoid", beta=beta), reference=reference)
+    if isinstance(trainer, LiveReferenceTrainer):
+        trainer.reference_model = copy.deepcopy(policy).requires_grad_(False)
+    trainer.sampler = FileOrder(len(pairs), config.batch_size, config.seed)
+    return trainer
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=8192)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="float32")
+    parser.add_argument("--no-prefix-sharing", action="store_true")
+    parser.add_argument("--live-reference", action="store_true", help="no cache: run it each step")
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args(words)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Train and return what is to be printed."""
+    torch.set_num_threads(options.threads)
+    policy = load_model(options.model, dtype=PRECISIONS[options.dtype].parameters)
+    if options.activation_checkpointing:
+        checkpoint_activations(policy)
+    pairs = tokenize_pairs(read_pairs(options.data), load_tokenizer(options.model)).pairs
+    config = TrainConfig(
+        batch_size=options.batch_size,
+        steps=options.steps,
+        tokens_per_micro_batch=options.tokens_per_micro_batch,
+        learning_rate=options.learning_rate,
+        schedule="constant",
+        max_grad_norm=None,
+        dtype=options.dtype,
+        share_prefix=not options.no_prefix_sharing,
+    )
+    started = time.perf_counter()
+    reference = _reference(policy, pairs, config)
+    reference_seconds = time.perf_counter() - started
+    trainer = make_trainer(
+        policy,
+        pairs,
+        config,
+        reference=reference,
+        live_reference=options.live_reference,
+        beta=options.beta,
+    )
+    lines = [step.metrics for step in trainer if step.metrics is not None]
+    lengths = pairs.lengths().sum(axis=1)
+    return {
+        "losses": [line["loss"] for line in lines],
+        "step_seconds": [line["perf/step_s"] for line in lines],
+        "useful_tokens": [int(lengths[trainer.sampler.rows(s)].sum()) for s in range(len(lines))],
+        "pairs": [len(trainer.sampler.rows(step)) for step in range(len(lines))],
+        "reference_seconds": None if options.live_reference else reference_seconds,
+        "peak_mib": peak_memory_mib(trainer.device),
+        "settings": vars(options),
+        "commit": commit(),
+        "torch": torch.__version__,
+    }
+
+
+def _reference(policy: Decoder, pairs: TokenizedPairs, config: TrainConfig) -> ReferenceLogProbs:
+    batches = MicroBatches(
+        pairs,
+        tokens_per_micro_batch=config.tokens_per_micro_batch,
+        share_prefix=config.share_prefix,
+    )
+    precision, device = PRECISIONS[config.dtype], next(policy.parameters()).device
+    return reference_in_memory(
+        lambda rows: answer_log_probs(
+            score_rows(policy, batches, rows, precision=precision, device=device)
+        ),
+        pairs,
+        batches=batches.split_sorted,
+    )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(parse())) + "\n")
