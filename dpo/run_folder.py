@@ -90,26 +90,26 @@ class RunLog:
 
     def __init__(self, folder: Path, *, step: int) -> None:
         self._path = folder / METRICS
-        kept = [line for line in self.lines() if line["step"] <= step] if step else []
+        kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
         atomic_write(self._path, "".join(json.dumps(_plain(line)) + "\n" for line in kept))
 
     def __call__(self, _trainer: Trainer, metrics: Mapping[str, float]) -> None:
         """Append a line."""
         append_jsonl(self._path, _plain(metrics))
 
-    def lines(self) -> list[dict[str, float]]:
-        """Read back all lines but one that a kill cut short."""
-        lines = []
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
-        for line in text.splitlines():
-            with suppress(json.JSONDecodeError):
-                values = json.loads(line)
-                lines.append({k: math.nan if v is None else v for k, v in values.items()})
-        return lines
-
     def evaluations(self) -> list[dict[str, float]]:
-        """Return the lines that are evaluations."""
-        return [line for line in self.lines() if "eval/loss" in line]
+        """Read back the lines that are evaluations."""
+        return [line for line in read_metrics(self._path.parent) if "eval/loss" in line]
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """Read the lines of metrics of a run's folder, all but one that a kill cut short."""
+    path, lines = folder / METRICS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            values = json.loads(line)
+            lines.append({k: math.nan if v is None else v for k, v in values.items()})
+    return lines
 
 
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -31,11 +31,12 @@ OURS: Final = "ours"
 TRL: Final = "trl"
 CONTENDERS: Final[dict[str, tuple[str, ...]]] = {  # flags of step.py and of trl_steps.py
     "ours": (),
-    "ours, 2048-token micro-batches": ("--tokens-per-micro-batch", "2048"),
+    "ours, 512-token micro-batches": ("--tokens-per-micro-batch", "512"),
     "ours, no sharing": ("--no-prefix-sharing",),
     "ours, live reference": ("--live-reference",),
     "trl, precomputed": ("--precompute",),
     "trl, precomputed, micro-batch 1/4": ("--precompute", "--accumulation", "4"),
+    "trl, precomputed, micro-batch 1/8": ("--precompute", "--accumulation", "8"),
     "trl, live reference": (),
 }
 TOLERANCE: Final = {"float32": 1e-3, "bf16-mixed": 0.05, "bfloat16": 0.05}  # of a loss
