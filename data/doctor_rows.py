@@ -13,7 +13,7 @@ from dpo.data.texts import json_line
 from dpo.errors import InputError
 from dpo.pair import PreferencePair
 from dpo.pair_rows import parse_row
-from dpo.preferences import _decode, _numbered
+from dpo.preferences import file_rows
 
 _ASSISTANT_TURN = "\n\nAssistant:"
 
@@ -68,9 +68,10 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> Iterator[PairRow | Faul
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    for number, (_, place, content) in enumerate(_numbered([path])):
+    for number, row in enumerate(file_rows([path])):
+        content, place = row.content, row.place
         try:
-            content = _decode(content) if isinstance(content, bytes) else content
+            content = row.decode()
             pair = parse_row(content, columns=columns, default_id=str(number)).pair
         except InputError as error:
             check = _check_of_fault(content, columns)
@@ -82,11 +83,11 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> Iterator[PairRow | Faul
 
 def raw_lines(path: Path) -> Iterator[bytes]:
     """Yield every row of a file as one line, without the newline."""
-    for _, _, content in _numbered([path]):
-        if isinstance(content, bytes):
-            yield content.strip()
+    for row in file_rows([path]):
+        if isinstance(row.content, bytes):
+            yield row.content.strip()
         else:  # ASCII, because a faulty text may hold half of a surrogate pair
-            yield json.dumps(content, default=str).encode()
+            yield json.dumps(row.content, default=str).encode()
 
 
 def plain_text(value: object) -> str:

@@ -47,12 +47,26 @@ class LoadedPairs:
     revision: str | None = None
 
 
-class _Row(NamedTuple):
-    """A row as found: still to be decoded if it is bytes."""
+class FileRow(NamedTuple):
+    """A row as it stands in a file: bytes of JSON, or what an array or a table holds.
+
+    Attributes:
+        number: from 1; counts on from file to file.
+        place: file and line, or file and row, for people.
+        content: bytes are still to be decoded; see `decode`.
+    """
 
     number: int
     place: str
     content: "bytes | JSON"
+
+    def decode(self) -> JSON:
+        """Return the row's JSON value.
+
+        Raises:
+            InputError: it is not UTF-8, malformed, or has one key twice.
+        """
+        return _decode(self.content) if isinstance(self.content, bytes) else self.content
 
 
 def read_pairs(
@@ -103,7 +117,7 @@ def load_pairs(
         raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
     files = _locate(source, revision=revision, split=split)
     reading = _Reading(columns)
-    for row in _numbered(files):
+    for row in file_rows(files):
         reading.add(row)
     return reading.result(str(source), on_bad_row, commit_of(files[0]))
 
@@ -121,6 +135,28 @@ def write_pairs(pairs: Iterable[PreferencePair], path: str | Path) -> None:
     lines = (json.dumps(row, ensure_ascii=False, default=plain_json) + "\n" for row in rows)
     data = "".join(lines).encode()
     atomic_write(path, gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
+
+
+def file_rows(files: Iterable[Path]) -> Iterator[FileRow]:
+    """Yield the rows of all files as they stand, whether or not they are pairs.
+
+    Raises:
+        InputError: a file is of an unknown type or damaged as a whole.
+    """
+    last = 0
+    for path in files:
+        read = _reader(path)
+        if read is None:
+            raise InputError(f"{path}: unknown type of file; known are {', '.join(_READERS)}")
+        before, place = last, ""
+        try:
+            for row in read(path):
+                last, place = before + row.number, row.place
+                yield row._replace(number=last)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(
+                f"{path}: damaged gzip file after {place or 'its start'}: {error}"
+            ) from error
 
 
 def list_faults(source: str, faults: Sequence[str]) -> str:
@@ -141,10 +177,10 @@ class _Reading:
         self.place_of_id: dict[str, str] = {}
         self.seen_columns: dict[str, None] = {}
 
-    def add(self, row: _Row) -> None:
+    def add(self, row: FileRow) -> None:
         """Keep the pair of a row, or its fault."""
         try:
-            content = _decode(row.content) if isinstance(row.content, bytes) else row.content
+            content = row.decode()
             parsed = parse_row(content, columns=self.columns, default_id=f"row-{row.number}")
             self._check(parsed, row.place)
         except InputError as error:
@@ -198,25 +234,7 @@ def _refuse(source: str | Path, **options: str | None) -> None:
             raise InputError(f"{name} {value!r} has no meaning for the local {source}")
 
 
-def _numbered(files: list[Path]) -> Iterator[_Row]:
-    """Yield the rows of all files; numbers, from which ids are made, run on from file to file."""
-    last = 0
-    for path in files:
-        read = _reader(path)
-        if read is None:
-            raise InputError(f"{path}: unknown type of file; known are {', '.join(_READERS)}")
-        before, place = last, ""
-        try:
-            for row in read(path):
-                last, place = before + row.number, row.place
-                yield row._replace(number=last)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(
-                f"{path}: damaged gzip file after {place or 'its start'}: {error}"
-            ) from error
-
-
-def _reader(path: Path) -> Callable[[Path], Iterator[_Row]] | None:
+def _reader(path: Path) -> Callable[[Path], Iterator[FileRow]] | None:
     name = path.name.lower()
     return next((read for suffix, read in _READERS.items() if name.endswith(suffix)), None)
 
@@ -225,16 +243,16 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
     return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _json_lines(path: Path) -> Iterator[_Row]:
+def _json_lines(path: Path) -> Iterator[FileRow]:
     """Yield a row for each line that is not blank, numbered by its line."""
     with _open(path) as stream:
         for number, line in enumerate(stream, start=1):
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if content.strip():
-                yield _Row(number, f"{path}:{number}", content)
+                yield FileRow(number, f"{path}:{number}", content)
 
 
-def _json_array(path: Path) -> Iterator[_Row]:
+def _json_array(path: Path) -> Iterator[FileRow]:
     """Yield a row for each item of an array; JSON Lines named ``.json`` are read as such."""
     with _open(path) as stream:
         data = stream.read().removeprefix(codecs.BOM_UTF8)
@@ -247,10 +265,10 @@ def _json_array(path: Path) -> Iterator[_Row]:
         raise InputError(f"{path}: {error}") from error
     assert isinstance(items, list)
     for number, item in enumerate(items, start=1):
-        yield _Row(number, f"{path}: row {number}", item)
+        yield FileRow(number, f"{path}: row {number}", item)
 
 
-def _parquet(path: Path) -> Iterator[_Row]:
+def _parquet(path: Path) -> Iterator[FileRow]:
     """Yield a row for each row of a Parquet file."""
     try:
         import pyarrow
@@ -262,7 +280,7 @@ def _parquet(path: Path) -> Iterator[_Row]:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for content in batch.to_pylist():
                 number += 1
-                yield _Row(number, f"{path}: row {number}", content)
+                yield FileRow(number, f"{path}: row {number}", content)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: damaged Parquet file: {error}") from error
 
@@ -287,7 +305,7 @@ def _object(items: list[tuple[str, JSON]]) -> dict[str, JSON]:
     return content
 
 
-_READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[FileRow]]] = {
     ".jsonl": _json_lines,
     ".jsonl.gz": _json_lines,
     ".json": _json_array,
