@@ -39,6 +39,10 @@ COMMANDS = {
         "dpo.cli.generate:generate", "Continue a text or answer a message with a saved model."
     ),
     "data": Entry("dpo.data.cli:cli", "From an agent's feedback log to preference pairs."),
+    "train-policy": Entry(
+        "dpo.cli.train_policy:train_policy",
+        "Train a policy that decides: an SFT warm start, then DPO on a data set's pairs.",
+    ),
     "eval": Entry(
         "dpo.eval.cli:evaluate",
         "Evaluate POLICY on logged decisions, or the rewards of a scored file on its pairs.",

@@ -1,0 +1,87 @@
+"""The pairs that a policy is trained on, formed from a data set or read from its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo.data.dataset import Dataset
+from dpo.data.dataset_files import MIN_PAIRS, check_enough_pairs, find_metadata
+from dpo.data.kinds import PolicyKind
+from dpo.data.kinds.schema import to_json
+from dpo.data.pairs import form_pairs
+from dpo.errors import InputError
+from dpo.files import JSON, read_json
+from dpo.preferences import PreferencePair, read_pairs
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyPairs:
+    """What a policy is trained on.
+
+    Attributes:
+        kind: of the policy.
+        train: pairs to train on.
+        eval: pairs to hold out.
+        dataset: what the metadata tell about the data set.
+        created_at: time of the data set.
+    """
+
+    kind: PolicyKind
+    train: Sequence[PreferencePair]
+    eval: Sequence[PreferencePair]
+    dataset: JSON
+    created_at: str
+
+
+def pairs_of_dataset(
+    dataset: Dataset[Any, Any], kind: PolicyKind, min_pairs: int = MIN_PAIRS
+) -> PolicyPairs:
+    """Form the pairs of a data set with the default options.
+
+    Raises:
+        InputError: it is of another kind, or gives fewer than ``min_pairs`` training pairs.
+    """
+    if dataset.kind.name != kind.name:
+        raise InputError(f"expected a data set of the policy {kind.name}, got {dataset.kind.name}")
+    train = form_pairs(dataset.train, kind)
+    check_enough_pairs(train.report, min_pairs)
+    return PolicyPairs(
+        kind,
+        train.pairs,
+        form_pairs(dataset.eval, kind).pairs,
+        to_json(dataset.stats),
+        dataset.stats.date_range.end,
+    )
+
+
+def read_policy_pairs(folder: str | Path, kind: PolicyKind) -> PolicyPairs:
+    """Read the pairs that ``write_dataset`` wrote, as they were formed there.
+
+    Raises:
+        InputError: the folder holds no data set, one of another kind, or damaged pairs.
+    """
+    path = find_metadata(folder)
+    metadata = read_json(path)
+    found = metadata.get("policy") if isinstance(metadata, Mapping) else None
+    if not isinstance(metadata, Mapping) or found != kind.name:
+        raise InputError(f"{path}: expected a data set of the policy {kind.name}, got {found!r}")
+    files = {side: path.with_name(f"{kind.name}_dpo_{side}.jsonl") for side in ("train", "eval")}
+    missing = [str(file) for file in files.values() if not file.is_file()]
+    if missing:
+        raise InputError(f"{folder}: no data set: missing {', '.join(missing)}")
+    train, held_out = (read_side(file) for file in files.values())
+    return PolicyPairs(
+        kind, train, held_out, metadata.get("dataset"), str(metadata.get("createdAt"))
+    )
+
+
+def read_side(path: Path) -> list[PreferencePair]:
+    """Read the pairs of one side, of which there may be none.
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
+    return list(read_pairs(path)) if not path.exists() or path.stat().st_size else []

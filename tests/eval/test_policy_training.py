@@ -1,0 +1,314 @@
+"""Policies trained from data sets: what is left on disk, what was measured, what is refused."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from dpo import cli
+from dpo.data.builder import build_dataset
+from dpo.data.dataset import BuildOptions, Dataset
+from dpo.data.dataset_files import write_dataset
+from dpo.data.kinds import KINDS
+from dpo.data.simulate import simulate, simulated_situations
+from dpo.data.stores import open_store
+from dpo.errors import InputError
+from dpo.eval import policy_training
+from dpo.eval.language_model import LanguageModelPolicy
+from dpo.eval.policy_pairs import PolicyPairs, pairs_of_dataset, read_policy_pairs
+from dpo.eval.policy_training import (
+    PolicyTrainingConfig,
+    PolicyTrainingResult,
+    train_consolidation_policy,
+    train_extraction_policy,
+    train_policy,
+    train_retrieval_policy,
+)
+from dpo.preferences import read_pairs
+from dpo.run import RunResult, train
+
+TRAIN: dict[str, Callable[[Any, PolicyTrainingConfig], PolicyTrainingResult]] = {
+    "extraction": train_extraction_policy,
+    "retrieval": train_retrieval_policy,
+    "consolidation": train_consolidation_policy,
+}
+
+
+def _dataset(folder: Path, kind: str = "extraction") -> Dataset[Any, Any]:
+    """Build a data set of 60 situations, a fifth of them held out."""
+    with open_store(folder / f"{kind}.sqlite", create=True) as store:
+        store.record_decisions(simulate(kind, 800, 0, situations=60))
+    with open_store(folder / f"{kind}.sqlite") as store:
+        return build_dataset(store, KINDS[kind], BuildOptions(split_by="group", eval_split=0.2))
+
+
+def _config(folder: Path, **changes: Any) -> PolicyTrainingConfig:
+    config = PolicyTrainingConfig(
+        output_path=str(folder / "policy"),
+        epochs=1,
+        batch_size=8,
+        learning_rate=1e-3,
+        sft_epochs=1,
+        min_pairs=20,
+    )
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset[Any, Any]:
+    return _dataset(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def pairs(dataset: Dataset[Any, Any]) -> PolicyPairs:
+    return pairs_of_dataset(dataset, KINDS["extraction"], min_pairs=20)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    dataset: Dataset[Any, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, PolicyTrainingResult]:
+    folder = tmp_path_factory.mktemp("trained")
+    return folder / "policy", train_extraction_policy(dataset, _config(folder))
+
+
+def test_training_leaves_the_promised_files(trained: tuple[Path, PolicyTrainingResult]) -> None:
+    out, result = trained
+    assert result.success
+    assert result.error is None
+    assert result.report_path is not None
+    assert result.model_path == out / "dpo" / "model"
+    assert result.start_path == out / "sft" / "model"
+    assert result.report_path == out / "dpo" / "report.html"
+    assert {path.name for path in out.iterdir()} == {
+        "extraction_dpo_train.jsonl", "extraction_dpo_eval.jsonl", "extraction_metadata.json",
+        "start", "sft", "dpo", "scores.jsonl",
+    }  # fmt: skip
+    assert "held out: reward accuracy" in result.report_path.read_text()
+
+
+def test_the_metrics_are_those_of_the_scores(trained: tuple[Path, PolicyTrainingResult]) -> None:
+    out, result = trained
+    assert result.metrics is not None
+    before, after = result.metrics.before, result.metrics.after
+    assert before is not None
+    assert after is not None
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert len(rows) == len(read_pairs(out / "extraction_dpo_eval.jsonl"))
+    margins = np.array([row["margin"] for row in rows])
+    assert result.metrics.reward_margin == pytest.approx(margins.mean(), abs=1e-9)
+    assert result.metrics.accuracy == pytest.approx((margins > 0).mean(), abs=1e-9)
+    assert result.metrics.eval_loss == pytest.approx(np.log1p(np.exp(-margins)).mean(), abs=1e-9)
+    assert before.loss.mean == pytest.approx(math.log(2))
+    assert before.accuracy.mean == 0.5
+    likelier = np.mean([row["chosen_log_prob"] > row["rejected_log_prob"] for row in rows])
+    assert after.likelier.mean == pytest.approx(likelier)
+    assert after.reward_margin.lower < after.reward_margin.mean < after.reward_margin.upper
+    lines = (out / "dpo" / "metrics.jsonl").read_text().splitlines()
+    last = [json.loads(line) for line in lines][-1]
+    assert result.metrics.eval_loss == pytest.approx(last["eval/loss"], abs=1e-5)
+    losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    assert result.metrics.train_loss == pytest.approx(np.mean(losses))
+
+
+def test_the_metadata_tell_what_was_done(trained: tuple[Path, PolicyTrainingResult]) -> None:
+    out, result = trained
+    assert result.metrics is not None
+    metadata = json.loads((out / "extraction_metadata.json").read_text())
+    assert metadata["policy"] == "extraction"
+    assert metadata["config"]["learningRate"] == 1e-3
+    assert metadata["trainPairs"] == len(read_pairs(out / "extraction_dpo_train.jsonl"))
+    assert metadata["dataset"]["trainExamples"] == 640
+    assert metadata["metrics"]["trainLoss"] == result.metrics.train_loss
+    assert metadata["metrics"]["held out: loss"]["after"]["value"] == result.metrics.eval_loss
+
+
+def test_both_models_decide(trained: tuple[Path, PolicyTrainingResult]) -> None:
+    kind = KINDS["extraction"]
+    for path in (trained[1].model_path, trained[1].start_path):
+        assert path is not None
+        policy = LanguageModelPolicy.load(path)
+        for state in simulated_situations("extraction", 3):
+            assert policy.decide(state).action in kind.actions()
+
+
+@pytest.mark.parametrize("kind", ["retrieval", "consolidation"])
+def test_the_other_kinds_are_trained_too(kind: str, tmp_path: Path) -> None:
+    result = TRAIN[kind](_dataset(tmp_path, kind), _config(tmp_path, batch_size=16))
+    assert result.success, result.error
+    assert result.model_path is not None
+    assert LanguageModelPolicy.load(result.model_path).kind.name == kind
+
+
+def test_training_starts_from_a_model_folder_without_a_warm_start(
+    trained: tuple[Path, PolicyTrainingResult], pairs: PolicyPairs, tmp_path: Path
+) -> None:
+    model = str(trained[1].start_path)
+    config = _config(tmp_path, model_name=model, sft_epochs=None, settings=("train.steps=1",))
+    result = train_policy(pairs, config)
+    assert result.start_path is None
+    assert not (tmp_path / "policy" / "start").exists()
+    assert not (tmp_path / "policy" / "sft").exists()
+    assert result.model_path == tmp_path / "policy" / "dpo" / "model"
+
+
+def test_what_was_not_measured_is_none(pairs: PolicyPairs, tmp_path: Path) -> None:
+    result = train_policy(
+        replace(pairs, eval=[]), _config(tmp_path, sft_epochs=0, settings=("train.steps=1",))
+    )
+    assert result.metrics is not None
+    assert result.metrics.before is None
+    assert result.metrics.accuracy is None
+    assert result.metrics.eval_loss is None
+    assert result.metrics.reward_margin is None
+    assert "there are 0" in result.notes[0]
+    metadata = json.loads((tmp_path / "policy" / "extraction_metadata.json").read_text())
+    assert set(metadata["metrics"]) == {"trainLoss"}
+
+
+def test_a_rate_too_low_for_a_tiny_model_is_noted(pairs: PolicyPairs, tmp_path: Path) -> None:
+    config = _config(tmp_path, learning_rate=1e-5, sft_epochs=0, settings=("train.steps=1",))
+    assert "hardly moves at a learning rate of 1e-05" in train_policy(pairs, config).notes[0]
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(
+    trained: tuple[Path, PolicyTrainingResult],
+    pairs: PolicyPairs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = _config(tmp_path)
+
+    def stop_after_the_warm_start(*args: Any, **options: Any) -> RunResult:
+        if (tmp_path / "policy" / "sft" / "model").exists():
+            raise KeyboardInterrupt
+        return train(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_training, "train_run", stop_after_the_warm_start)
+        with pytest.raises(KeyboardInterrupt):
+            train_policy(pairs, config)
+    result = train_policy(pairs, replace(config, resume=True))
+    assert result.model_path is not None
+    assert trained[1].model_path is not None
+    resumed, whole = (
+        load_file(path / "model.safetensors") for path in (result.model_path, trained[1].model_path)
+    )
+    assert all(resumed[name].equal(whole[name]) for name in whole)
+    assert result.metrics == trained[1].metrics
+
+
+def test_a_training_is_not_resumed_on_other_pairs(
+    trained: tuple[Path, PolicyTrainingResult], pairs: PolicyPairs
+) -> None:
+    out, _ = trained
+    config = _config(out.parent, resume=True)
+    before = (out / "extraction_dpo_train.jsonl").read_bytes()
+    with pytest.raises(InputError, match="the training that was stopped had other pairs"):
+        train_policy(replace(pairs, train=pairs.train[1:]), config)
+    assert (out / "extraction_dpo_train.jsonl").read_bytes() == before
+
+
+def test_what_is_wrong_with_the_data_is_in_the_result(
+    dataset: Dataset[Any, Any], tmp_path: Path
+) -> None:
+    result = train_extraction_policy(dataset, _config(tmp_path, min_pairs=5000))
+    assert not result.success
+    assert result.metrics is None
+    assert result.error is not None
+    assert "minimum 5000 required" in result.error
+    other = train_retrieval_policy(dataset, _config(tmp_path))
+    assert other.error == "expected a data set of the policy retrieval, got extraction"
+    assert not (tmp_path / "policy").exists()
+
+
+def test_too_few_pairs_are_refused_with_both_counts(pairs: PolicyPairs, tmp_path: Path) -> None:
+    twice = replace(pairs, train=[*pairs.train[:5], *pairs.train[:5]])
+    with pytest.raises(InputError, match=r"10 formed, 5 of them unique \(minimum 20 required\)"):
+        train_policy(twice, _config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate must be above 0 and finite, got nan"),
+        ({"beta": 0.0}, "beta must be above 0 and finite, got 0.0"),
+        ({"model_name": ""}, "model_name must not be empty"),
+    ],
+)
+def test_config_refuses_what_is_out_of_range(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as error:
+        _config(tmp_path, **changes)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": ("train.sede=1",)}, r"train\.sede.*train\.seed"),
+        ({"model_name": "no/such/folder"}, "no/such/folder"),
+    ],
+)
+def test_a_bad_setting_leaves_nothing(
+    changes: dict[str, Any], message: str, pairs: PolicyPairs, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train_policy(pairs, _config(tmp_path, **changes))
+    assert not (tmp_path / "policy").exists()
+
+
+def test_the_output_folder_must_be_free(pairs: PolicyPairs, tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "mine.txt").touch()
+    with pytest.raises(InputError, match=r"policy is not empty: go on there with resume"):
+        train_policy(pairs, _config(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is a file: the output is a folder"):
+        train_policy(pairs, _config(tmp_path, output_path=str(tmp_path / "file")))
+
+
+def _command(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.main, ["train-policy", *map(str, arguments)])
+
+
+def test_the_command_trains_and_tells(dataset: Dataset[Any, Any], tmp_path: Path) -> None:
+    write_dataset(dataset, tmp_path / "data", min_pairs=20)
+    assert read_policy_pairs(tmp_path / "data", KINDS["extraction"]).train
+    result = _command(
+        "extraction", "--dataset", tmp_path / "data", "--out", tmp_path / "out", "--min-pairs", 20,
+        "--epochs", 1, "--sft-epochs", 0, "--learning-rate", 1e-3, "--quiet",
+        "--set", "train.steps=1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].startswith("training loss     0.69")
+    assert lines[1].split() == ["held", "out", "before", "DPO", "after", "DPO"]
+    assert lines[2].startswith("loss   ")
+    assert f"model   {tmp_path}/out/dpo/model" in lines
+    assert f"report  {tmp_path}/out/dpo/report.html" in lines
+
+
+def test_the_command_refuses_a_folder_that_is_no_such_data_set(
+    dataset: Dataset[Any, Any], tmp_path: Path
+) -> None:
+    write_dataset(dataset, tmp_path / "data", min_pairs=20)
+    result = _command("retrieval", "--dataset", tmp_path / "data", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "expected a data set of the policy retrieval, got 'extraction'" in result.output
+    (tmp_path / "data" / "extraction_dpo_eval.jsonl").unlink()
+    result = _command("extraction", "--dataset", tmp_path / "data", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "no data set: missing" in result.output
+    result = _command("extraction", "--dataset", tmp_path / "none", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
