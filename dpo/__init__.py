@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from dpo.eval.bootstrap import compute_confidence_interval as compute_confidence_interval
     from dpo.eval.comparison import compare_policies as compare_policies
     from dpo.eval.evaluation import evaluate_policy as evaluate_policy
+    from dpo.eval.language_model import LanguageModelPolicy as LanguageModelPolicy
+    from dpo.eval.policy_training import PolicyTrainingConfig as PolicyTrainingConfig
+    from dpo.eval.policy_training import train_consolidation_policy as train_consolidation_policy
+    from dpo.eval.policy_training import train_extraction_policy as train_extraction_policy
+    from dpo.eval.policy_training import train_retrieval_policy as train_retrieval_policy
+    from dpo.eval.report_text import format_comparison_report as format_comparison_report
     from dpo.eval.report_text import format_evaluation_report as format_evaluation_report
     from dpo.log_probs import completion_log_probs as completion_log_probs
     from dpo.models import load_model as load_model
@@ -29,6 +35,8 @@ if TYPE_CHECKING:
     from dpo.trainer import Trainer as Trainer
 
 _HOMES = {
+    "LanguageModelPolicy": "dpo.eval.language_model",
+    "PolicyTrainingConfig": "dpo.eval.policy_training",
     "PreferencePair": "dpo.preferences",
     "ReferenceCache": "dpo.reference",
     "TrainConfig": "dpo.train_config",
@@ -41,6 +49,7 @@ _HOMES = {
     "completion_log_probs": "dpo.log_probs",
     "compute_confidence_interval": "dpo.eval.bootstrap",
     "evaluate_policy": "dpo.eval.evaluation",
+    "format_comparison_report": "dpo.eval.report_text",
     "format_evaluation_report": "dpo.eval.report_text",
     "load_model": "dpo.models",
     "load_tokenizer": "dpo.tokenizer",
@@ -48,6 +57,9 @@ _HOMES = {
     "read_pairs": "dpo.preferences",
     "score_pairs": "dpo.score",
     "tokenize_pairs": "dpo.tokenization",
+    "train_consolidation_policy": "dpo.eval.policy_training",
+    "train_extraction_policy": "dpo.eval.policy_training",
+    "train_retrieval_policy": "dpo.eval.policy_training",
     "write_pairs": "dpo.preferences",
 }
 

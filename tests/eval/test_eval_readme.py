@@ -10,8 +10,11 @@ from click.testing import CliRunner
 from dpo.cli import main
 
 README = (Path(__file__).parents[2] / "eval" / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[0].splitlines()
+EVALUATING, TRAINING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS, TRAINING_COMMANDS = (
+    block.splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+)
+PROMISES = [line for line in README.splitlines() if line.startswith("| ") and ".py::" in line]
 
 
 @pytest.fixture
@@ -28,13 +31,23 @@ def _run(command: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.usefixtures("folder")
-def test_an_example_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+def test_the_example_of_evaluating_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    _execute(EVALUATING)
     printed = capsys.readouterr().out
     assert printed.startswith("Policy Evaluation Report\n")
     assert re.search(r"^Winner: (A|B|tie)$", printed, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_example_of_training_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _execute(TRAINING)
+    assert capsys.readouterr().out.startswith("Model saved to: trained/dpo/model\nAccuracy: 0.")
+    assert (folder / "trained" / "dpo" / "report.html").is_file()
+
+
+def _execute(block: str) -> None:
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_the_commands_run(folder: Path) -> None:
@@ -42,3 +55,21 @@ def test_the_commands_run(folder: Path) -> None:
     for command in wanted[1:4]:  # the store is simulated, smaller, by the fixture
         _run(command)
     assert (folder / "rules.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_of_training_run(folder: Path) -> None:
+    _run(COMMANDS[1])
+    outputs = [_run(command) for command in TRAINING_COMMANDS]
+    assert "model   policy/dpo/model" in outputs[0]
+    assert "policy/sft/model" in outputs[1]
+    assert (folder / "policy" / "dpo" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_every_promise_names_tests_that_exist(promise: str) -> None:
+    module = ""
+    for found, test in re.findall(r"`(?:(test_\w+\.py)::)?(test_\w+)`", promise):
+        module = found or module
+        source = (Path(__file__).parent / module).read_text(encoding="utf-8")
+        assert f"\ndef {test}(" in source, test

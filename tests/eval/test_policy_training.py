@@ -130,6 +130,24 @@ def test_the_metadata_tell_what_was_done(trained: tuple[Path, PolicyTrainingResu
     assert metadata["metrics"]["held out: loss"]["after"]["value"] == result.metrics.eval_loss
 
 
+def test_every_option_reaches_the_runs(
+    trained: tuple[Path, PolicyTrainingResult], pairs: PolicyPairs, tmp_path: Path
+) -> None:
+    config = _config(
+        tmp_path, model_name=str(trained[1].start_path), epochs=2, batch_size=16, beta=0.3,
+        learning_rate=2e-3, sft_epochs=3, sft_learning_rate=4e-3, seed=5,
+        settings=("train.weight_decay=0.1",),
+    )  # fmt: skip
+    sft, dpo = policy_training._Plan(pairs, config, tmp_path / "policy").runs()
+    assert (sft.model, dpo.model) == (config.model_name, str(tmp_path / "policy" / "sft" / "model"))
+    assert (sft.loss.name, dpo.loss.name) == ("sft", "sigmoid")
+    assert dpo.loss.options["beta"] == 0.3
+    assert (sft.train.epochs, dpo.train.epochs) == (3, 2)
+    assert (sft.train.learning_rate, dpo.train.learning_rate) == (4e-3, 2e-3)
+    for run in (sft, dpo):
+        assert (run.train.batch_size, run.train.seed, run.train.weight_decay) == (16, 5, 0.1)
+
+
 def test_both_models_decide(trained: tuple[Path, PolicyTrainingResult]) -> None:
     kind = KINDS["extraction"]
     for path in (trained[1].model_path, trained[1].start_path):
