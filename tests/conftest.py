@@ -1,8 +1,12 @@
-"""Fixtures that several test modules build on: tiny real models and pairs."""
+"""Fixtures that several test modules build on: tiny real models and pairs, and TRL."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import sysconfig
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
 from dpo.tokenizer import byte_tokenizer
 
 VOCAB = 31
+PEERS = Path(__file__).parents[1] / "bench/peers/requirements.txt"
 
 
 @pytest.fixture
@@ -98,3 +103,15 @@ def model_folder(
 ) -> Path:
     """A tiny model that no test changes."""
     return make_model_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def peers_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment that has TRL as well as the packages of this one; needs PyPI."""
+    folder = tmp_path_factory.mktemp("peers")
+    venv.create(folder, symlinks=True)
+    (packages,) = folder.glob("lib/*/site-packages")
+    (packages / "tests.pth").write_text(sysconfig.get_path("purelib"))  # torch is not fetched again
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python")]
+    subprocess.run([*pip, "install", "--quiet", "-r", str(PEERS)], check=True)
+    return folder / "bin/python"

@@ -3,10 +3,13 @@
 import csv
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +23,6 @@ from dpo.data.stores import open_store
 from dpo.errors import InputError
 from dpo.pair import PreferencePair
 from dpo.preferences import read_pairs, write_pairs
-from dpo.tokenizer import byte_tokenizer
 
 TRICKY = [
     "plain",
@@ -139,7 +141,6 @@ def test_csv_holds_conversations_and_optional_fields_as_json(tmp_path: Path) -> 
 
 
 def test_datasets_loads_the_huggingface_export(dataset: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     export_pairs(dataset, tmp_path / "hf", format_name="huggingface")
     loaded = datasets.load_dataset(str(tmp_path / "hf"), cache_dir=str(tmp_path / "cache"))
     assert {split: rows.column_names for split, rows in loaded.items()} == {
@@ -151,49 +152,25 @@ def test_datasets_loads_the_huggingface_export(dataset: Path, tmp_path: Path) ->
 
 
 def test_datasets_loads_the_data_set_folder_itself(dataset: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     loaded = datasets.load_dataset(str(dataset), cache_dir=str(tmp_path / "cache"))
     assert set(loaded) == {"train", "eval"}
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of transformers, about its own names
-def test_trl_trains_on_the_huggingface_export_as_it_is(dataset: Path, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")  # a peer: in no environment of this package
-    datasets = pytest.importorskip("datasets")
-    transformers = pytest.importorskip("transformers")
+def test_trl_trains_on_the_huggingface_export_as_it_is(
+    peers_python: Path, model_folder: Path, dataset: Path, tmp_path: Path
+) -> None:
     export_pairs(dataset, tmp_path / "hf", format_name="huggingface")
-    loaded = datasets.load_dataset(str(tmp_path / "hf"), cache_dir=str(tmp_path / "cache"))
-    tokenizer = byte_tokenizer()
-    tokenizer.save(tmp_path / "model")
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    end = tokenizer.special_tokens["eos_token"]
-    trainer = trl.DPOTrainer(
-        model=str(tmp_path / "model"),
-        args=trl.DPOConfig(
-            output_dir=str(tmp_path / "out"),
-            max_steps=1,
-            per_device_train_batch_size=4,
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            save_strategy="no",
-        ),
-        train_dataset=loaded["train"],
-        eval_dataset=loaded["test"],
-        processing_class=transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(tmp_path / "model/tokenizer.json"), eos_token=end, pad_token=end
-        ),
-    )
-    assert trainer.train().training_loss == pytest.approx(math.log(2), abs=1e-3)
+    script = Path(__file__).parent / "trl_step.py"
+    command = [str(peers_python), str(script), str(model_folder), str(tmp_path / "hf")]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=offline).stdout
+    found = json.loads(printed.splitlines()[-1])
+    assert found["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert found["pairs"] == {
+        "train": len(read_pairs(dataset / "extraction_dpo_train.jsonl")),
+        "test": len(read_pairs(dataset / "extraction_dpo_eval.jsonl")),
+    }
 
 
 def test_openai_rows_have_the_published_fields(dataset: Path, tmp_path: Path) -> None:
