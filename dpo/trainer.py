@@ -39,7 +39,7 @@ class NonFiniteError(RunError):
     """A loss or gradient is not finite; the weights are those before the step.
 
     Attributes:
-        step: the optimizer step, counted from 0.
+        step: the optimizer step that was not done, counted from 1 as in the metrics.
         rows: the rows of the data that cause it, or all of the step if no single one does.
     """
 
@@ -262,7 +262,9 @@ class Trainer:
         )
         total = float(self.loss.pair_weights(data).double().sum())
         if total <= 0:
-            raise RunError(f"step {self.step}: the weights of its {len(rows)} pairs sum to {total}")
+            raise RunError(
+                f"step {self.step + 1}: the weights of its {len(rows)} pairs sum to {total}"
+            )
         return total
 
     def _is_finite(self, norm: Tensor, losses: Tensor) -> bool:
@@ -276,7 +278,7 @@ class Trainer:
             rows = self._rows_not_finite()
             ids = [self.batches.pairs.ids[row] for row in rows]
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(self.step, rows, ids)
+            raise NonFiniteError(self.step + 1, rows, ids)
         self.skipped_steps += 1
         return False
 

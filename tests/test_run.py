@@ -370,9 +370,9 @@ def test_nonfinite_step_leaves_a_reproduction_a_checkpoint_and_one_message(
 ) -> None:
     with pytest.raises(RunError) as refusal:
         started(poisoned)
-    path = Path(poisoned.out) / "nonfinite-step-000001.jsonl"
+    path = Path(poisoned.out) / "nonfinite-step-000002.jsonl"
     assert str(refusal.value) == (
-        "step 1: the loss or a gradient is not finite, from rows the bad one; the weights are "
+        "step 2: the loss or a gradient is not finite, from rows the bad one; the weights are "
         "unchanged. Lower the learning rate, look at the rows, or give --on-nonfinite skip. "
         f"The rows as the model saw them are in {path}"
     )
@@ -383,6 +383,7 @@ def test_nonfinite_step_leaves_a_reproduction_a_checkpoint_and_one_message(
         b" a long one",
     )
     assert len(row["reference_chosen"]) == len(row["chosen_ids"]) == 12
+    assert [line["step"] for line in metrics(poisoned.out)] == [1]  # the next would be step 2
     assert checkpoints(poisoned.out) == [1]
     assert not (Path(poisoned.out) / "model").exists()
 
@@ -406,7 +407,7 @@ def test_nonfinite_exits_1_with_one_line(poisoned: RunConfig) -> None:
         ],
     )
     assert result.exit_code == 1
-    assert result.stderr.startswith("Error: step 1: the loss or a gradient is not finite")
+    assert result.stderr.startswith("Error: step 2: the loss or a gradient is not finite")
     assert result.stderr.count("\n") == 1
 
 

@@ -272,6 +272,7 @@ def test_nonfinite_step_stops_before_the_update_and_names_the_row(
     ) as e:
         trainer.train()
     assert e.value.rows == [5]
+    assert e.value.step == 1  # as the metrics would have counted it
     for name, weight in weights(model).items():
         assert torch.equal(weight, before[name])
 
@@ -306,7 +307,7 @@ def test_weights_that_sum_to_nothing_are_refused(
     make_model: MakeModel, make_pairs: MakePairs
 ) -> None:
     pairs = columns_of([replace(pair, weight=0.0) for pair in make_pairs()])
-    with pytest.raises(RunError, match=r"the weights of its 4 pairs sum to 0\.0"):
+    with pytest.raises(RunError, match=r"step 1: the weights of its 4 pairs sum to 0\.0"):
         Trainer(make_model(), pairs, PLAIN).train()
 
 
