@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from dpo.data.kinds.base import (
     BaselineDecision,
@@ -28,8 +28,15 @@ from dpo.data.kinds.text import (
 )
 from dpo.files import JSON
 
-# What an explorer may choose: low, middle, high. A policy may answer any whole number up to 100.
-PRIORITIES = (20, 50, 80)
+# What may be chosen: low, middle, high and what the rules answer, at the usual novelties. A policy
+# that writes its answer freely may answer any whole number up to 100.
+PRIORITIES: Mapping[EntryType, tuple[int, ...]] = {
+    "tool": (20, 50, 60, 80),
+    "guideline": (20, 50, 70, 80),
+    "knowledge": (20, 50, 65, 75, 80, 90),
+    "project": (20, 50, 80),
+    "experience": (20, 50, 65, 75, 80, 90),
+}
 
 MISSED_PENALTY = 0.2  # for each time that a task looked in vain for what was not stored
 DEFERRAL_COST = 0.01
@@ -163,7 +170,7 @@ class ExtractionKind(TypedKind[ExtractionState, ExtractionAction]):
         return action.decision
 
     def actions(self) -> tuple[ExtractionAction, ...]:
-        """Return skip, defer, and store with each entry type and each of ``PRIORITIES``."""
+        """Return skip, defer, and store with each entry type and each of its ``PRIORITIES``."""
         return _ACTIONS
 
     def group_key(self, state: ExtractionState) -> GroupKey:
@@ -258,8 +265,8 @@ _ACTIONS = (
     ExtractionAction("defer"),
     *(
         ExtractionAction("store", entry_type, priority)
-        for entry_type in get_args(EntryType)
-        for priority in PRIORITIES
+        for entry_type, priorities in PRIORITIES.items()
+        for priority in priorities
     ),
 )
 _STORED_OUTCOME = RecordSchema(StoredOutcome)

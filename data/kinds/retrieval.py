@@ -31,13 +31,13 @@ SemanticCategory = Literal[
 ]
 TaskOutcomeType = Literal["success", "partial", "failure", "unknown"]
 
-# What an explorer may choose. A policy may answer other types, scopes and numbers.
-MAX_RESULTS = (5, 15, 30)
-TYPES: tuple[tuple[EntryType, ...] | None, ...] = (
-    None,
-    ("knowledge", "tool"),
-    ("tool", "guideline"),
-)
+# What may be chosen: few, some, many and what the rules answer. A policy that writes its answer
+# freely may answer other types, scopes and numbers.
+MAX_RESULTS: Mapping[tuple[EntryType, ...] | None, tuple[int, ...]] = {
+    None: (5, 10, 15, 20, 30),
+    ("knowledge", "tool"): (5, 15, 30),
+    ("tool", "guideline"): (5, 12, 15, 30),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class RetrievalKind(TypedKind[RetrievalState, RetrievalAction]):
         return "true" if action.should_retrieve else "false"
 
     def actions(self) -> tuple[RetrievalAction, ...]:
-        """Return not to retrieve, and to retrieve each of ``TYPES`` times ``MAX_RESULTS``."""
+        """Return not to retrieve, and to retrieve the types of ``MAX_RESULTS`` so many times."""
         return _ACTIONS
 
     def group_key(self, state: RetrievalState) -> GroupKey:
@@ -212,8 +212,8 @@ _ACTIONS = (
     _SKIP,
     *(
         RetrievalAction(should_retrieve=True, scope="project", types=types, max_results=most)
-        for types in TYPES
-        for most in MAX_RESULTS
+        for types, numbers in MAX_RESULTS.items()
+        for most in numbers
     ),
 )
 _RETRIEVED_OUTCOME = RecordSchema(RetrievedOutcome)

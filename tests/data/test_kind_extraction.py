@@ -1,6 +1,6 @@
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -226,12 +226,14 @@ def test_at_its_threshold_a_rule_does_not_match(changes: dict[str, Any]) -> None
     assert EXTRACTION.baseline(state(**changes)).reason == "low_value_content"
 
 
-def test_an_explorer_chooses_among_seventeen_actions() -> None:
+def test_low_middle_and_high_can_be_chosen_for_every_type() -> None:
     stores = EXTRACTION.actions()[2:]
 
     assert EXTRACTION.actions()[:2] == (SKIP, DEFER)
-    assert len(stores) == 15
-    assert {action.priority for action in stores} == {20, 50, 80}
+    assert len(stores) == len(set(stores)) == 23
+    for entry_type in get_args(EntryType):
+        priorities = {action.priority for action in stores if action.entry_type == entry_type}
+        assert priorities >= {20, 50, 80}
 
 
 def stored(retrievals: int, successes: int, failures: int, days: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pytest
 
 from dpo.data.kinds.base import EntryType
 from dpo.data.kinds.retrieval import (
+    MAX_RESULTS,
     RETRIEVAL,
     ContextFeatures,
     MemoryStats,
@@ -215,13 +216,14 @@ def test_one_recent_retrieval_is_enough_for_recent_success() -> None:
     assert answer.reason == "recent_success"
 
 
-def test_an_explorer_chooses_among_ten_actions() -> None:
+def test_few_some_and_many_can_be_retrieved_of_all_types() -> None:
     retrievals = RETRIEVAL.actions()[1:]
 
     assert RETRIEVAL.actions()[0] == SKIP
-    assert len(retrievals) == 9
+    assert len(retrievals) == len(set(retrievals)) == 12
     assert {action.scope for action in retrievals} == {"project"}
-    assert {action.max_results for action in retrievals} == {5, 15, 30}
+    for types in MAX_RESULTS:
+        assert {each.max_results for each in retrievals if each.types == types} >= {5, 15, 30}
 
 
 @pytest.mark.parametrize(

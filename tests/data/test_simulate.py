@@ -87,10 +87,17 @@ def test_every_situation_has_a_prompt_of_its_own(kind_name: str) -> None:
 
 
 @every_kind
+def test_what_the_rules_answer_can_be_chosen(kind_name: str) -> None:
+    kind = KINDS[kind_name]
+    for state in simulated_situations(kind_name, 2000):
+        assert kind.baseline(state).action in kind.actions()
+
+
+@every_kind
 def test_chances_are_probabilities_of_outcomes_the_action_can_have(kind_name: str) -> None:
     world = WORLDS[kind_name]
     for state in simulated_situations(kind_name, 40):
-        for action in (*world.kind.actions(), world.kind.baseline(state).action):
+        for action in world.kind.actions():
             chances = world.chances(state, action)
             assert math.isclose(sum(chance.probability for chance in chances), 1)
             assert all(chance.probability >= 0 for chance in chances)
@@ -293,7 +300,7 @@ def test_prompts_come_back_with_other_actions_in_other_sessions(kind_name: str) 
 
     assert len(actions) == 300
     assert statistics.median(map(len, actions.values())) >= 5
-    assert min(map(len, sessions.values())) >= 2
+    assert statistics.median(map(len, sessions.values())) >= 10
 
 
 @every_kind

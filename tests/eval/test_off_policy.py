@@ -179,7 +179,7 @@ def test_chances_are_those_of_the_decisions() -> None:
     decisions = [uniform, PolicyDecision(unheard, 1.0)]
     chances = policy_chances(log, decisions)
     assert chances.sum(axis=1).tolist() == pytest.approx([1.0, 1.0])
-    assert chances[0, :17].tolist() == pytest.approx([1 / 17] * 17)
+    assert chances[0, :25].tolist() == pytest.approx([1 / 25] * 25)
     assert chances[1, log.arms.index("other")] == 1.0
 
 

@@ -72,7 +72,7 @@ def test_uniform_draws_every_action_and_tells_its_chances() -> None:
     counts = Counter(decision.action for decision in decisions)
     assert set(counts) == set(EXTRACTION.actions())
     assert max(counts.values()) < 2 * min(counts.values())
-    assert decisions[0].probabilities == (1 / 17,) * 17
+    assert decisions[0].probabilities == (1 / 25,) * 25
 
 
 def test_uniform_draws_depend_on_the_seed_only() -> None:
@@ -122,7 +122,7 @@ def test_a_policy_that_fails_everywhere_is_refused() -> None:
 @pytest.mark.parametrize("probabilities", [(1.0,), (0.5,) + (0.0,) * 16, (-0.1, 1.1) + (0.0,) * 15])
 def test_probabilities_that_are_none_are_refused(probabilities: tuple[float, ...]) -> None:
     decision = PolicyDecision(EXTRACTION.actions()[0], 0.5, probabilities)
-    with pytest.raises(InputError, match="probabilities must be 17 shares that add up to 1"):
+    with pytest.raises(InputError, match="probabilities must be 25 shares that add up to 1"):
         check_decision(RulesPolicy(EXTRACTION), decision)
 
 

@@ -118,14 +118,16 @@ def test_the_metrics_are_those_of_the_scores(trained: tuple[Path, PolicyTraining
     assert result.metrics.train_loss == pytest.approx(np.mean(losses))
 
 
-def test_the_metadata_tell_what_was_done(trained: tuple[Path, PolicyTrainingResult]) -> None:
+def test_the_metadata_tell_what_was_done(
+    dataset: Dataset[Any, Any], trained: tuple[Path, PolicyTrainingResult]
+) -> None:
     out, result = trained
     assert result.metrics is not None
     metadata = json.loads((out / "extraction_metadata.json").read_text())
     assert metadata["policy"] == "extraction"
     assert metadata["config"]["learningRate"] == 1e-3
     assert metadata["trainPairs"] == len(read_pairs(out / "extraction_dpo_train.jsonl"))
-    assert metadata["dataset"]["trainExamples"] == 640
+    assert metadata["dataset"]["trainExamples"] == dataset.stats.train_examples
     assert metadata["metrics"]["trainLoss"] == result.metrics.train_loss
     assert metadata["metrics"]["held out: loss"]["after"]["value"] == result.metrics.eval_loss
 
