@@ -60,6 +60,10 @@ class Models:
     reference: ModelFolder
     tokenizer: Tokenizer
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprints by role; reads the weights through once."""
+        return {"model": self.policy.fingerprint, "reference": self.reference.fingerprint}
+
 
 @dataclass(frozen=True)
 class Inputs:

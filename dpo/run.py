@@ -22,6 +22,7 @@ from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
+from dpo.identity import refuse_another_run, training_identity
 from dpo.inputs import Inputs, Models, find_models, load_inputs, pin_revisions
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, load_model, save_model
@@ -74,6 +75,8 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         models = find_models(config)
         inputs = load_inputs(config, models, console)
         config = pin_revisions(config, models, inputs)
+        if checkpoint is not None:
+            _refuse_another_run(checkpoint, config, models, inputs)
         trainer = _make_trainer(config, models, inputs, device, console)
         run = _Run(config, models, trainer, console)
         if checkpoint is not None:
@@ -93,6 +96,27 @@ def compute_reference_only(config: RunConfig, *, console: Console) -> None:
     inputs = load_inputs(config, models, console)
     with explained_lack_of_memory():
         obtain_references(config, models, inputs, console, device=device)
+
+
+def _refuse_another_run(
+    checkpoint: Checkpoint, config: RunConfig, models: Models, inputs: Inputs
+) -> None:
+    """Compare a checkpoint with the run that is to go on from it, before anything is computed.
+
+    Raises:
+        InputError: it is of another run, or lacks the best model that is to be kept.
+    """
+    training = training_identity(config.train, config.loss.build(), inputs.pairs, inputs.eval_pairs)
+    identity = {**models.fingerprints(), **training}
+    refuse_another_run(checkpoint.state, identity, source=str(checkpoint.path))
+    best = checkpoint.state["best_step"]
+    if not config.train.keep_best or best is None:
+        return
+    if not (path := checkpoint_path(checkpoint.path.parent, best)).exists():
+        raise InputError(
+            f"cannot resume from {checkpoint.path} with train.keep_best: {path}, the best so far, "
+            "was not kept; go on with --no-keep-best"
+        )
 
 
 def _make_trainer(
@@ -146,17 +170,7 @@ class _Run:
         self.saved_step = 0
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            InputError: the checkpoint is of another run: other models, data or options.
-        """
-        for name, fingerprint in self._fingerprints().items():
-            if checkpoint.state.get(name) != fingerprint:
-                raise InputError(
-                    f"cannot resume from {checkpoint.path}: the {name} is not the one that the "
-                    "run began with"
-                )
+        """Go on from a checkpoint of the same run."""
         self.trainer.restore(checkpoint.tensors, checkpoint.state)
         self.saved_step = self.trainer.step
         go_on_from(checkpoint, self.folder)
@@ -200,17 +214,13 @@ class _Run:
         trainer, checkpoints = self.trainer, self.folder / CHECKPOINTS
         if trainer.step == self.saved_step:
             return
-        state = {**trainer.state(), **self._fingerprints()}
+        state = {**trainer.state(), **self.models.fingerprints()}
         save_checkpoint(checkpoints, trainer.step, trainer.tensors(), state)
         self.saved_step = trainer.step
         prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
 
     def _best_step(self) -> int | None:
         return self.trainer.best_step if self.config.train.keep_best else None
-
-    def _fingerprints(self) -> dict[str, str]:
-        models = self.models
-        return {"model": models.policy.fingerprint, "reference": models.reference.fingerprint}
 
     def _write_model(self, log: RunLog) -> RunResult:
         """Write the model folder, of the best step if that is kept, and the report."""

@@ -118,6 +118,10 @@ class TrainConfig:
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 1)
 
+    def total_steps(self, pairs: int) -> int:
+        """Return the optimizer steps of a run over so many pairs."""
+        return self.steps or math.ceil(pairs / self.batch_size) * (self.epochs or 1)
+
     def _faults(self) -> Iterator[str]:
         for name, (expected, holds) in _RANGES.items():
             value = getattr(self, name)

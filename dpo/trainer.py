@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dpo.batching import StepSampler
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.errors import InputError, RunError
+from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.losses import Loss, PairLogProbs, make_loss
 from dpo.metrics import MetricSums
 from dpo.optim import SCHEDULES, adamw, clip_gradients, parameter_groups, set_learning_rate
@@ -131,9 +132,7 @@ class Trainer:
             None if eval_pairs is None else self._batches(eval_pairs, eval_reference)
         )
         self.sampler = StepSampler(len(pairs), self.config.batch_size, self.config.seed)
-        self.total_steps = self.config.steps or self.sampler.steps_per_epoch * (
-            self.config.epochs or 1
-        )
+        self.total_steps = self.config.total_steps(len(pairs))
         self.optimizer = adamw(
             parameter_groups(policy, self.config.weight_decay),
             learning_rate=self.config.learning_rate,
@@ -419,13 +418,7 @@ class Trainer:
         Raises:
             InputError: the data or an option that decides the mathematics is another one.
         """
-        changed = [
-            f"{name} was {state.get(name)!r} and is {value!r}"
-            for name, value in self._identity().items()
-            if state.get(name) != value
-        ]
-        if changed:
-            raise InputError("cannot resume, the run has changed: " + "; ".join(changed))
+        refuse_another_run(state, self._identity(), source="this state")
         with torch.no_grad():
             for name, parameter in self.module.named_parameters():
                 parameter.copy_(tensors["model"][name])
@@ -441,16 +434,6 @@ class Trainer:
         if self.precision.scales_loss:
             self.scaler.update(float(state["loss_scale"]))
 
-    def _identity(self) -> dict[str, int | float | str]:
-        config = self.config
-        return {
-            "data": self.batches.pairs.fingerprint,
-            "loss": repr(self.loss),
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "dtype": config.dtype,
-            "learning_rate": config.learning_rate,
-            "schedule": config.schedule,
-            "warmup_steps": config.warmup_steps,
-            "weight_decay": config.weight_decay,
-        }
+    def _identity(self) -> Identity:
+        eval_pairs = None if self.eval_batches is None else self.eval_batches.pairs
+        return training_identity(self.config, self.loss, self.batches.pairs, eval_pairs)

@@ -365,8 +365,9 @@ def test_checkpoint_that_is_not_there_is_refused(config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": 0.02}, "learning_rate was 0.01 and is 0.02"),
+        ({"learning_rate": 0.02}, r"learning_rate was 0\.01 and is 0\.02"),
         ({"seed": 7}, "seed was 0 and is 7"),
+        ({"schedule": "linear"}, "schedule .*; total_steps was None and is 6"),
     ],
 )
 def test_other_options_are_refused_and_nothing_is_set_aside(
@@ -374,7 +375,7 @@ def test_other_options_are_refused_and_nothing_is_set_aside(
 ) -> None:
     checkpoint = Path(finished.out) / "checkpoints" / "step-000002"
     before = steps_of_checkpoints(finished.out), losses(finished.out), weights(finished.out)
-    with pytest.raises(InputError, match=f"cannot resume, the run has changed: {message}"):
+    with pytest.raises(InputError, match=f"step-000002, the run has changed: {message}"):
         said_by(changed(finished, resume=str(checkpoint), **options))
     assert before == (
         steps_of_checkpoints(finished.out), losses(finished.out), weights(finished.out)
@@ -389,5 +390,22 @@ def test_other_models_are_refused(
     config = replace(config, reference=str(reference))
     said_by(config)
     other = {role: str(make_model_folder(tmp_path / "other", seed=2))}
-    with pytest.raises(InputError, match=f"step-000006: the {role} is not the one that the run"):
+    with pytest.raises(InputError, match=f"step-000006, the run has changed: {role} was '"):
         said_by(changed(config, **other, resume="auto"))
+
+
+def test_other_data_is_refused_before_its_reference_is_computed(
+    tmp_path: Path, finished: RunConfig
+) -> None:
+    shards = list((tmp_path / "cache").rglob("shard-*"))
+    other = write_pairs(tmp_path / "other.jsonl", chosen="aye", rejected="nay")
+    with pytest.raises(InputError, match="step-000006, the run has changed: data was '"):
+        said_by(changed(finished, data=str(other), resume="auto"))
+    assert list((tmp_path / "cache").rglob("shard-*")) == shards
+
+
+def test_best_model_that_was_not_kept_is_missed_before_the_training(contrary: RunConfig) -> None:
+    config = changed(contrary, early_stopping=6, keep=1)
+    said_by(config)
+    with pytest.raises(InputError, match="step-000001, the best so far, was not kept; go on with"):
+        said_by(changed(config, keep_best=True, resume="auto"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.errors import InputError, RunError
-from dpo.losses import PairLogProbs
+from dpo.losses import PairLogProbs, make_loss
 from dpo.models import Decoder
 from dpo.models.transforms import checkpoint_activations, compile_blocks
 from dpo.tokenization import TokenizedPairs, columns_of
@@ -171,13 +171,78 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(
     assert second.tokens_seen == whole.tokens_seen
 
 
-def test_resuming_another_run_is_refused_naming_both_values(
+OTHER_MATHEMATICS: dict[str, tuple[Any, str]] = {
+    "batch_size": (2, "batch_size was 4 and is 2; total_steps was 4 and is 8"),
+    "seed": (7, "seed was 0 and is 7"),
+    "dtype": ("bf16-mixed", "dtype was 'float32' and is 'bf16-mixed'"),
+    "learning_rate": (0.02, "learning_rate was 0.01 and is 0.02"),
+    "schedule": ("cosine", "schedule was 'linear' and is 'cosine'"),
+    "epochs": (3, "total_steps was 4 and is 6"),
+    "warmup_steps": (1, "warmup_steps was 0 and is 1"),
+    "weight_decay": (0.1, r"weight_decay was 0\.0 and is 0\.1"),
+    "max_grad_norm": (None, r"max_grad_norm was 1\.0 and is None"),
+    "beta1": (0.8, r"beta1 was 0\.9 and is 0\.8"),
+    "beta2": (0.99, r"beta2 was 0\.999 and is 0\.99"),
+    "epsilon": (1e-6, "epsilon was 1e-08 and is 1e-06"),
+}
+
+
+@pytest.mark.parametrize("option", OTHER_MATHEMATICS)
+def test_resuming_with_other_mathematics_is_refused_naming_both_values(
+    make_model: MakeModel, make_pairs: MakePairs, option: str
+) -> None:
+    value, message = OTHER_MATHEMATICS[option]
+    config = replace(PLAIN, schedule="linear", steps=None, epochs=2)
+    trainer = Trainer(make_model(), make_pairs(), config)
+    changes: dict[str, Any] = {option: value}
+    other = Trainer(make_model(), make_pairs(), replace(config, **changes))
+    with pytest.raises(InputError, match=f"the run has changed: {message}$"):
+        other.restore(trainer.tensors(), trainer.state())
+
+
+def test_resuming_with_other_pairs_or_another_loss_is_refused(
     make_model: MakeModel, make_pairs: MakePairs
 ) -> None:
     trainer = Trainer(make_model(), make_pairs(), PLAIN)
-    other = Trainer(make_model(), make_pairs(), replace(PLAIN, batch_size=2))
-    with pytest.raises(InputError, match="batch_size was 4 and is 2"):
-        other.restore(trainer.tensors(), trainer.state())
+    with pytest.raises(InputError, match=r"the run has changed: data was '[0-9a-f]+' and is '"):
+        Trainer(make_model(), make_pairs(seed=1), PLAIN).restore({}, trainer.state())
+    other = Trainer(make_model(), make_pairs(), PLAIN, loss="hinge")
+    with pytest.raises(InputError, match=r"loss was 'Sigmoid\(.*\)' and is 'Hinge\("):
+        other.restore({}, trainer.state())
+
+
+def test_other_held_out_pairs_are_refused_where_they_decide_what_is_kept(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    def trainer(config: TrainConfig, seed: int) -> Trainer:
+        return Trainer(make_model(), make_pairs(), config, eval_pairs=make_pairs(4, seed=seed))
+
+    plain = trainer(PLAIN, 1)
+    trainer(PLAIN, 2).restore(plain.tensors(), plain.state())
+    for changes in ({"keep_best": True}, {"early_stopping": 2}):
+        config = replace(PLAIN, eval_every=1, **changes)
+        with pytest.raises(InputError, match=r"changed: eval_data was '[0-9a-f]+' and is '"):
+            trainer(config, 2).restore({}, trainer(config, 1).state())
+
+
+def test_length_of_the_run_may_change_where_the_rate_is_constant(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    trainer = Trainer(make_model(), make_pairs(), PLAIN)
+    longer = Trainer(make_model(), make_pairs(), replace(PLAIN, steps=9))
+    longer.restore(trainer.tensors(), trainer.state())
+    assert longer.total_steps == 9
+
+
+def test_own_loss_is_known_by_its_name_and_options_when_resuming() -> None:
+    def shown(**options: float) -> str:
+        def mine(pairs: PairLogProbs, scale: float = 1.0) -> Tensor:
+            return pairs.chosen * scale
+
+        return repr(make_loss(mine, **options))
+
+    assert shown() == shown()
+    assert shown(scale=1.0) != shown(scale=2.0)
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(

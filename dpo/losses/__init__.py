@@ -19,7 +19,7 @@ import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 from torch import Tensor
@@ -69,6 +69,8 @@ __all__ = [
     "negative_log_likelihood",
 ]
 
+Option = float | str
+
 
 @dataclass(frozen=True)
 class CustomLoss(ReferenceLoss):
@@ -79,8 +81,10 @@ class CustomLoss(ReferenceLoss):
     """
 
     reads = MARGIN_AND_LABEL_PROB
-    function: Callable[[PairLogProbs], Tensor] = negative_log_likelihood
+    # Not shown: an address would make the loss another one in a resumed run.
+    function: Callable[[PairLogProbs], Tensor] = field(default=negative_log_likelihood, repr=False)
     name: str = "custom"
+    options: tuple[tuple[str, Option], ...] = ()
 
     def __call__(self, pairs: PairLogProbs) -> Tensor:
         """Return the function's value.
@@ -127,8 +131,6 @@ LOSSES: dict[str, type[Loss]] = {
     "slic_hf": SlicHf,
     "simper": Simper,
 }
-
-Option = float | str
 
 
 def make_loss(loss: str | Loss | type[Loss] | Callable[..., Tensor], /, **options: Option) -> Loss:
@@ -181,6 +183,7 @@ def _wrap(found: object, name: str, options: Mapping[str, Option]) -> Loss:
         beta=arguments.arguments.get("beta", ReferenceLoss.beta),
         function=partial(found, **options),
         name=name,
+        options=tuple(sorted(options.items())),
     )
 
 

@@ -1,0 +1,67 @@
+"""What a run that goes on from a checkpoint must have in common with it.
+
+To add an option that decides the mathematics of a run, add a line to ``training_identity``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dpo.errors import InputError
+from dpo.losses import Loss
+from dpo.tokenized_pairs import TokenizedPairs
+from dpo.train_config import TrainConfig
+
+Identity = Mapping[str, int | float | str | None]
+
+
+def training_identity(
+    config: TrainConfig,
+    loss: Loss,
+    pairs: TokenizedPairs,
+    eval_pairs: TokenizedPairs | None,
+) -> Identity:
+    """Return the data and the options without which resumed training would not be the same.
+
+    The length of the run matters where the schedule decays over it, the held-out pairs where they
+    decide when it ends or what is kept.
+    """
+    compares_evaluations = config.keep_best or config.early_stopping is not None
+    return {
+        "data": pairs.fingerprint,
+        "eval_data": eval_pairs.fingerprint if eval_pairs and compares_evaluations else None,
+        "loss": repr(loss),
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "learning_rate": config.learning_rate,
+        "schedule": config.schedule,
+        "total_steps": config.total_steps(len(pairs)) if config.schedule != "constant" else None,
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "beta1": config.beta1,
+        "beta2": config.beta2,
+        "epsilon": config.epsilon,
+    }
+
+
+def refuse_another_run(state: Mapping[str, Any], identity: Identity, *, source: str) -> None:
+    """Compare the state of a checkpoint with what the run is.
+
+    Args:
+        state: holds the identity of the run that wrote it.
+        identity: of the run that is to go on.
+        source: where the state comes from, for the message.
+
+    Raises:
+        InputError: they differ; names each key with both values.
+    """
+    changed = [
+        f"{name} was {state.get(name)!r} and is {value!r}"
+        for name, value in identity.items()
+        if state.get(name) != value
+    ]
+    if changed:
+        raise InputError(f"cannot resume from {source}, the run has changed: {'; '.join(changed)}")
