@@ -44,23 +44,24 @@ def test_log_probs_equal_those_of_transformers(model_folder: Path) -> None:
 
 
 def test_tokens_equal_those_of_transformers(model_folder: Path) -> None:
+    ours = load_tokenizer(model_folder)
     theirs = transformers.AutoTokenizer.from_pretrained(model_folder)
     for pair in read_pairs(PAIRS):
         assert isinstance(pair.chosen, str)
-        assert load_tokenizer(model_folder).encode(pair.chosen) == theirs(pair.chosen)["input_ids"]
+        assert ours.encode(pair.chosen) == theirs(pair.chosen)["input_ids"]
 
 
 @pytest.mark.parametrize(("dtype", "noise"), [("float32", 1e-5), ("bf16-mixed", 0.02)])
 def test_training_on_human_preferences_lowers_the_loss(
     model_folder: Path, tmp_path: Path, dtype: str, noise: float
 ) -> None:
-    short = sorted(read_pairs(PAIRS), key=lambda pair: len(pair.prompt) + len(pair.chosen))[:4]
+    short = sorted(read_pairs(PAIRS), key=lambda pair: len(pair.prompt) + len(pair.chosen))[:2]
     write_pairs(short, tmp_path / "pairs.jsonl")
     command = [sys.executable, "-m", "dpo", "train", "--model", str(model_folder), "--quiet"]
     command += ["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "run")]
     command += ["--eval-data", str(tmp_path / "pairs.jsonl"), "--dtype", dtype, "--steps", "2"]
-    command += ["--batch-size", "4", "--learning-rate", "2e-5", "--schedule", "constant"]
-    subprocess.run(command, check=True, env=None)
+    command += ["--batch-size", "2", "--learning-rate", "2e-5", "--schedule", "constant"]
+    subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
