@@ -13,7 +13,7 @@ from dpo.train_config import TrainConfig
 
 
 def choose_device(config: TrainConfig) -> torch.device:
-    """Set the number of CPU threads and return the device of a run.
+    """Set the CPU threads and the float32 products of this process; return a run's device.
 
     Raises:
         InputError: the device is not there, or it cannot do the dtype.
@@ -26,7 +26,17 @@ def choose_device(config: TrainConfig) -> torch.device:
     device = torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
     if PRECISIONS[config.dtype].scales_loss and device.type == "cpu":
         raise InputError(f"train.dtype = {config.dtype} needs a GPU; on a CPU take bf16-mixed")
+    if config.tf32 and not _has_tf32(device):
+        found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+        raise InputError(f"train.tf32 needs a GPU of compute capability >= 8.0, found {found}")
+    # Not torch.backends.cuda.matmul.fp32_precision: torch 2.13 then refuses to be asked by the
+    # older names, which its compiler still does.
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     return device
+
+
+def _has_tf32(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager

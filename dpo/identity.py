@@ -35,6 +35,7 @@ def training_identity(
         "batch_size": config.batch_size,
         "seed": config.seed,
         "dtype": config.dtype,
+        "tf32": config.tf32,
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
         "total_steps": config.total_steps(len(pairs)) if config.schedule != "constant" else None,

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from dpo.config import RunConfig
+from dpo.files import JSON
 from dpo.inputs import Inputs, Models, cache_folder
 from dpo.models import Decoder, load_model
-from dpo.precision import PRECISIONS
+from dpo.precision import precision_of
 from dpo.progress import Console
 from dpo.reference import (
     AnswerLogProbs,
@@ -59,11 +60,12 @@ def obtain_references(
     Raises:
         RunError: the cache holds other values than the model gives, or one is not finite.
     """
+    switches: dict[str, JSON] = {"tf32": True} if config.train.tf32 else {}
     cache = ReferenceCache(
         Path(config.reference_cache.dir or cache_folder("reference")),
         model=str(models.reference.path),
         fingerprint=models.reference.fingerprint,
-        numerics=numerics(precision=config.train.dtype, device=device.type),
+        numerics=numerics(precision=config.train.dtype, device=device.type, **switches),
     )
     scorer = _Scorer(config, models.reference.path, device, model)
     pairs = scorer.obtain(inputs.pairs, cache, console, "reference")
@@ -81,7 +83,7 @@ class _Scorer:
         self, config: RunConfig, folder: Path, device: torch.device, model: Decoder | None
     ) -> None:
         self.train, self.folder, self.device, self.model = config.train, folder, device, model
-        self.precision = PRECISIONS[config.train.dtype]
+        self.precision = precision_of(config.train)
 
     def obtain(
         self, pairs: TokenizedPairs, cache: ReferenceCache, console: Console, label: str

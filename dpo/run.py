@@ -27,7 +27,7 @@ from dpo.inputs import Inputs, Models, find_models, load_inputs, pin_revisions
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, load_model, save_model
 from dpo.models.transforms import checkpoint_activations, compile_blocks
-from dpo.precision import PRECISIONS
+from dpo.precision import precision_of
 from dpo.progress import Console
 from dpo.reference_pass import References, obtain_references
 from dpo.report import write_report
@@ -155,7 +155,7 @@ def _make_trainer(
 
 
 def _load_policy(config: RunConfig, models: Models, device: torch.device) -> Decoder:
-    dtype = PRECISIONS[config.train.dtype].parameters
+    dtype = precision_of(config.train).parameters
     return load_model(models.policy.path, dtype=dtype, device=device)
 
 

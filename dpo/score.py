@@ -22,7 +22,7 @@ from dpo.inputs import find_models, load_all_pairs
 from dpo.losses import Loss, make_loss
 from dpo.models import load_model
 from dpo.policy import Policy
-from dpo.precision import PRECISIONS, Precision
+from dpo.precision import PRECISIONS, Precision, precision_of
 from dpo.progress import Console
 from dpo.reference import ReferenceLogProbs
 from dpo.reference_pass import References, obtain_references
@@ -109,7 +109,7 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
     with explained_lack_of_memory():
         if loss.needs_reference:
             references = obtain_references(config, models, inputs, console, device=device)
-        precision = PRECISIONS[config.train.dtype]
+        precision = precision_of(config.train)
         policy = load_model(models.policy.path, dtype=precision.parameters, device=device)
         batches = MicroBatches(
             inputs.pairs,

@@ -82,6 +82,9 @@ class TrainConfig:
     dtype: Annotated[Dtype, "Numerics of weights and arithmetic; -mixed keeps float32 weights."] = (
         "float32"
     )
+    tf32: Annotated[
+        bool, "Round the factors of float32 products to 10 bits: faster on a GPU; dtype float32."
+    ] = False
     device: Annotated[Device, "Where to train; auto takes CUDA if there is one."] = "auto"
     threads: Annotated[int | None, "CPU threads, in [1, 1024]; none leaves torch's choice."] = None
     compile: Annotated[bool, "Compile the model with torch.compile."] = False
@@ -142,3 +145,7 @@ class TrainConfig:
             yield "train.keep_best needs train.eval_every: it compares evaluations"
         if self.dtype == "fp16-mixed" and self.device == "cpu":
             yield "train.dtype = fp16-mixed needs a GPU, train.device is cpu"
+        if self.tf32 and self.device == "cpu":
+            yield "train.tf32 needs a GPU, train.device is cpu"
+        if self.tf32 and self.dtype != "float32":
+            yield f"train.tf32 is for train.dtype = float32, which is {self.dtype}"

@@ -25,7 +25,7 @@ from dpo.losses import Loss, PairLogProbs, make_loss
 from dpo.metrics import MetricSums
 from dpo.optim import SCHEDULES, adamw, clip_gradients, parameter_groups, set_learning_rate
 from dpo.policy import Policy
-from dpo.precision import PRECISIONS
+from dpo.precision import precision_of
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
 from dpo.throughput import Throughput, peak_memory_mib
@@ -101,7 +101,7 @@ class Trainer:
             policy: any module that follows the ``Policy`` protocol, on the device to train on.
             pairs: what to train on.
             config: options; its device, threads, compile, activation_checkpointing and resume are
-                for ``dpo.run`` and not read here.
+                for ``dpo.run`` and not read here; of tf32 only what it means for the noise.
             loss: a name in ``LOSSES``, a ``Loss`` or a function of ``PairLogProbs``.
             reference: reference log-probs of ``pairs``; the policy's own at the start if not given.
             eval_pairs: what to evaluate on.
@@ -123,7 +123,7 @@ class Trainer:
         self.policy: Policy = policy
         self.module: nn.Module = policy
         self.loss = make_loss(loss)
-        self.precision = PRECISIONS[self.config.dtype]
+        self.precision = precision_of(self.config)
         self.device = next(policy.parameters()).device
         self.callbacks = list(callbacks)
         self.starts_at_reference = starts_at_reference

@@ -234,6 +234,11 @@ def test_config_file_is_refused_by_key_found_and_expected(
             {"train__dtype": "fp16-mixed", "train__device": "cpu"},
             "train.dtype = fp16-mixed needs a GPU",
         ),
+        ({"train__tf32": True, "train__device": "cpu"}, "train.tf32 needs a GPU, train.device is"),
+        (
+            {"train__tf32": True, "train__dtype": "bf16-mixed"},
+            "train.tf32 is for train.dtype = float32, which is bf16-mixed",
+        ),
         (
             {"train__eval_every": "5"},
             "train.eval_every needs held-out pairs: give eval_data or eval_split",

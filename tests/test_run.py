@@ -21,8 +21,10 @@ from dpo.config import LossConfig, ReferenceCacheConfig, RunConfig
 from dpo.errors import InputError, RunError
 from dpo.files import read_json
 from dpo.fingerprint import weights_fingerprint
+from dpo.inputs import find_models, load_inputs
 from dpo.progress import Console
 from dpo.reference import ReferenceCache, numerics
+from dpo.reference_pass import obtain_references
 from dpo.settings import read_settings, resolve
 from dpo.train_config import TrainConfig
 
@@ -294,6 +296,15 @@ def test_damaged_cache_is_told_and_computed_again(
     assert said.count(f"{shard}: damaged: {fault}") == 1
     assert "in the cache" not in said
     assert weights(tmp_path / "AGAIN") == weights(config.out)
+
+
+def test_tf32_has_reference_log_probs_of_its_own(tmp_path: Path, config: RunConfig) -> None:
+    console, models = Console(io.StringIO()), find_models(config)
+    inputs = load_inputs(config, models, console)
+    for tf32 in (False, True):
+        rounded = changed(config, tf32=tf32, device="auto")
+        obtain_references(rounded, models, inputs, console, device=torch.device("cpu"))
+    assert len(list((tmp_path / "cache" / "dpo-engine" / "reference").iterdir())) == 2
 
 
 def test_cache_folder_can_be_chosen(tmp_path: Path, config: RunConfig) -> None:

@@ -175,6 +175,7 @@ OTHER_MATHEMATICS: dict[str, tuple[Any, str]] = {
     "batch_size": (2, "batch_size was 4 and is 2; total_steps was 4 and is 8"),
     "seed": (7, "seed was 0 and is 7"),
     "dtype": ("bf16-mixed", "dtype was 'float32' and is 'bf16-mixed'"),
+    "tf32": (True, "tf32 was False and is True"),
     "learning_rate": (0.02, "learning_rate was 0.01 and is 0.02"),
     "schedule": ("cosine", "schedule was 'linear' and is 'cosine'"),
     "epochs": (3, "total_steps was 4 and is 6"),
