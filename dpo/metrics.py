@@ -50,7 +50,8 @@ displacement/share_u_negative    share of u < 0
 ================================ ===================================================================
 
 The ``kl`` metrics are estimates over given answers, not over the policy's own: gauges of drift. A
-metric whose denominator is 0 is left out.
+metric whose denominator is 0 is left out; those of ``ALWAYS_LOGGED`` stand in every line of
+``metrics.jsonl`` about a step, as null where the step was skipped.
 
 Shapes: P pairs, K tokens, C columns, M sums.
 
@@ -72,6 +73,10 @@ from dpo.losses.base import MAX_EXPONENT
 if TYPE_CHECKING:
     from dpo.scoring import ScoredPairs
 
+ALWAYS_LOGGED: Final = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"),
+    *("logps/chosen", "logps/rejected"),
+)
 _QUANTILES: Final = {
     "rewards/margin_p05": 0.05,
     "rewards/margin_p50": 0.5,

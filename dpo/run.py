@@ -6,6 +6,7 @@ signals and writes the model. README.md describes the folder of a run.
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import threading
@@ -249,7 +250,7 @@ class _Run:
 
 
 def _status(metrics: Metrics | None) -> str | None:
-    if metrics is None or "loss" not in metrics:  # every step since the last line was skipped
+    if metrics is None or math.isnan(metrics["loss"]):  # all steps since the last were skipped
         return None
     return (
         f"loss {metrics['loss']:.4f}  acc {metrics['rewards/accuracy']:.3f}  "

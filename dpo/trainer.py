@@ -22,7 +22,7 @@ from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.losses import Loss, PairLogProbs, make_loss
-from dpo.metrics import MetricSums
+from dpo.metrics import ALWAYS_LOGGED, MetricSums
 from dpo.optim import SCHEDULES, adamw, clip_gradients, parameter_groups, set_learning_rate
 from dpo.policy import Policy
 from dpo.precision import precision_of
@@ -230,6 +230,7 @@ class Trainer:
             self.scaler.scale((weight * loss).sum() / total_weight).backward()
             sums.add(self.loss, scored, loss.detach())
             values.append(loss.detach())
+        set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm)
         if self._is_finite(norm, torch.cat(values)):
@@ -295,13 +296,12 @@ class Trainer:
         return guilty or rows
 
     def _update(self, norm: Tensor) -> None:
-        """Apply the accumulated gradient at this step's learning rate."""
+        """Apply the accumulated gradient."""
         if self.step == 0 and not bool(norm > 0):
             raise RunError(
                 "no gradient reaches the policy: every parameter is frozen, "
                 "or the loss does not depend on the answers"
             )
-        set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._norms.append(norm)
@@ -372,6 +372,7 @@ class Trainer:
         line = {
             "step": self.step,
             "epoch": self.step / self.sampler.steps_per_epoch,
+            **dict.fromkeys(ALWAYS_LOGGED, math.nan),  # what a skipped step has none of
             **self._window.result(),
             "grad_norm": float(torch.stack(norms).mean()) if norms else math.nan,
             "learning_rate": self.optimizer.param_groups[0]["lr"],

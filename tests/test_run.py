@@ -406,7 +406,13 @@ def test_nonfinite_run_goes_on_when_the_step_may_be_skipped(poisoned: RunConfig)
     lines = metrics(poisoned.out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert [line["health/nonfinite"] for line in lines] == [0, 1, 1, 1]
-    assert lines[1]["grad_norm"] is None
+    undefined = {name for name, value in lines[1].items() if value is None}
+    assert undefined == {
+        *("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"),
+        *("logps/chosen", "logps/rejected", "grad_norm"),
+    }
+    report = (Path(poisoned.out) / "report.html").read_text(encoding="utf-8")
+    assert "Optimizer steps 1 to 4, 4 recorded. Steps whose loss is not finite: 1." in report
 
 
 def test_nonfinite_exits_1_with_one_line(poisoned: RunConfig) -> None:

@@ -26,6 +26,13 @@ MakePairs = Callable[..., TokenizedPairs]
 PLAIN = TrainConfig(batch_size=4, learning_rate=1e-2, schedule="constant", steps=5)
 
 
+PROMISED = {  # what scripts rely on in a line about a step
+    *("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"),
+    *("logps/chosen", "logps/rejected", "grad_norm", "learning_rate"),
+    *("perf/step_s", "perf/pairs_per_s", "perf/tokens_per_s", "mem/peak_mib"),
+}
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: parameter.grad.clone()
@@ -277,12 +284,7 @@ def test_metrics_of_a_step_have_the_names_that_scripts_rely_on(
     )
     trainer.train()
     before, step, after = lines
-    names = {
-        *("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margin"),
-        *("rewards/accuracy", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate"),
-        *("perf/step_s", "perf/pairs_per_s", "perf/tokens_per_s", "mem/peak_mib"),
-    }
-    assert names <= set(step)
+    assert set(step) >= PROMISED
     assert {"step", "eval/loss", "eval/rewards/accuracy", "eval/logps/chosen"} <= set(before)
     assert (before["step"], after["step"]) == (0, 1)
     assert step["logps/chosen"] < 0
@@ -356,6 +358,10 @@ def test_nonfinite_step_is_skipped_and_counted_if_asked(
     assert trainer.skipped_steps == 1
     assert metrics[-1] is not None
     assert metrics[-1]["health/nonfinite"] == 1
+    for of_step in metrics:
+        assert of_step is not None
+        assert set(of_step) >= PROMISED
+        assert of_step["learning_rate"] == 1e-2
     assert all(bool(parameter.isfinite().all()) for parameter in trainer.module.parameters())
 
 
