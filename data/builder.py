@@ -90,12 +90,12 @@ def build_dataset(
     is_removed = _removed(columns, is_eval, options)
     train, evaluation = examples.where(~is_eval), examples.where(is_eval & ~is_removed)
     kept = examples.where(~is_removed)
-    ids = (kept.id(row) for row in range(len(kept)))
+    is_simulated = np.array([name.startswith(SIMULATED_PREFIX) for name in table.sessions])
     stats = DatasetStats(
         total_examples=len(kept),
         train_examples=len(train),
         eval_examples=len(evaluation),
-        simulated_examples=sum(name.startswith(SIMULATED_PREFIX) for name in ids),
+        simulated_examples=int(is_simulated[columns.sessions[~is_removed]].sum()),
         date_range=DateRange(
             format_time(kept.metadata(0).decided_at), format_time(kept.metadata(-1).decided_at)
         ),

@@ -161,7 +161,7 @@ class DatasetStats:
         total_examples: on both sides together.
         train_examples: on the training side.
         eval_examples: on the evaluation side.
-        simulated_examples: of the total, those that come from the simulator.
+        simulated_examples: of the total, those of the simulator's sessions.
         date_range: of the examples.
         filters: how many decisions each filter left.
         split: how they were split.

@@ -199,13 +199,7 @@ class ExampleTable(Generic[State, Action]):
                 lambda: kind.parse_action(decision.action, f"{where}: action"),
             ),
             _reward(decision, kind, where) if decision.reward is None else decision.reward,
-            ExampleMetadata(
-                decision.id,
-                decision.session_id,
-                decision.decided_at,
-                decision.confidence,
-                decision.propensity,
-            ),
+            decision,
         )
 
     def all(self) -> Examples[State, Action]:
@@ -237,15 +231,17 @@ class ExampleTable(Generic[State, Action]):
             f'"propensity":{_number_or_null(self.propensities[row])}}}}}'
         )
 
-    def _append(self, state: int, action: int, reward: float, metadata: ExampleMetadata) -> None:
+    def _append(
+        self, state: int, action: int, reward: float, source: Decision | ExampleMetadata
+    ) -> None:
         self.states.append(state)
         self.actions.append(action)
         self.rewards.append(reward)
-        self.ids.append(metadata.id)
-        self.session_of_row.append(self.sessions.index_of(metadata.session_id))
-        self.times.append((metadata.decided_at - _EPOCH) // _MICROSECOND)
-        self.confidences.append(_nan_for_none(metadata.confidence))
-        self.propensities.append(_nan_for_none(metadata.propensity))
+        self.ids.append(source.id)
+        self.session_of_row.append(self.sessions.index_of(source.session_id))
+        self.times.append((source.decided_at - _EPOCH) // _MICROSECOND)
+        self.confidences.append(_nan_for_none(source.confidence))
+        self.propensities.append(_nan_for_none(source.propensity))
 
     def metadata(self, row: int) -> ExampleMetadata:
         """Return where one example comes from."""

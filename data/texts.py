@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Sequence
 from typing import overload
 
+_BLOCK_BYTES = 8192
 _ENCODER = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=dict
 )
@@ -41,8 +42,8 @@ class TextFile:
         return start
 
     def read(self, start: int, size: int) -> bytes:
-        """Return ``size`` bytes from ``start``."""
-        if start + size > self._flushed:
+        """Return ``size`` bytes from ``start``, or what there is up to the end."""
+        if self._flushed < min(start + size, self._size):
             self._file.flush()
             self._flushed = self._size
         return os.pread(self._file.fileno(), size, start)
@@ -54,6 +55,7 @@ class TextColumn(Sequence[str]):
     def __init__(self, file: TextFile) -> None:
         self._file = file
         self._starts, self._sizes = array("q"), array("i")
+        self._block, self._block_start = b"", 0  # read last: neighbours are asked for in turn
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -65,11 +67,18 @@ class TextColumn(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self._file.read(self._starts[index], self._sizes[index]).decode()
+        start, size = self._starts[index], self._sizes[index]
+        offset = start - self._block_start
+        if not 0 <= offset <= len(self._block) - size:
+            self._block = self._file.read(start, max(size, _BLOCK_BYTES))
+            self._block_start, offset = start, 0
+        return self._block[offset : offset + size].decode()
 
     def append(self, text: str) -> None:
         """Add a text."""
-        data = text.encode()
+        self._append(text.encode())
+
+    def _append(self, data: bytes) -> None:
         self._starts.append(self._file.append(data))
         self._sizes.append(len(data))
 
@@ -83,9 +92,9 @@ class DistinctTexts(TextColumn):
 
     def index_of(self, text: str) -> int:
         """Return the index of ``text``, which is appended if it is new."""
-        size = len(self)
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        size, data = len(self._sizes), text.encode()
+        digest = hashlib.blake2b(data, digest_size=16).digest()
         index = self._indices.setdefault(digest, size)
         if index == size:
-            self.append(text)
+            self._append(data)
         return index

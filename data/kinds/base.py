@@ -141,14 +141,12 @@ def prompt_text(sections: Mapping[str, Mapping[str, str | int | bool]], *, quest
     ``{"Context": {"Turn": 5, "Has error": False}}`` with the question ``What now?`` becomes the
     lines ``Context:``, ``- Turn: 5``, ``- Has error: false``, an empty one, and ``What now?``.
     """
-    blocks = [
-        "\n".join(
-            [f"{title}:", *(f"- {name}: {_figure(value)}" for name, value in figures.items())]
-        )
-        for title, figures in sections.items()
-    ]
-    return "\n\n".join([*blocks, question])
-
-
-def _figure(value: str | int | bool) -> str:
-    return ("true" if value else "false") if isinstance(value, bool) else str(value)
+    lines = []
+    for title, figures in sections.items():
+        lines.append(f"{title}:")
+        for name, value in figures.items():
+            if isinstance(value, bool):
+                value = "true" if value else "false"
+            lines.append(f"- {name}: {value}")
+        lines.append("")
+    return "\n".join([*lines, question])

@@ -24,7 +24,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Generic, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from dpo.data.kinds.javascript import MAX_SAFE_INTEGER
 from dpo.errors import InputError
@@ -66,29 +66,40 @@ class RecordSchema(Generic[Record]):
             InputError: ``where`` and every fault: what is missing, unknown, of another type or out
                 of range, each named by its path, such as ``contextFeatures.turnNumber``.
         """
-        faults: list[str] = []
-        record = self._read(value, "", faults)
-        if record is None:
-            raise InputError(f"{where}: {'; '.join(faults)}")
-        return record
+        try:
+            return self.convert(value)
+        except ValueError as error:
+            faults = "; ".join(self.faults(value, "")) or str(error)
+            raise InputError(f"{where}: {faults}") from error
 
-    def _read(self, value: object, path: str, faults: list[str]) -> Record | None:
-        """Return the record, or None after adding what is wrong with it to ``faults``."""
-        if not isinstance(value, Mapping):
-            faults.append(f"{path or 'the record'} must be an object, got {_shown(value)}")
-            return None
-        faults_before = len(faults)
-        prefix = f"{path}." if path else ""
+    def convert(self, value: object) -> Record:
+        """Return the record; a ValueError says that there are `faults`, or what the record says."""
+        if not isinstance(value, dict | Mapping):
+            raise ValueError
         values: dict[str, object] = {}
-        for name, json_name, is_required, read in self._fields:
+        for name, json_name, is_required, convert, _ in self._fields:
             item = value.get(json_name)
             if item is not None:
-                values[name] = read(item, prefix + json_name, faults)
+                values[name] = convert(item)
             elif is_required:
-                faults.append(f"{prefix}{json_name} is missing")
+                raise ValueError
         if not self._json_names.issuperset(value):
-            faults.extend(self._unknown(value, prefix))
-        return self._make(**values) if len(faults) == faults_before else None
+            raise ValueError
+        return self._make(**values)
+
+    def faults(self, value: object, path: str) -> Iterator[str]:
+        """Yield what keeps ``value`` from being converted; ``path`` leads to it."""
+        if not isinstance(value, Mapping):
+            yield f"{path or 'the record'} must be an object, got {_shown(value)}"
+            return
+        prefix = f"{path}." if path else ""
+        for _, json_name, is_required, _, faults in self._fields:
+            item = value.get(json_name)
+            if item is not None:
+                yield from faults(item, prefix + json_name)
+            elif is_required:
+                yield f"{prefix}{json_name} is missing"
+        yield from self._unknown(value, prefix)
 
     def _unknown(self, value: Mapping[object, object], prefix: str) -> Iterator[str]:
         known = ", ".join(sorted(self._json_names))
@@ -105,16 +116,6 @@ def to_json(record: DataclassInstance) -> dict[str, JSON]:
     }
 
 
-_Reader = Callable[[object, str, list[str]], object]
-
-
-class _Field(NamedTuple):
-    name: str
-    json_name: str
-    is_required: bool
-    read: _Reader
-
-
 @dataclass(frozen=True, slots=True)
 class _Leaf:
     """A value without fields of its own: how to convert it, and what to say when that fails."""
@@ -122,33 +123,40 @@ class _Leaf:
     expected: str
     convert: Callable[[object], object]  # raises ValueError
 
-    def read(self, value: object, path: str, faults: list[str]) -> object:
+    def faults(self, value: object, path: str) -> Iterator[str]:
         try:
-            return self.convert(value)
+            self.convert(value)
         except ValueError:
-            faults.append(f"{path} must be {self.expected}, got {_shown(value)}")
-            return None
+            yield f"{path} must be {self.expected}, got {_shown(value)}"
+
+
+class _Field(NamedTuple):
+    name: str
+    json_name: str
+    is_required: bool
+    convert: Callable[[object], object]  # raises ValueError
+    faults: Callable[[object, str], Iterator[str]]
 
 
 def _field(field: dataclasses.Field[object], annotation: object) -> _Field:
     is_required = field.default is dataclasses.MISSING
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         annotation, _ = typing.get_args(annotation)  # X | None
-    read: _Reader
+    type_: RecordSchema[Any] | _Leaf
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-        read = RecordSchema(annotation)._read
+        type_ = RecordSchema(annotation)
     else:
-        read = _leaf(annotation).read
-    return _Field(field.name, _camel_case(field.name), is_required, read)
+        type_ = _leaf(annotation)
+    return _Field(field.name, _camel_case(field.name), is_required, type_.convert, type_.faults)
 
 
 def _leaf(annotation: object) -> _Leaf:
     arguments = typing.get_args(annotation)
     origin = typing.get_origin(annotation)
     if annotation is bool:
-        return _Leaf("true or false", functools.partial(_instance, type_=bool))
+        return _Leaf("true or false", _boolean)
     if annotation is str:
-        return _Leaf("text", functools.partial(_instance, type_=str))
+        return _Leaf("text", _text)
     if origin is Literal:
         return _Leaf(
             f"one of {', '.join(arguments)}", functools.partial(_choice, choices=arguments)
@@ -168,6 +176,8 @@ def _number(type_: type[int] | type[float], allowed: Range) -> _Leaf:
     bounds = f">= {low:g}" if allowed.high is None else f"in [{low:g}, {high:g}]"
 
     def convert(value: object) -> int | float:
+        if type(value) is type_ and low <= value <= high:  # the common case, told fast
+            return value
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError
         if not low <= value <= high or (type_ is int and value != int(value)):
@@ -177,8 +187,14 @@ def _number(type_: type[int] | type[float], allowed: Range) -> _Leaf:
     return _Leaf(f"{noun} {bounds}", convert)
 
 
-def _instance(value: object, *, type_: type) -> object:
-    if not isinstance(value, type_):
+def _boolean(value: object) -> object:
+    if value is True or value is False:
+        return value
+    raise ValueError
+
+
+def _text(value: object) -> object:
+    if not isinstance(value, str):
         raise ValueError
     return value
 

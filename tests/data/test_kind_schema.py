@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import pytest
 
+from dpo.data.dataset import BuildOptions
 from dpo.data.kinds.schema import Count, Range, RecordSchema, Share, to_json
 from dpo.errors import InputError
 
@@ -139,3 +140,8 @@ def test_whole_numbers_come_back_whole_however_they_were_decoded(
     again = SCHEMA.parse(loads(json.dumps(to_json(record))), "row 1")
 
     assert json.dumps(to_json(again)) == json.dumps(to_json(record))
+
+
+def test_what_a_record_itself_refuses_is_told_with_its_place() -> None:
+    with pytest.raises(InputError, match=r"^row 1: eval_split must be in \(0, 1\), got 1\.0$"):
+        RecordSchema(BuildOptions).parse({"evalSplit": 1}, "row 1")
