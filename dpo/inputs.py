@@ -126,8 +126,10 @@ def load_inputs(config: RunConfig, models: Models, console: Console) -> Inputs:
         pairs, held_out = split_pairs(pairs, config.eval_split, seed=config.train.seed)
         console.say(f"{len(held_out):,} pairs held out, none shares its prompt with the others")
     return Inputs(
-        _tokenize(config, pairs, models, console),
-        None if held_out is None else _tokenize(config, held_out, models, console),
+        _tokenize(config, config.data, pairs, models, console),
+        None
+        if held_out is None
+        else _tokenize(config, config.eval_data or config.data, held_out, models, console),
         commit,
         eval_commit,
     )
@@ -151,7 +153,8 @@ def load_all_pairs(config: RunConfig, models: Models, console: Console) -> Input
     Raises:
         InputError: it is not readable or holds faulty rows, or no row is left.
     """
-    return Inputs(_tokenize(config, _read_data(config, console).pairs, models, console))
+    pairs = _read_data(config, console).pairs
+    return Inputs(_tokenize(config, config.data, pairs, models, console))
 
 
 def split_pairs(
@@ -231,18 +234,25 @@ def _read(
 
 
 def _tokenize(
-    config: RunConfig, pairs: Sequence[PreferencePair], models: Models, console: Console
+    config: RunConfig,
+    source: str,
+    pairs: Sequence[PreferencePair],
+    models: Models,
+    console: Console,
 ) -> TokenizedPairs:
-    """Tokenize pairs, and tell what became of them."""
+    """Tokenize pairs of a source, and tell what became of them."""
     with console.bar("tokenize", len(pairs), unit="pairs") as bar:
-        result = tokenize_pairs(
-            pairs,
-            models.tokenizer,
-            config.tokenize,
-            on_bad_row=config.on_bad_row,
-            cache_dir=cache_folder("tokens"),
-            progress=bar.update,
-        )
+        try:
+            result = tokenize_pairs(
+                pairs,
+                models.tokenizer,
+                config.tokenize,
+                on_bad_row=config.on_bad_row,
+                cache_dir=cache_folder("tokens"),
+                progress=bar.update,
+            )
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
         bar.update(len(pairs))  # tokens from the cache are done too
     summary, *notes = result.report.describe()
     console.say(summary)
@@ -254,6 +264,6 @@ def _tokenize(
     if longest > limit:
         console.warn(
             f"the longest row has {longest:,} tokens, the model was made for {limit:,}; "
-            f"--max-length {limit} would drop such rows"
+            f"--max-length {limit} refuses such rows, and --truncation drops or cuts them"
         )
     return result.pairs

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from dpo.errors import InputError
 
-Truncation = Literal["keep-start", "keep-end", "drop", "error"]
+Truncation = Literal["error", "drop", "keep-start", "keep-end"]
 TemplateChoice = Literal["auto", "none", "chatml"]
 
 
@@ -27,9 +27,9 @@ class TokenizeOptions:
     max_prompt_length: Annotated[int | None, "Tokens of a prompt, >= 1; none: no limit."] = None
     truncation: Annotated[
         Truncation,
-        "Rows over a limit: drop them, refuse them (error), or cut: keep-start the ends of prompts "
+        "Rows over a limit: refuse them (error), drop them, or cut: keep-start the ends of prompts "
         "and answers, keep-end the starts of prompts alone.",
-    ] = "drop"
+    ] = "error"
     template: Annotated[
         TemplateChoice,
         "How conversations are written: auto is the tokenizer's chat template, or ChatML if it has "
@@ -50,6 +50,11 @@ class TokenizeOptions:
             yield (
                 f"tokenize.max_prompt_length, {longest_prompt}, must be below tokenize.max_length, "
                 f"{longest}: the answers need room"
+            )
+        if self.truncation.startswith("keep") and longest is None and longest_prompt is None:
+            yield (
+                f"tokenize.truncation = {self.truncation} cuts rows to a limit: give "
+                "tokenize.max_length or tokenize.max_prompt_length"
             )
         for name, choice in (("truncation", Truncation), ("template", TemplateChoice)):
             if (value := getattr(self, name)) not in get_args(choice):

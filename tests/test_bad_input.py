@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -163,17 +164,30 @@ def test_row_longer_than_max_length_is_dropped_or_cut_and_told(
     assert message in result.stderr
 
 
-def test_row_longer_than_max_length_is_refused_if_asked(tmp_path: Path, model_folder: Path) -> None:
+def test_row_longer_than_max_length_is_refused_or_skipped_and_counted(
+    tmp_path: Path, model_folder: Path
+) -> None:
     data = write_lines(tmp_path / "pairs.jsonl", *OTHERS, LONG)
-    options = ("--max-length", "30", "--truncation", "error")
+    options = ("--max-length", "30")
     result = dpo_train(model_folder, data, tmp_path / "RUN", *options)
-    assert_refused(result, "the long one: 41 tokens, max_length 30")
+    assert_refused(result, f"{data}: tokens: 1 faulty row\nthe long one: 41 tokens, max_length 30")
+
+    result = dpo_train(model_folder, data, tmp_path / "RUN", *options, "--on-bad-row", "skip")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "1 rows dropped: the long one (41 tokens, max_length 30)\n"
+
+
+def test_long_rows_are_refused_together(tmp_path: Path, model_folder: Path) -> None:
+    data = write_lines(tmp_path / "pairs.jsonl", *OTHERS, *[{**LONG, "id": n} for n in range(25)])
+    result = dpo_train(model_folder, data, tmp_path / "RUN", "--max-length", "30")
+    assert_refused(result, f"{data}: tokens: 25 faulty rows\n", "\n19: 41 tokens", "\nand 5 more\n")
 
 
 def test_data_of_long_rows_alone_is_refused(tmp_path: Path, model_folder: Path) -> None:
     data = write_lines(tmp_path / "pairs.jsonl", LONG)
-    result = dpo_train(model_folder, data, tmp_path / "RUN", "--max-length", "30")
-    assert_refused(result, "no row is left", "the long one: 41 tokens, max_length 30")
+    options = ("--max-length", "30", "--truncation", "drop")
+    result = dpo_train(model_folder, data, tmp_path / "RUN", *options)
+    assert_refused(result, f"{data}: no row is left", "the long one: 41 tokens, max_length 30")
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -374,12 +388,15 @@ def test_place_that_cannot_be_written_to_is_named(
     assert (tmp_path / "file").read_text(encoding="utf-8") == "in the way"
 
 
-@pytest.fixture
-def limit_file_size() -> Iterator[Callable[[int], None]]:
-    """Let no file grow beyond some bytes, as on a full disk."""
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Let no file grow beyond some bytes; within, pytest must not write its own output."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -392,20 +409,18 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", [500, 5_000, 50_000])
 def test_full_disk_ends_the_run_and_harms_nothing(
-    tmp_path: Path,
-    model_folder: Path,
-    data: Path,
-    limit_file_size: Callable[[int], None],
-    size: int,
+    tmp_path: Path, model_folder: Path, data: Path, size: int
 ) -> None:
     """Tokens, weights or optimizer states find no room."""
     out = tmp_path / "RUN"
-    assert dpo_train(model_folder, data, out).exit_code == 0
+    constant = ("--schedule", "constant")
+    assert dpo_train(model_folder, data, out, *constant).exit_code == 0
     before = files(out)
     further = write_lines(tmp_path / "further.jsonl", *OTHERS[1:])
-    limit_file_size(size)
-    new = dpo_train(model_folder, further, tmp_path / "NEW")
-    resumed = dpo_train(model_folder, data, out, "--steps", "3", "--resume", "auto")
+    longer = (*constant, "--steps", "3", "--resume", "auto")
+    with full_disk(size):
+        new = dpo_train(model_folder, further, tmp_path / "NEW")
+        resumed = dpo_train(model_folder, data, out, *longer)
     for result in (new, resumed):
         assert_refused(result, f"Error: {tmp_path}", "File too large", exit_code=1)
         assert result.stderr.count("\n") == 1
@@ -415,16 +430,14 @@ def test_full_disk_ends_the_run_and_harms_nothing(
     assert not list(tmp_path.rglob("*.tmp-*"))
 
 
-def test_full_disk_ends_scoring_in_one_line(
-    tmp_path: Path, model_folder: Path, data: Path, limit_file_size: Callable[[int], None]
-) -> None:
+def test_full_disk_ends_scoring_in_one_line(tmp_path: Path, model_folder: Path, data: Path) -> None:
     out = write_lines(tmp_path / "scores.jsonl", "what was there")
     model = str(model_folder)
     score = ["score", "--model", model, "--reference", model, "--data", str(data), "--quiet"]
     score += ["--threads", "1", "--device", "cpu", "--out"]
     assert CliRunner().invoke(main, [*score, str(tmp_path / "other.jsonl")]).exit_code == 0
-    limit_file_size(100)
-    result = CliRunner().invoke(main, [*score, str(out)])
+    with full_disk(100):
+        result = CliRunner().invoke(main, [*score, str(out)])
     assert_refused(result, f"Error: {tmp_path}", "File too large", exit_code=1)
     assert out.read_text() == "what was there\n"
 

@@ -208,6 +208,9 @@ def test_special_tokens_in_texts_are_reported() -> None:
 
 class TestLimits:
     # prompt 5 tokens with its begin token, chosen 2, rejected 5, each with its end token
+    def test_rows_over_a_limit_are_refused_unless_another_way_is_chosen(self) -> None:
+        assert TokenizeOptions(max_length=9).truncation == "error"
+
     def test_rows_within_the_limits_stay_whole(self) -> None:
         report = report_on(TEXT, options=TokenizeOptions(max_length=10, max_prompt_length=5))
         assert (report.kept, report.dropped, report.cut) == (1, (), ())
@@ -281,18 +284,18 @@ class TestLimits:
     @settings(deadline=None, max_examples=50)
     @given(
         sizes=st.lists(st.integers(1, 20), min_size=3, max_size=3),
-        max_length=st.none() | st.integers(2, 30),
+        max_length=st.integers(2, 30),
         max_prompt_length=st.none() | st.integers(1, 30),
         truncation=st.sampled_from(["keep-start", "keep-end"]),
     )
     def test_cut_rows_are_within_the_limits_and_parts_of_whole_ones(
         self,
         sizes: list[int],
-        max_length: int | None,
+        max_length: int,
         max_prompt_length: int | None,
         truncation: str,
     ) -> None:
-        if max_length is not None and max_prompt_length is not None:
+        if max_prompt_length is not None:
             max_prompt_length = min(max_prompt_length, max_length - 1)
         options = TokenizeOptions(
             max_length=max_length,
@@ -307,7 +310,7 @@ class TestLimits:
         except InputError:  # there is no room for one of the three
             return
         longest = len(kept.prompt_ids) + max(len(kept.chosen_ids), len(kept.rejected_ids))
-        assert longest <= (max_length or longest)
+        assert longest <= max_length
         assert len(kept.prompt_ids) <= (max_prompt_length or longest)
         for ids, full in (
             (kept.chosen_ids, whole.chosen_ids),
@@ -326,7 +329,11 @@ class TestOptions:
             ({"max_length": 5, "max_prompt_length": 5}, "max_prompt_length, 5, must be below tok"),
             (
                 {"truncation": "keep"},
-                "tokenize.truncation must be one of keep-start, keep-end, drop",
+                "tokenize.truncation must be one of error, drop, keep-start, keep-end",
+            ),
+            (
+                {"truncation": "keep-end"},
+                "tokenize.truncation = keep-end cuts rows to a limit: give tokenize.max_length or",
             ),
             ({"template": "own"}, "tokenize.template must be one of auto, none, chatml, got 'own'"),
         ],
@@ -367,7 +374,7 @@ class TestRows:
 
     def test_nothing_left_is_an_error_that_says_why(self) -> None:
         with pytest.raises(InputError, match="no row is left: 1 faulty row\nrow-1: 10 tokens"):
-            report_on(TEXT, options=TokenizeOptions(max_length=2))
+            report_on(TEXT, options=TokenizeOptions(max_length=2, truncation="drop"))
 
     def test_report_tells_all(self) -> None:
         dropped = tuple(RowNote(f"r{row}", "long") for row in range(25))
