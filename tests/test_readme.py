@@ -9,8 +9,10 @@ import pytest
 from dpo.models import init_model, parse_config, save_model
 from dpo.tokenizer import byte_tokenizer
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = re.findall(r"```sh\n(.*?)\n```", README, flags=re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_example_runs_as_it_stands(example: str) -> None:
     exec(compile(example, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_first_two_commands_are_one_line_each_and_need_only_python_and_git() -> None:
+    make = "python3 -m venv .venv && .venv/bin/pip install "
+    assert COMMANDS[0] == f"{make}. && .venv/bin/dpo demo"
+    assert COMMANDS[1] == f"{make}-e '.[test]' && .venv/bin/python -m pytest"
+
+
+def test_check_runs_the_second_command_as_it_stands() -> None:
+    """The pattern by which ``.ci/run`` finds the line in the README finds just that line."""
+    check = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    found = re.search(r"test_command=\$\(grep -m 1 '(.*)' README\.md\)", check)
+    assert found is not None
+    assert re.findall(found[1], README, flags=re.MULTILINE) == [COMMANDS[1]]
+    assert 'bash -c "$test_command"' in check
 
 
 def test_there_are_examples() -> None:
