@@ -69,6 +69,7 @@ def _pairs(sides: Mapping[str, PairReport]) -> Iterator[str]:
         ("dropped as duplicates", [side.duplicates for side in sides.values()]),
         ("dropped as contradictions", [side.contradictions for side in sides.values()]),
         ("unique pairs", [side.unique for side in sides.values()]),
+        ("with an unlisted action", [side.beyond_actions for side in sides.values()]),
         ("examples in pairs", [side.paired_examples for side in sides.values()]),
         ("unpaired: one action only", [each.one_action for each in unpaired]),
         ("unpaired: within the margin", [each.within_margin for each in unpaired]),

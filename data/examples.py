@@ -62,7 +62,7 @@ class Columns(NamedTuple):
     """What is compared and counted; every column is (N,)."""
 
     prompts: NDArray[np.int64]  # indices: equal where the prompt texts are equal
-    actions: NDArray[np.int64]  # likewise for the actions,
+    actions: NDArray[np.int64]  # likewise for the responses,
     groups: NDArray[np.int64]  # the grouping keys,
     sessions: NDArray[np.int64]  # and the session ids
     times: NDArray[np.int64]  # microseconds since 1970
@@ -124,8 +124,9 @@ class Examples(Sequence[Example[State, Action]]):
         return table.prompts[table.prompt_of_state[table.states[int(self.rows[index])]]]
 
     def response(self, index: int) -> str:
-        """Return an example's action as response text."""
-        return self.table.responses[self.table.actions[int(self.rows[index])]]
+        """Return an example's action as response text, without ids."""
+        table = self.table
+        return table.responses[table.response_of_spelling[table.actions[int(self.rows[index])]]]
 
     def group(self, index: int) -> GroupKey:
         """Return an example's grouping key."""
@@ -135,10 +136,10 @@ class Examples(Sequence[Example[State, Action]]):
     def columns(self) -> Columns:
         """Return copies of the columns."""
         table = self.table
-        states = np.array(table.states)[self.rows]
+        states, actions = np.array(table.states)[self.rows], np.array(table.actions)[self.rows]
         return Columns(
             prompts=np.array(table.prompt_of_state, dtype=np.int64)[states],
-            actions=np.array(table.actions, dtype=np.int64)[self.rows],
+            actions=np.array(table.response_of_spelling, dtype=np.int64)[actions],
             groups=np.array(table.group_of_state, dtype=np.int64)[states],
             sessions=np.array(table.session_of_row, dtype=np.int64)[self.rows],
             times=np.array(table.times)[self.rows],
@@ -158,12 +159,12 @@ class ExampleTable(Generic[State, Action]):
         # Texts: each state and action once, what they are rendered to, and what names the rows.
         file = TextFile()
         self.state_texts, self.prompts = DistinctTexts(file), DistinctTexts(file)
-        self.action_spellings, self.action_texts = DistinctTexts(file), TextColumn(file)
-        self.responses = DistinctTexts(file)
+        self.spellings, self.responses = DistinctTexts(file), DistinctTexts(file)
+        self.action_texts = TextColumn(file)  # of each spelling, as the kind writes it
         self.ids, self.sessions = TextColumn(file), DistinctTexts(file)
         # Indices into them: of each state, of each spelling of an action, of each row.
         self.prompt_of_state, self.group_of_state = array("i"), array("i")
-        self.action_of_spelling = array("i")
+        self.response_of_spelling = array("i")
         self.states, self.actions, self.session_of_row = array("i"), array("i"), array("i")
         # Numbers of each row; NaN where missing.
         self.rewards, self.confidences, self.propensities = array("d"), array("d"), array("d")
@@ -267,15 +268,17 @@ class ExampleTable(Generic[State, Action]):
         return index
 
     def _action(self, text: str, parse: Callable[[], Action]) -> int:
-        """Return the index of an action: of its response text, so 80 and 80.0 are one priority."""
-        spelling = self.action_spellings.index_of(text)
-        if spelling == len(self.action_of_spelling):
-            action = parse()
-            index = self.responses.index_of(self.kind.render_action(action))
-            self.action_of_spelling.append(index)
-            if index == len(self.action_texts):
-                self.action_texts.append(json_line(self.kind.action_to_json(action)))
-        return self.action_of_spelling[spelling]
+        """Return the index of an action's spelling, which is parsed and rendered if it is new.
+
+        Spellings with one response are one action to compare: 80 and 80.0, or other ids.
+        """
+        spelling = self.spellings.index_of(text)
+        if spelling == len(self.response_of_spelling):
+            action, kind = parse(), self.kind
+            response = kind.render_action(kind.without_ids(action))
+            self.response_of_spelling.append(self.responses.index_of(response))
+            self.action_texts.append(json_line(kind.action_to_json(action)))
+        return spelling
 
 
 def read_examples(path: Path, kind: TypedKind[State, Action]) -> Examples[State, Action]:

@@ -156,6 +156,8 @@ class PairReport:
             same prompt, and rests on more decisions; on a tie both are dropped.
         unique: pairs left.
         contradicted_by_single_decisions: pairs left whose ``is_contradicted`` is true.
+        beyond_actions: pairs left with an answer that is not among the kind's ``actions()``, such
+            as another priority: a policy that chooses among those never gives it.
         paired_examples: decisions that at least one pair rests on.
         unpaired_examples: the others, by reason.
         unlabelled_examples: unpaired decisions with a reward of zero, which are good for no label.
@@ -168,6 +170,7 @@ class PairReport:
     contradictions: Count
     unique: Count
     contradicted_by_single_decisions: Count
+    beyond_actions: Count
     paired_examples: Count
     unpaired_examples: UnpairedCounts
     unlabelled_examples: Count
@@ -249,6 +252,7 @@ def form_pairs(
     kept, duplicates, contradictions = resolve(drafts, arms, columns.prompts)
     evidence = [_evidence(draft, arms, table, options.threshold) for draft in kept]
     unpaired = _unpaired(drafts, kept, arms, table, options.threshold)
+    pairs = _pairs(kept, arms, table, options.weight)
     report = PairReport(
         examples=len(table),
         contexts=len(np.unique(contexts)),
@@ -257,11 +261,20 @@ def form_pairs(
         contradictions=contradictions,
         unique=len(kept),
         contradicted_by_single_decisions=sum(each.is_contradicted for each in evidence),
+        beyond_actions=_count_beyond_actions(pairs, kind),
         paired_examples=len(table) - len(unpaired),
         unpaired_examples=unpaired.count_by_reason(),
         unlabelled_examples=unpaired.count_unlabelled(),
     )
-    return PairFormation(_pairs(kept, arms, table, options.weight), evidence, unpaired, report)
+    return PairFormation(pairs, evidence, unpaired, report)
+
+
+def _count_beyond_actions(pairs: Sequence[PreferencePair], kind: TypedKind[State, Action]) -> int:
+    """Count the pairs with an answer that the kind does not list; a kind may list none."""
+    listed = {kind.render_action(action) for action in kind.actions()}
+    if not listed:
+        return 0
+    return sum(pair.chosen not in listed or pair.rejected not in listed for pair in pairs)
 
 
 def _pairs(

@@ -6,6 +6,7 @@ A new kind is one file with a state and an action dataclass (see ``schema``), on
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from abc import ABC, abstractmethod
@@ -55,12 +56,15 @@ class TypedKind(ABC, Generic[State, Action]):
         state_schema: reads the states.
         action_schema: reads the actions.
         classes: every value of ``action_class``.
+        id_fields: fields of an action that hold ids. No prompt shows ids, so a model cannot know
+            them: they are left out of the responses that it is trained on.
     """
 
     name: str
     state_schema: RecordSchema[State]
     action_schema: RecordSchema[Action]
     classes: tuple[str, ...]
+    id_fields: tuple[str, ...] = ()
 
     def parse_state(self, data: object, where: str) -> State:
         """Return the state that decoded JSON holds; InputError names ``where`` and each fault."""
@@ -81,6 +85,12 @@ class TypedKind(ABC, Generic[State, Action]):
     def render_action(self, action: Action) -> str:
         """Return the response text: the action as JSON with an indent of two spaces."""
         return json_text(to_json(action))
+
+    def without_ids(self, action: Action) -> Action:
+        """Return the action with None for its ``id_fields``."""
+        if not self.id_fields:
+            return action
+        return dataclasses.replace(action, **dict.fromkeys(self.id_fields))
 
     def parse_response(self, text: str) -> Action:
         """Return the action that a response text holds; the inverse of ``render_action``.

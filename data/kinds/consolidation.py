@@ -122,6 +122,7 @@ class ConsolidationKind(TypedKind[ConsolidationState, ConsolidationAction]):
     state_schema = RecordSchema(ConsolidationState)
     action_schema = RecordSchema(ConsolidationAction)
     classes = ("merge", "dedupe", "archive", "abstract", "keep")
+    id_fields = ("target_entries",)
 
     def render_prompt(self, state: ConsolidationState) -> str:
         """Return the document's prompt."""

@@ -169,3 +169,23 @@ def test_kinds_and_simulator_do_without_torch() -> None:
     code = "import sys, dpo.data.kinds, dpo.data.simulate; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@every_kind
+def test_ids_are_what_no_action_to_choose_among_has(kind: PolicyKind) -> None:
+    fields = {field.name for field in dataclasses.fields(kind.actions()[0])}
+    set_fields = {
+        name for name in fields if any(getattr(each, name) is not None for each in kind.actions())
+    }
+    assert set(kind.id_fields) == fields - set_fields
+
+
+@every_kind
+@quick
+@given(data=st.data())
+def test_an_action_without_ids_is_the_same_but_for_them(kind: PolicyKind, data: Any) -> None:
+    action = data.draw(actions(kind))
+    without = kind.without_ids(action)
+    assert all(getattr(without, name) is None for name in kind.id_fields)
+    ids = {name: getattr(action, name) for name in kind.id_fields}
+    assert dataclasses.replace(without, **ids) == action

@@ -1,6 +1,8 @@
 """Pairs: what is compared, what is chosen, and that nothing degenerate comes out."""
 
+import dataclasses
 import itertools
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.examples import Example, ExampleMetadata, Examples, ExampleTable
+from dpo.data.kinds import KINDS, PolicyKind
 from dpo.data.kinds.consolidation import (
     CONSOLIDATION,
     ConsolidationAction,
@@ -315,6 +318,67 @@ def test_unpaired_decisions_keep_label_and_reason() -> None:
     assert {each.reason for each in formation.unpaired[1:]} == {"one_action"}
     assert formation.report.unlabelled_examples == 1
     assert formation.unpaired[0].completion == EXTRACTION.render_action(STORE)
+
+
+# --- what a policy can answer --------------------------------------------------------------------
+
+
+def consolidation_decisions(*actions: tuple[ConsolidationAction, float]) -> list[Any]:
+    return [
+        dataclasses.replace(consolidation_example(0.8, "keep", reward, f"d{index}"), action=action)
+        for index, (action, reward) in enumerate(actions)
+    ]
+
+
+def test_ids_of_entries_are_in_the_examples_but_in_no_answer() -> None:
+    first, second = (
+        ConsolidationAction("merge", (entry,), merge_strategy="union") for entry in ("e1", "e2")
+    )
+    decisions = consolidation_decisions(
+        (first, 0.9), (second, 0.7), (ConsolidationAction("keep"), 0)
+    )
+    formation = form_pairs(decisions, CONSOLIDATION)
+    ((pair, evidence),) = zip(formation.pairs, formation.evidence, strict=True)
+    assert pair.chosen == CONSOLIDATION.render_action(
+        ConsolidationAction("merge", merge_strategy="union")
+    )
+    assert evidence.chosen_ids == ("d0", "d1")
+    assert evidence.chosen_reward == pytest.approx(0.8)
+    kept = Examples.of(decisions, CONSOLIDATION)
+    assert [each.action for each in kept] == [each.action for each in decisions]
+    assert [json.loads(kept.line(row))["action"].get("targetEntries") for row in range(3)] == [
+        ["e1"],
+        ["e2"],
+        None,
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_answers_are_those_a_policy_chooses_among(kind: PolicyKind) -> None:
+    table = ExampleTable(kind)
+    for decision in simulate(kind.name, 400, 0, situations=10, exploration=1):
+        table.append_decision(decision, "here")
+    formation = form_pairs(table.all(), kind, PairOptions(strategy="all"))
+    listed = {kind.render_action(action) for action in kind.actions()}
+    assert formation.pairs
+    assert {text for pair in formation.pairs for text in (pair.chosen, pair.rejected)} <= listed
+    assert formation.report.beyond_actions == 0
+
+
+def test_pairs_with_an_action_beyond_those_are_counted() -> None:
+    unlisted = ExtractionAction("store", "knowledge", 33)
+    formation = form_pairs(
+        [example(unlisted, 0.9), example(STORE, 0.5), example(SKIP, 0.1)],
+        EXTRACTION,
+        PairOptions(strategy="all"),
+    )
+    assert (formation.report.unique, formation.report.beyond_actions) == (3, 2)
+
+
+def test_a_kind_that_lists_no_actions_has_none_beyond_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(EXTRACTION), "actions", lambda _: ())
+    report = form_pairs([example(STORE, 0.5), example(SKIP, 0)], EXTRACTION).report
+    assert (report.unique, report.beyond_actions) == (1, 0)
 
 
 # --- contradictions between contexts -------------------------------------------------------------
