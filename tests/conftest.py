@@ -34,9 +34,11 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 @pytest.fixture
 def make_model() -> Callable[..., Decoder]:
-    """Make a tiny Llama; keywords change its config.json, ``seed`` and ``dtype`` its numbers."""
+    """Make a tiny Llama; keywords change its config.json; the others its numbers."""
 
-    def make(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> Decoder:
+    def make(
+        seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 5.0, **changes: object
+    ) -> Decoder:
         config = {
             "model_type": "llama",
             "architectures": ["LlamaForCausalLM"],
@@ -52,7 +54,7 @@ def make_model() -> Callable[..., Decoder]:
         model = init_model(parse_config(config | changes), seed=seed, dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(5.0)  # logits that differ, so that a wrong one shows
+                parameter.mul_(scale)  # logits that differ, so that a wrong one shows
         return model
 
     return make

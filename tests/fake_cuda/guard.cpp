@@ -2,7 +2,7 @@
 // torch without CUDA. It registers a device guard and hooks that answer "there is one GPU"; no kernel can run.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch/extension.h>
+#include <pybind11/pybind11.h>
 
 namespace {
 

@@ -1,4 +1,8 @@
-"""A training step on fake CUDA tensors, in a process of its own; prints what it found as JSON.
+"""A training step on fake CUDA tensors in each of some precisions, in a process of its own.
+
+    python tests/fake_cuda/step.py BUILD_FOLDER float32 bf16-mixed
+
+Prints what it found as JSON, by precision.
 
 Placement, dtypes and the absence of host reads are real; values are not. A host read in a
 micro-batch (``.item()``, ``bool(tensor)``) raises on fake tensors, and so does mixing devices.
@@ -63,12 +67,8 @@ def pairs() -> list[TokenizedPair]:
     return [TokenizedPair(ids(7), ids(3), ids(4)), TokenizedPair(ids(5), ids(6), ids(2))]
 
 
-def main(build_folder: str, precision_name: str) -> None:
-    """Run the step."""
-    install_fake_cuda(Path(build_folder))
-    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
-    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
-    torch.cuda.is_bf16_supported = lambda *_: True
+def step(precision_name: str) -> dict[str, object]:
+    """Run the step and return what it found."""
     precision, device = PRECISIONS[precision_name], torch.device("cuda")
     config = {
         "model_type": "llama",
@@ -98,7 +98,7 @@ def main(build_folder: str, precision_name: str) -> None:
         norm = clip_gradients(model.parameters(), 1.0)
         optimizer.step()
     parameters = list(model.parameters())
-    found = {
+    return {
         "devices": sorted({str(p.grad.device.type) for p in parameters if p.grad is not None}),
         "gradients": sorted({str(p.grad.dtype) for p in parameters if p.grad is not None}),
         "log_probs": str(scored.tokens.log_probs.dtype),
@@ -109,7 +109,15 @@ def main(build_folder: str, precision_name: str) -> None:
         "has_fused_adamw": any("_fused_adamw" in name for name in operations.names),
         "has_host_read": any("_local_scalar_dense" in name for name in operations.names),
     }
-    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def main(build_folder: str, *precisions: str) -> None:
+    """Run and print."""
+    install_fake_cuda(Path(build_folder))
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda *_: True
+    sys.stdout.write(json.dumps({name: step(name) for name in precisions}) + "\n")
 
 
 if __name__ == "__main__":
