@@ -83,8 +83,6 @@ def build_dataset(
     options = options or BuildOptions()
     table, left = _read(feedback, kind, options)
     examples = _draw(table.all(), options)
-    if not len(examples):
-        raise InputError(_nothing_left(kind.name, left))
     columns = examples.columns()
     is_eval = _evaluation_side(columns, table, options)
     is_removed = _removed(columns, is_eval, options)
@@ -112,6 +110,9 @@ def _read(
 
     Returns:
         The table, and by the name of each filter how many decisions it left.
+
+    Raises:
+        InputError: no decision is left; it names the filter that took the last.
     """
     table = ExampleTable(kind)
     wanted = options.wanted(kind.name)
@@ -129,6 +130,8 @@ def _read(
     for name in FILTERS:
         seen -= refused[name]
         left[name] = seen
+    if not seen:
+        raise InputError(f"{store}: {_nothing_left(kind.name, left)}")
     return table, left
 
 
@@ -152,7 +155,7 @@ def _draw(examples: Examples[State, Action], options: BuildOptions) -> Examples[
 def _nothing_left(policy: str, left: Mapping[str, int]) -> str:
     """Say which filter took the last decision."""
     if not left["policy"]:
-        return f"the store has no decisions of the policy {policy!r}"
+        return f"no decisions of the policy {policy!r}"
     name = next(name for name, count in left.items() if not count)
     before = [count for count in left.values() if count]
     return (

@@ -110,6 +110,13 @@ def build(
     from dpo.data.stores import open_store
 
     build_options = BuildOptions(**{name: _given(value) for name, value in options.items()})
+    pair_options = PairOptions(
+        match=match,
+        margin=margin,
+        strategy=strategy,
+        max_pairs_per_context=max_pairs_per_context,
+        weight=weight,
+    )
     with open_store(feedback) as store:
         try:
             dataset = build_dataset(store, KINDS[policy], build_options)
@@ -118,13 +125,7 @@ def build(
     written = write_dataset(
         dataset,
         out,
-        pair_options=PairOptions(
-            match=match,
-            margin=margin,
-            strategy=strategy,
-            max_pairs_per_context=max_pairs_per_context,
-            weight=weight,
-        ),
+        pair_options=pair_options,
         min_pairs=min_pairs,
         created_at=created_at,
         replace=replace,

@@ -20,11 +20,12 @@ from typing import Any
 from dpo.data.card import dataset_card
 from dpo.data.dataset import BuildOptions, Dataset, DatasetStats
 from dpo.data.examples import Examples, read_examples
+from dpo.data.filters import parse_moment
 from dpo.data.kinds import KINDS, PolicyKind
 from dpo.data.kinds.base import Action, State
 from dpo.data.kinds.schema import RecordSchema, to_json
 from dpo.data.pairs import PairFormation, PairOptions, PairReport, UnpairedExample, form_pairs
-from dpo.data.records import format_time, parse_time
+from dpo.data.records import format_time
 from dpo.data.texts import json_line
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_directory, read_json, write_json, write_manifest
@@ -65,8 +66,7 @@ def write_dataset(
         InputError: fewer than ``min_pairs`` different training pairs, or the folder exists.
     """
     options = pair_options or PairOptions()
-    created = dataset.stats.date_range.end if created_at is None else created_at
-    created = format_time(parse_time(created))
+    created = format_time(parse_moment("created_at", created_at or dataset.stats.date_range.end))
     name = dataset.kind.name
     train = form_pairs(dataset.train, dataset.kind, options)
     check_enough_pairs(train.report, min_pairs)

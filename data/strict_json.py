@@ -18,7 +18,7 @@ def decode_json(text: str | bytes, where: str) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        value = _DECODER.decode(text)
+        value = _DECODER.decode(text.rstrip())  # so that an end too early is still on line 1
         if "\\ud" in text or "\\uD" in text:
             _ENCODER.encode(value).encode()
     except (ValueError, RecursionError) as error:
