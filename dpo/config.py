@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from dpo.errors import InputError
-from dpo.tokenization import TokenizeOptions
+from dpo.tokenize_config import TokenizeOptions
 from dpo.train_config import TrainConfig
 
 if TYPE_CHECKING:

@@ -39,6 +39,7 @@ def training_identity(
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
         "total_steps": config.total_steps(len(pairs)) if config.schedule != "constant" else None,
+        "decay_share": config.decay_share,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,

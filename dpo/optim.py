@@ -8,6 +8,7 @@ To add a schedule: a function of those three and a line in ``SCHEDULES``, by whi
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -120,3 +121,11 @@ SCHEDULES: Final[dict[str, Schedule]] = {
     "constant": constant,
     "wsd": warmup_stable_decay,
 }
+
+
+def make_schedule(name: str, *, decay_share: float | None = None) -> Schedule:
+    """Return the schedule of a name in ``SCHEDULES``, wsd with its ``decay_share`` if given."""
+    if decay_share is None:
+        return SCHEDULES[name]
+    assert name == "wsd", f"{name} has no decay_share"
+    return partial(warmup_stable_decay, decay_share=decay_share)

@@ -30,6 +30,7 @@ _RANGES: dict[str, _Range] = {
     "steps": _AT_LEAST_ONE,
     "learning_rate": _ABOVE_ZERO,
     "warmup_steps": _AT_LEAST_ZERO,
+    "decay_share": ("in (0, 1]", lambda value: 0 < value <= 1),
     "weight_decay": _AT_LEAST_ZERO,
     "max_grad_norm": _ABOVE_ZERO,
     "beta1": _FRACTION,
@@ -52,7 +53,8 @@ class TrainConfig:
 
     The defaults of the optimizer are those of ``torch.optim.AdamW``, without weight decay; the
     learning rate is that of Rafailov et al. 2023 (arXiv 2305.18290, appendix B); the linear decay
-    and the clipping at 1 are TRL's.
+    and the clipping at 1 are TRL's; the share that wsd decays over is that of Hägele et al. 2024
+    (arXiv 2405.18392).
 
     Raises:
         InputError: values are out of range or options contradict each other; names all faults.
@@ -71,6 +73,9 @@ class TrainConfig:
     learning_rate: Annotated[float, "Peak learning rate, > 0."] = 1e-6
     warmup_steps: Annotated[int, "Steps of linear warm-up from 0, >= 0."] = 0
     schedule: Annotated[Schedule, "Learning rate after the warm-up."] = "linear"
+    decay_share: Annotated[
+        float | None, "Share of the steps that wsd decays over, in (0, 1]; 0.2 with wsd."
+    ] = None
     weight_decay: Annotated[float, "Decoupled weight decay of the weight matrices, >= 0."] = 0.0
     max_grad_norm: Annotated[
         float | None, "L2 norm to which gradients are clipped, > 0; none leaves them."
@@ -120,6 +125,8 @@ class TrainConfig:
             object.__setattr__(self, "tokens_per_micro_batch", 8192)
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 1)
+        if self.decay_share is None and self.schedule == "wsd":
+            object.__setattr__(self, "decay_share", 0.2)
 
     def total_steps(self, pairs: int) -> int:
         """Return the optimizer steps of a run over so many pairs."""
@@ -139,6 +146,8 @@ class TrainConfig:
             yield "train.micro_batch_size and train.tokens_per_micro_batch: give one, not both"
         if self.epochs is not None and self.steps is not None:
             yield "train.epochs and train.steps: give one, not both"
+        if self.decay_share is not None and self.schedule != "wsd":
+            yield f"train.decay_share is for train.schedule = wsd, which is {self.schedule}"
         if self.early_stopping is not None and self.eval_every is None:
             yield "train.early_stopping needs train.eval_every: it counts evaluations"
         if self.keep_best and self.eval_every is None:

@@ -23,7 +23,7 @@ from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.losses import Loss, PairLogProbs, make_loss
 from dpo.metrics import ALWAYS_LOGGED, MetricSums
-from dpo.optim import SCHEDULES, adamw, clip_gradients, parameter_groups, set_learning_rate
+from dpo.optim import adamw, clip_gradients, make_schedule, parameter_groups, set_learning_rate
 from dpo.policy import Policy
 from dpo.precision import precision_of
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
@@ -133,6 +133,7 @@ class Trainer:
         )
         self.sampler = StepSampler(len(pairs), self.config.batch_size, self.config.seed)
         self.total_steps = self.config.total_steps(len(pairs))
+        self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
         self.optimizer = adamw(
             parameter_groups(policy, self.config.weight_decay),
             learning_rate=self.config.learning_rate,
@@ -309,9 +310,7 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Learning rate of the next optimizer step."""
-        factor = SCHEDULES[self.config.schedule](
-            self.step, self.config.warmup_steps, self.total_steps
-        )
+        factor = self._schedule(self.step, self.config.warmup_steps, self.total_steps)
         return self.config.learning_rate * factor
 
     # Looking

@@ -228,6 +228,14 @@ def test_config_file_is_refused_by_key_found_and_expected(
             {"train__micro_batch_size": "1", "train__tokens_per_micro_batch": "1"},
             "train.micro_batch_size and train.tokens_per_micro_batch: give one, not both",
         ),
+        (
+            {"train__decay_share": "0.1"},
+            "train.decay_share is for train.schedule = wsd, which is linear",
+        ),
+        (
+            {"train__decay_share": "0", "train__schedule": "wsd"},
+            "train.decay_share must be in (0, 1], got 0.0",
+        ),
         ({"train__early_stopping": "2"}, "train.early_stopping needs train.eval_every"),
         ({"train__keep_best": True}, "train.keep_best needs train.eval_every"),
         (
@@ -319,6 +327,12 @@ def test_unknown_handling_of_bad_rows_is_refused_in_python() -> None:
 def test_token_budget_is_the_default_unless_pairs_are_given() -> None:
     assert TrainConfig().tokens_per_micro_batch == 8192
     assert TrainConfig(micro_batch_size=2).tokens_per_micro_batch is None
+
+
+def test_wsd_decays_over_a_fifth_unless_a_share_is_given() -> None:
+    assert TrainConfig(schedule="wsd").decay_share == 0.2
+    assert TrainConfig(schedule="wsd", decay_share=0.1).decay_share == 0.1
+    assert TrainConfig().decay_share is None
 
 
 def test_a_resolved_train_config_can_be_replaced_in_part() -> None:

@@ -13,6 +13,7 @@ from dpo.optim import (
     SCHEDULES,
     adamw,
     clip_gradients,
+    make_schedule,
     parameter_groups,
     set_learning_rate,
     warmup_stable_decay,
@@ -210,6 +211,12 @@ class TestSchedules:
         assert factors("wsd", 10, 100) == pytest.approx(
             transformers_factors(schedule, 100), abs=1e-12
         )
+
+    def test_share_that_wsd_decays_over_can_be_chosen(self) -> None:
+        schedule = make_schedule("wsd", decay_share=0.4)
+        factors = [schedule(step, 0, 5) for step in range(6)]
+        assert factors == pytest.approx([1, 1, 1, 1, 0.5, 0])
+        assert make_schedule("wsd") is SCHEDULES["wsd"]
 
     def test_decay_of_wsd_begins_after_the_warm_up(self) -> None:
         """A decay over all 10 updates would begin at 0; the warm-up takes the first 5."""

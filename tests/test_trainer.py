@@ -401,6 +401,25 @@ def test_column_that_the_loss_ignores_is_refused(
         Trainer(make_model(), pairs, PLAIN, loss="sft")
 
 
+def test_learning_rate_of_each_step_is_that_of_the_schedule(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    config = replace(PLAIN, schedule="wsd", decay_share=0.6, warmup_steps=1)
+    trainer = Trainer(make_model(), make_pairs(), config)
+    rates = [step.metrics["learning_rate"] for step in trainer if step.metrics is not None]
+    assert rates == pytest.approx([0, 1e-2, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
+
+
+def test_other_share_of_wsd_is_refused_when_resuming(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    config = replace(PLAIN, schedule="wsd")
+    trainer = Trainer(make_model(), make_pairs(), config)
+    other = Trainer(make_model(), make_pairs(), replace(config, decay_share=0.1))
+    with pytest.raises(InputError, match=r"decay_share was 0\.2 and is 0\.1"):
+        other.restore({}, trainer.state())
+
+
 def test_early_stopping_counts_evaluations_without_a_lower_loss(
     make_model: MakeModel, make_pairs: MakePairs
 ) -> None:
