@@ -35,7 +35,7 @@ def view_tokens(
     for tokenization in _tokenize(named, tokenizer, findings):
         findings += _reported(tokenization)
         for row in tokenization.pairs:
-            findings += _found(row, tokenizer, max_length)
+            findings += _found(row, named[int(row.id)], tokenizer, max_length)
             lengths.append((len(row.chosen_ids), len(row.rejected_ids)))
     return TokenView(sorted(findings), lengths)
 
@@ -73,7 +73,7 @@ def _reported(tokenization: Tokenization) -> Iterator[TokenFinding]:
 
 
 def _found(
-    row: TokenizedPair, tokenizer: Tokenizer, max_length: int | None
+    row: TokenizedPair, pair: PreferencePair, tokenizer: Tokenizer, max_length: int | None
 ) -> Iterator[TokenFinding]:
     """Yield what the ids of one row show."""
     index = int(row.id)
@@ -82,6 +82,14 @@ def _found(
         yield TokenFinding(index, "too-long", f"{longest} tokens, max_length {max_length}")
     if row.prompt_ids[:2].tolist() == [tokenizer.bos_id] * 2:
         yield TokenFinding(index, "doubled-special", "the prompt begins with two begin tokens")
-    for name, ids in (("chosen", row.chosen_ids), ("rejected", row.rejected_ids)):
-        if any(id_ in tokenizer.eos_ids for id_ in ids[:-1].tolist()):
-            yield TokenFinding(index, "doubled-special", f"{name} has an end token before its end")
+    ends = []
+    for name, ids, answer in (
+        ("chosen", row.chosen_ids, pair.chosen),
+        ("rejected", row.rejected_ids, pair.rejected),
+    ):
+        count = sum(id_ in tokenizer.eos_ids for id_ in ids.tolist())
+        messages = 1 if isinstance(answer, str) else len(answer)
+        if count > messages:
+            ends.append(f"{name} has {count} end tokens where {messages} would do")
+    if ends:
+        yield TokenFinding(index, "doubled-special", "; ".join(ends))

@@ -180,6 +180,26 @@ def test_special_tokens_are_those_of_the_tokenizer(model: str, tmp_path: Path) -
     )
 
 
+def test_template_that_goes_on_after_the_end_token_doubles_nothing(
+    model: str, tmp_path: Path
+) -> None:
+    end = byte_tokenizer().special_tokens["eos_token"]
+    messages = "{% for message in messages %}{{ message['content'] }}"
+    answers = {
+        name: [{"role": role, "content": text} for role in ("assistant", "assistant")]
+        for name, text in (("chosen", "yes"), ("rejected", "no"))
+    }
+    path = write(tmp_path / "a.jsonl", {"prompt": [{"role": "user", "content": "x"}], **answers})
+    for ending, expected in ((f"{end}\\n", []), (f"{end}{end}", [("doubled-special", 0)])):
+        template = f"{messages}{{{{ '{ending}' }}}}{{% endfor %}}"
+        (Path(model) / "chat_template.jinja").write_text(template, "utf-8")
+        findings = examine([path], DoctorOptions({}, model=model)).findings
+        assert [(each.check, each.row) for each in findings] == expected, ending
+    assert findings[0].detail == (
+        "chosen has 3 end tokens where 2 would do; rejected has 3 end tokens where 2 would do"
+    )
+
+
 def test_rows_that_the_template_refuses_do_not_hide_others(model: str, tmp_path: Path) -> None:
     template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
