@@ -27,7 +27,16 @@ MANIFEST = "manifest.json"
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replace the file ``path`` by ``data`` in one step, making its folder if needed."""
+    """Replace the file ``path`` by ``data`` in one step, making its folder if needed.
+
+    A link stays, and the file that it leads to is replaced.
+
+    Raises:
+        InputError: ``path`` is a device or the like, which would be replaced, not written to.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is a device or a pipe: name a file, which is written whole")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
     try:

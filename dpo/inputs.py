@@ -242,17 +242,15 @@ def _tokenize(
 ) -> TokenizedPairs:
     """Tokenize pairs of a source, and tell what became of them."""
     with console.bar("tokenize", len(pairs), unit="pairs") as bar:
-        try:
-            result = tokenize_pairs(
-                pairs,
-                models.tokenizer,
-                config.tokenize,
-                on_bad_row=config.on_bad_row,
-                cache_dir=cache_folder("tokens"),
-                progress=bar.update,
-            )
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
+        result = tokenize_pairs(
+            pairs,
+            models.tokenizer,
+            config.tokenize,
+            source=source,
+            on_bad_row=config.on_bad_row,
+            cache_dir=cache_folder("tokens"),
+            progress=bar.update,
+        )
         bar.update(len(pairs))  # tokens from the cache are done too
     summary, *notes = result.report.describe()
     console.say(summary)

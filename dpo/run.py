@@ -68,6 +68,8 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         SystemExit: a signal stopped the run after a checkpoint; the code is 128 + its number.
     """
     folder = Path(config.out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
     with FolderLock(folder), explained_lack_of_memory():
         for place in (folder, folder / CHECKPOINTS):
             remove_leftovers(place)

@@ -67,6 +67,7 @@ def tokenize_pairs(
     tokenizer: Tokenizer,
     options: TokenizeOptions | None = None,
     *,
+    source: str = "tokens",
     on_bad_row: str = "error",
     cache_dir: Path | None = None,
     progress: Callable[[int, int], object] | None = None,
@@ -77,6 +78,7 @@ def tokenize_pairs(
         pairs: those without an id are named by their row: ``row-1`` and so on.
         tokenizer: of the model that is to read them.
         options: the defaults if None.
+        source: where the pairs are from, for messages about them.
         on_bad_row: at rows that the template refuses, or over a limit with truncation "error":
             "error" refuses the pairs, "skip" drops such rows.
         cache_dir: where tokens are kept between runs; None keeps none.
@@ -90,13 +92,13 @@ def tokenize_pairs(
         raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
     pair_by_id = _by_id(pairs)
     if cache_dir is None:
-        return _tokenize(pair_by_id, tokenizer, options, on_bad_row, progress)
+        return _tokenize(pair_by_id, tokenizer, options, source, on_bad_row, progress)
     settings = json.dumps([asdict(options), on_bad_row, sorted(tokenizer.eos_ids)])
     entry = Path(cache_dir) / token_cache.content_key(pairs, tokenizer.fingerprint, settings)
     faults = token_cache.faults_of(entry) if entry.exists() else []
     if entry.exists() and not faults:
         return token_cache.load(entry)
-    result = _tokenize(pair_by_id, tokenizer, options, on_bad_row, progress)
+    result = _tokenize(pair_by_id, tokenizer, options, source, on_bad_row, progress)
     token_cache.store(entry, result)
     told = f"made again: {faults[0]}" if faults else "stored"
     return Tokenization(token_cache.load(entry).pairs, replace(result.report, cache=told))
@@ -137,6 +139,7 @@ def _tokenize(
     pair_by_id: dict[str, PreferencePair],
     tokenizer: Tokenizer,
     options: TokenizeOptions,
+    source: str,
     on_bad_row: str,
     progress: Callable[[int, int], object] | None,
 ) -> Tokenization:
@@ -152,10 +155,11 @@ def _tokenize(
             progress(done, len(pair_by_id))
     notes = work.notes
     if notes.faults and on_bad_row == "error":
-        raise InputError(list_faults("tokens", [": ".join(note) for note in notes.faults]))
+        raise InputError(list_faults(source, [": ".join(note) for note in notes.faults]))
     dropped = (*notes.dropped, *notes.faults)
     if not rows:
-        raise InputError(list_faults("no row is left", [": ".join(note) for note in dropped]))
+        reasons = [": ".join(note) for note in dropped]
+        raise InputError(list_faults(f"{source}: no row is left", reasons))
     is_dated = template is not None and "strftime_now" in template.source
     report = TokenizationReport(
         rows=len(pair_by_id),

@@ -93,6 +93,8 @@ NULL = [{"role": "assistant", "content": None}]
             },
             "chosen[0].content is null",
         ),
+        ({**GOOD, "id": "row-1"}, "id 'row-1' is already that of "),
+        ('{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}', "one key twice"),
         (b'{"prompt": "\xff\xfe", "chosen": "b", "rejected": "c"}', "not UTF-8: "),
         ('{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "half of a surrogate pair"),
     ],
@@ -170,7 +172,7 @@ def test_row_longer_than_max_length_is_refused_or_skipped_and_counted(
     data = write_lines(tmp_path / "pairs.jsonl", *OTHERS, LONG)
     options = ("--max-length", "30")
     result = dpo_train(model_folder, data, tmp_path / "RUN", *options)
-    assert_refused(result, f"{data}: tokens: 1 faulty row\nthe long one: 41 tokens, max_length 30")
+    assert_refused(result, f"{data}: 1 faulty row\nthe long one: 41 tokens, max_length 30")
 
     result = dpo_train(model_folder, data, tmp_path / "RUN", *options, "--on-bad-row", "skip")
     assert result.exit_code == 0, result.output
@@ -180,7 +182,7 @@ def test_row_longer_than_max_length_is_refused_or_skipped_and_counted(
 def test_long_rows_are_refused_together(tmp_path: Path, model_folder: Path) -> None:
     data = write_lines(tmp_path / "pairs.jsonl", *OTHERS, *[{**LONG, "id": n} for n in range(25)])
     result = dpo_train(model_folder, data, tmp_path / "RUN", "--max-length", "30")
-    assert_refused(result, f"{data}: tokens: 25 faulty rows\n", "\n19: 41 tokens", "\nand 5 more\n")
+    assert_refused(result, f"{data}: 25 faulty rows\n", "\n19: 41 tokens", "\nand 5 more\n")
 
 
 def test_data_of_long_rows_alone_is_refused(tmp_path: Path, model_folder: Path) -> None:
@@ -220,6 +222,31 @@ def point_outside(folder: Path) -> None:
     index.write_text(index.read_text().replace("model-00002-of", "../model-00002-of"))
 
 
+def cut_shard(folder: Path) -> None:
+    shard(folder)
+    path = next(folder.glob("model-00002-of-*"))
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def name_number_in_index(folder: Path) -> None:
+    index = shard(folder)
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = 3
+    index.write_text(json.dumps(content))
+
+
+def change_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace weights, whose names have underscores for dots; None removes one."""
+    path = folder / "model.safetensors"
+    new = {name.replace("_", "."): weight for name, weight in changes.items()}
+    weights = {**load_file(path), **new}
+    save_file({name: weight for name, weight in weights.items() if weight is not None}, path)
+
+
+def leave_pickles_alone(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
 def change_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -243,6 +270,27 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("{}/model.safetensors: damaged or cut off: ",),
     ),
     "scrambled": (scramble_header, ("{}/model.safetensors: damaged or cut off: ",)),
+    "pickles alone": (
+        leave_pickles_alone,
+        ("{}: no weights: ", "(pytorch_model.bin are pickles, which are never opened)"),
+    ),
+    "missing weight": (
+        lambda folder: change_weights(folder, model_norm_weight=None),
+        ("{}: 1 weights are missing: model.norm.weight",),
+    ),
+    "foreign weight": (
+        lambda folder: change_weights(folder, model_extra=torch.zeros(1)),
+        ("{}/model.safetensors: 1 weights have no place in this architecture: model.extra",),
+    ),
+    "whole numbers": (
+        lambda folder: change_weights(folder, model_norm_weight=torch.ones(16).int()),
+        ("{}/model.safetensors: 1 weights do not fit: model.norm.weight is stored as I32",),
+    ),
+    "cut shard": (cut_shard, ("{}/model-00002-of-", "damaged or cut off: ")),
+    "index of numbers": (
+        name_number_in_index,
+        ("{}/model.safetensors.index.json: not a safetensors index",),
+    ),
     "absent shard": (
         remove_shard,
         ("{}/model.safetensors.index.json: weight_map names absent files: model-00002-of-",),
@@ -377,7 +425,16 @@ def test_faulty_option_is_refused_by_name(
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("out", ["file", "file/RUN", "/proc/RUN"])
+def test_file_in_the_place_of_the_folder_is_refused(
+    tmp_path: Path, model_folder: Path, data: Path
+) -> None:
+    out = write_lines(tmp_path / "file", "in the way")
+    result = dpo_train(model_folder, data, out)
+    assert_refused(result, f"{out} is a file: --out of dpo train is the folder of the run")
+    assert out.read_text(encoding="utf-8") == "in the way\n"
+
+
+@pytest.mark.parametrize("out", ["file/RUN", "/proc/RUN"])
 def test_place_that_cannot_be_written_to_is_named(
     tmp_path: Path, model_folder: Path, data: Path, out: str
 ) -> None:

@@ -52,6 +52,20 @@ def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) 
     assert names(path.parent) == ["a.txt"]
 
 
+def test_atomic_write_replaces_what_a_link_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    atomic_write(tmp_path / "link", "there")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "there"
+
+
+def test_atomic_write_refuses_to_replace_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is a device or a pipe: name a file"):
+        atomic_write(tmp_path / "pipe", "there")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_failed_atomic_write_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     atomic_write(path, "first")

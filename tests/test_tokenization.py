@@ -373,7 +373,7 @@ class TestRows:
         assert seen == [(512, 600), (600, 600)]
 
     def test_nothing_left_is_an_error_that_says_why(self) -> None:
-        with pytest.raises(InputError, match="no row is left: 1 faulty row\nrow-1: 10 tokens"):
+        with pytest.raises(InputError, match="no row is left: 1 faulty row\nrow-1: 10 tok"):
             report_on(TEXT, options=TokenizeOptions(max_length=2, truncation="drop"))
 
     def test_report_tells_all(self) -> None:
