@@ -192,18 +192,17 @@ class LanguageModelPolicy:
         ``Tokenizer.last_cut``).
         """
         texts = [self.kind.render_action(action) for action in self._actions]
+        if len({tuple(self.tokenizer.encode(text)) for text in texts}) < len(texts):
+            raise InputError(
+                f"{self.name}: the tokenizer writes different {self.kind.name} actions alike"
+            )
         pairs = [
             PreferencePair(last_words, chosen=text, rejected=texts[index - 1])
             for index, text in enumerate(texts)
         ]
-        sequences = [
-            pair.chosen_ids.tolist() for pair in tokenize_pairs(pairs, self.tokenizer).pairs
-        ]
-        if len(set(map(tuple, sequences))) < len(texts):
-            raise InputError(
-                f"{self.name}: the tokenizer writes different {self.kind.name} actions alike"
-            )
-        return build_trie(sequences)
+        return build_trie(
+            [pair.chosen_ids.tolist() for pair in tokenize_pairs(pairs, self.tokenizer).pairs]
+        )
 
     def _log_probs_after(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return the (B, A) log-probs of the actions after B prompts."""

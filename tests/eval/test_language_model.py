@@ -135,8 +135,8 @@ def test_chances_are_shares_of_what_the_actions_have_together(make_model: MakeMo
     chances, log_probs = policy.action_chances(states), policy.action_log_probs(states)
     assert chances.shape == (4, len(EXTRACTION.actions()))
     assert chances.sum(axis=1) == pytest.approx(np.ones(4), abs=1e-12)
-    differences = np.log(chances) - log_probs
-    assert differences == pytest.approx(np.repeat(differences[:, :1], chances.shape[1], axis=1))
+    together = np.logaddexp.reduce(log_probs, axis=1, keepdims=True)
+    assert chances == pytest.approx(np.exp(log_probs - together))
 
 
 def test_chances_do_not_depend_on_the_batches(make_model: MakeModel) -> None:
