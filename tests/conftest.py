@@ -52,8 +52,11 @@ def make_model() -> Callable[..., Decoder]:
             "tie_word_embeddings": True,
         }
         model = init_model(parse_config(config | changes), seed=seed, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.02, generator=generator)
                 parameter.mul_(scale)  # logits that differ, so that a wrong one shows
         return model
 

@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from dpo.models import init_model, parse_config, save_model
 from dpo.tokenizer import byte_tokenizer
 
@@ -36,7 +38,12 @@ def make_model(folder: Path) -> None:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     }
-    save_model(init_model(parse_config(config), seed=0), folder)
+    model, generator = init_model(parse_config(config)), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # the record holds for these numbers, however models are begun
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02, generator=generator)
+    save_model(model, folder)
     tokenizer.save(folder)
 
 
