@@ -28,7 +28,7 @@ from dpo.tokenization import TokenizedPairs
 from dpo.train_config import TrainConfig
 from dpo.trainer import Trainer
 
-PLAIN = TrainConfig(batch_size=4, learning_rate=1e-3, schedule="constant", steps=3)
+PLAIN = TrainConfig(batch_size=4, learning_rate=5e-3, schedule="constant", steps=3)
 HAS_VARLEN = {"float32": False, "bfloat16": True, "bf16-mixed": True, "fp16-mixed": True}
 TESTS = Path(__file__).parent
 MakeModel = Callable[..., Decoder]
@@ -159,7 +159,7 @@ def test_losses_in_a_narrow_dtype_on_the_cpu_equal_float32(
     found = losses(make_smooth_model(), make_pairs(), replace(PLAIN, dtype=dtype))
     assert found == pytest.approx(expected, abs=noise)
     assert found != expected
-    assert abs(expected[-1] - expected[0]) > 0.1
+    assert abs(expected[-1] - expected[0]) > 0.05
 
 
 def test_overflow_of_float16_halves_the_scale_and_takes_no_step(
