@@ -99,6 +99,7 @@ def test_flag_sets_its_key(key: str) -> None:
     needed = {
         "train.keep_best": ("--eval-split", "0.5", "--eval-every", "1"),
         "train.early_stopping": ("--eval-split", "0.5", "--eval-every", "1"),
+        "train.decay_share": ("--schedule", "wsd"),
         "train.eval_every": ("--eval-split", "0.5"),
         "reference_revision": ("--reference", "R"),
         "eval_data_split": ("--eval-data", "E"),

@@ -41,7 +41,7 @@ COMMANDS = {
     "data": Entry("dpo.data.cli:cli", "From an agent's feedback log to preference pairs."),
     "train-policy": Entry(
         "dpo.cli.train_policy:train_policy",
-        "Train a policy that decides: an SFT warm start, then DPO on a data set's pairs.",
+        "Train a POLICY that decides: an SFT warm start, then DPO on the pairs of a data set.",
     ),
     "eval": Entry(
         "dpo.eval.cli:evaluate",
