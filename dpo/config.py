@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from dpo.errors import InputError
 from dpo.tokenize_config import TokenizeOptions
-from dpo.train_config import TrainConfig
+from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
 
 if TYPE_CHECKING:
     from dpo.losses import Loss
@@ -103,7 +103,7 @@ class RunConfig:
         if self.eval_data is not None and self.eval_split is not None:
             yield "eval_data and eval_split: give one, not both"
         if self.eval_data is None and self.eval_split is None:
-            for name in ("eval_every", "keep_best", "early_stopping"):
+            for name in EVALUATION_OPTIONS:
                 if getattr(self.train, name):
                     yield f"train.{name} needs held-out pairs: give eval_data or eval_split"
         for name, needed in (

@@ -15,6 +15,8 @@ Dtype = Literal["float32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
 OnNonfinite = Literal["stop", "skip"]
 
+EVALUATION_OPTIONS = ("eval_every", "keep_best", "early_stopping")  # need held-out pairs
+
 _Range = tuple[str, Callable[[float], bool]]  # in words, and the test
 
 

@@ -30,7 +30,7 @@ from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
 from dpo.throughput import Throughput, peak_memory_mib
 from dpo.tokenization import TokenizedPairs
-from dpo.train_config import TrainConfig
+from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
 
 Metrics = Mapping[str, float]
 Callback = Callable[["Trainer", Metrics], None]
@@ -111,8 +111,8 @@ class Trainer:
             callbacks: called with the trainer and each line of metrics.
 
         Raises:
-            InputError: the loss would ignore a column of the data, or the policy lacks the
-            protocol.
+            InputError: the loss would ignore a column of the data, an option needs held-out pairs
+            that are not given, or the policy lacks the protocol.
         """
         if not isinstance(policy, Policy):
             raise InputError(
@@ -120,6 +120,10 @@ class Trainer:
                 "which dpo.policy.Policy asks for"
             )
         self.config = config or TrainConfig()
+        if eval_pairs is None:
+            for name in EVALUATION_OPTIONS:
+                if getattr(self.config, name):
+                    raise InputError(f"train.{name} needs held-out pairs: give eval_pairs")
         self.policy: Policy = policy
         self.module: nn.Module = policy
         self.loss = make_loss(loss)

@@ -388,6 +388,13 @@ def test_no_pairs_are_refused(make_model: MakeModel, make_pairs: MakePairs) -> N
         Trainer(make_model(), make_pairs(0), PLAIN)
 
 
+def test_evaluations_without_held_out_pairs_are_refused(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    with pytest.raises(InputError, match=r"train\.eval_every needs held-out pairs: give"):
+        Trainer(make_model(), make_pairs(), replace(PLAIN, eval_every=1))
+
+
 def test_module_without_the_protocol_is_refused(make_pairs: MakePairs) -> None:
     with pytest.raises(InputError, match=r"Linear is no policy: it has no output_head\(\)"):
         Trainer(nn.Linear(2, 2), make_pairs(), PLAIN)
