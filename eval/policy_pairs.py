@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo.data.dataset import Dataset
-from dpo.data.dataset_files import MIN_PAIRS, check_enough_pairs, find_metadata
+from dpo.data.dataset_files import MIN_PAIRS, check_enough_pairs, find_metadata, load_dataset
+from dpo.data.examples import Example
 from dpo.data.kinds import PolicyKind
 from dpo.data.kinds.schema import to_json
 from dpo.data.pairs import form_pairs
@@ -23,6 +25,7 @@ class PolicyPairs:
 
     Attributes:
         kind: of the policy.
+        demonstrations: what to imitate before DPO, in the layout of pairs (see ``demonstrate``).
         train: pairs to train on.
         eval: pairs to hold out.
         dataset: what the metadata tell about the data set.
@@ -30,6 +33,7 @@ class PolicyPairs:
     """
 
     kind: PolicyKind
+    demonstrations: Sequence[PreferencePair]
     train: Sequence[PreferencePair]
     eval: Sequence[PreferencePair]
     dataset: JSON
@@ -50,6 +54,7 @@ def pairs_of_dataset(
     check_enough_pairs(train.report, min_pairs)
     return PolicyPairs(
         kind,
+        demonstrate(dataset.train, kind),
         train.pairs,
         form_pairs(dataset.eval, kind).pairs,
         to_json(dataset.stats),
@@ -58,7 +63,7 @@ def pairs_of_dataset(
 
 
 def read_policy_pairs(folder: str | Path, kind: PolicyKind) -> PolicyPairs:
-    """Read the pairs that ``write_dataset`` wrote, as they were formed there.
+    """Read the pairs and examples that ``write_dataset`` wrote, as they were formed there.
 
     Raises:
         InputError: the folder holds no data set, one of another kind, or damaged pairs.
@@ -74,7 +79,44 @@ def read_policy_pairs(folder: str | Path, kind: PolicyKind) -> PolicyPairs:
         raise InputError(f"{folder}: no data set: missing {', '.join(missing)}")
     train, held_out = (read_side(file) for file in files.values())
     return PolicyPairs(
-        kind, train, held_out, metadata.get("dataset"), str(metadata.get("createdAt"))
+        kind=kind,
+        demonstrations=demonstrate(load_dataset(folder, kind).train, kind),
+        train=train,
+        eval=held_out,
+        dataset=metadata.get("dataset"),
+        created_at=str(metadata.get("createdAt")),
+    )
+
+
+def demonstrate(examples: Iterable[Example[Any, Any]], kind: PolicyKind) -> list[PreferencePair]:
+    """Return what a log shows to imitate: in each situation the action that it speaks for most.
+
+    Every decision speaks for its action with exp(reward): advantage-weighted regression (Peng et
+    al. 2019, eq. 9) with the reward as it is and a temperature of 1. So in a situation met often
+    the usual action wins unless it is punished again and again; luck alone does not win.
+
+    Returns:
+        For each situation, in order of appearance, its prompt and as ``chosen`` this action,
+        weighted by the mean of exp(reward) over its decisions. ``rejected`` is any other action:
+        the loss ``sft``, for which these are, does not look at it.
+    """
+    votes: dict[str, dict[Any, list[float]]] = {}
+    for example in examples:
+        actions = votes.setdefault(kind.render_prompt(example.state), {})
+        actions.setdefault(example.action, []).append(math.exp(example.reward))
+    return [_demonstration(prompt, actions, kind) for prompt, actions in votes.items()]
+
+
+def _demonstration(
+    prompt: str, votes: Mapping[Any, Sequence[float]], kind: PolicyKind
+) -> PreferencePair:
+    action = max(votes, key=lambda action: sum(votes[action]))
+    other = next(each for each in kind.actions() if each != action)
+    return PreferencePair(
+        prompt,
+        kind.render_action(action),
+        kind.render_action(other),
+        weight=sum(votes[action]) / len(votes[action]),
     )
 
 

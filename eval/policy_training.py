@@ -3,6 +3,7 @@
 Two runs of ``dpo train`` with all that a run has: checkpoints, metrics, a report. ``output_path``
 then holds, for the policy ``extraction``::
 
+    extraction_sft_train.jsonl     what the warm start imitated, if there was one
     extraction_dpo_train.jsonl     the pairs that were trained on
     extraction_dpo_eval.jsonl      the pairs that were held out
     extraction_metadata.json       config, data set, counts and what was measured
@@ -72,7 +73,7 @@ class PolicyTrainingConfig:
     beta: float = 0.1
     """How strongly DPO is held to its start, above 0."""
     sft_epochs: int | None = None
-    """Passes of the warm start on the chosen answers; None: 2 for a tiny model, else 0."""
+    """Passes of the warm start over the demonstrations; None: 2 for a tiny model, else 0."""
     sft_learning_rate: float = 3e-3
     """Peak learning rate of the warm start, above 0."""
     min_pairs: int = MIN_PAIRS
@@ -215,6 +216,8 @@ def train_policy(
     if config.model_name != TINY:
         load_tokenizer(runs[0].model, runs[0].revision)  # is it a model? nothing is written yet
     out.mkdir(parents=True, exist_ok=True)
+    if config.warm_start_epochs:
+        _write_or_check(pairs.demonstrations, plan.file("sft"))
     _write_or_check(pairs.train, plan.file("train"))
     _write_or_check(pairs.eval, plan.file("eval"))
     if config.model_name == TINY and not (out / "start").exists():
@@ -256,9 +259,10 @@ class _Plan:
     config: PolicyTrainingConfig
     out: Path
 
-    def file(self, side: str) -> Path:
-        """Return where the pairs of one side are."""
-        return self.out / f"{self.pairs.kind.name}_dpo_{side}.jsonl"
+    def file(self, part: str) -> Path:
+        """Return where the pairs of a part are: "sft", "train" or "eval"."""
+        name = "sft_train" if part == "sft" else f"dpo_{part}"
+        return self.out / f"{self.pairs.kind.name}_{name}.jsonl"
 
     def runs(self) -> list[RunConfig]:
         """Return the runs in their order; the last one is that of DPO.
@@ -290,11 +294,12 @@ class _Plan:
     def _run(
         self, name: str, model: str, epochs: int, values: Mapping[str, str | float]
     ) -> RunConfig:
-        config = self.config
-        steps = -(-len(self.pairs.train) // config.batch_size) * epochs
+        config, is_warm_start = self.config, name == "sft"
+        rows = self.pairs.demonstrations if is_warm_start else self.pairs.train
+        steps = -(-len(rows) // config.batch_size) * epochs
         values = {
             "model": model,
-            "data": str(self.file("train")),
+            "data": str(self.file("sft" if is_warm_start else "train")),
             "out": str(self.out / name),
             "train.epochs": epochs,
             "train.batch_size": config.batch_size,
@@ -370,6 +375,7 @@ def _metadata(
         "policy": pairs.kind.name,
         "config": to_json(config),
         "dataset": pairs.dataset,
+        "demonstrations": len(pairs.demonstrations),
         "trainPairs": len(pairs.train),
         "evalPairs": len(pairs.eval),
         "metrics": {"trainLoss": metrics.train_loss, **metrics.summary},

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option(
     "--sft-epochs",
     type=int,
-    help="Passes of the warm start on the chosen answers.  [default: 2 for tiny, else 0]",
+    help="Passes of the warm start over what the log shows.  [default: 2 for tiny, else 0]",
 )
 @click.option(
     "--sft-learning-rate", default=3e-3, show_default=True, help="Peak of the warm start."

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,19 @@ from dpo import cli
 from dpo.data.builder import build_dataset
 from dpo.data.dataset import BuildOptions, Dataset
 from dpo.data.dataset_files import write_dataset
+from dpo.data.examples import Example, ExampleMetadata
 from dpo.data.kinds import KINDS
 from dpo.data.simulate import simulate, simulated_situations
 from dpo.data.stores import open_store
 from dpo.errors import InputError
 from dpo.eval import policy_training
 from dpo.eval.language_model import LanguageModelPolicy
-from dpo.eval.policy_pairs import PolicyPairs, pairs_of_dataset, read_policy_pairs
+from dpo.eval.policy_pairs import (
+    PolicyPairs,
+    demonstrate,
+    pairs_of_dataset,
+    read_policy_pairs,
+)
 from dpo.eval.policy_training import (
     PolicyTrainingConfig,
     PolicyTrainingResult,
@@ -88,8 +95,8 @@ def test_training_leaves_the_promised_files(trained: tuple[Path, PolicyTrainingR
     assert result.start_path == out / "sft" / "model"
     assert result.report_path == out / "dpo" / "report.html"
     assert {path.name for path in out.iterdir()} == {
-        "extraction_dpo_train.jsonl", "extraction_dpo_eval.jsonl", "extraction_metadata.json",
-        "start", "sft", "dpo", "scores.jsonl",
+        "extraction_sft_train.jsonl", "extraction_dpo_train.jsonl", "extraction_dpo_eval.jsonl",
+        "extraction_metadata.json", "start", "sft", "dpo", "scores.jsonl",
     }  # fmt: skip
     assert "held out: reward accuracy" in result.report_path.read_text()
 
@@ -126,6 +133,7 @@ def test_the_metadata_tell_what_was_done(
     metadata = json.loads((out / "extraction_metadata.json").read_text())
     assert metadata["policy"] == "extraction"
     assert metadata["config"]["learningRate"] == 1e-3
+    assert metadata["demonstrations"] == len(read_pairs(out / "extraction_sft_train.jsonl"))
     assert metadata["trainPairs"] == len(read_pairs(out / "extraction_dpo_train.jsonl"))
     assert metadata["dataset"]["trainExamples"] == dataset.stats.train_examples
     assert metadata["metrics"]["trainLoss"] == result.metrics.train_loss
@@ -177,6 +185,24 @@ def test_training_starts_from_a_model_folder_without_a_warm_start(
     assert not (tmp_path / "policy" / "start").exists()
     assert not (tmp_path / "policy" / "sft").exists()
     assert result.model_path == tmp_path / "policy" / "dpo" / "model"
+
+
+def test_the_action_that_a_log_speaks_for_most_is_demonstrated() -> None:
+    kind = KINDS["extraction"]
+    first, second = simulated_situations("extraction", 2)
+    usual, lucky, punished = kind.actions()[2:5]
+    log = [(first, usual, 0.2), (first, lucky, 1.0), (first, usual, 0.2), (first, usual, 0.2)]
+    log += [(second, punished, -1.0), (second, lucky, 1.0), (second, punished, -1.0)]
+    shown = demonstrate([_example(*each) for each in log], kind)
+    assert [row.prompt for row in shown] == [kind.render_prompt(each) for each in (first, second)]
+    assert [row.chosen for row in shown] == [kind.render_action(each) for each in (usual, lucky)]
+    assert [row.weight for row in shown] == pytest.approx([math.exp(0.2), math.e])
+    assert all(row.rejected != row.chosen for row in shown)
+
+
+def _example(state: Any, action: Any, reward: float) -> Example[Any, Any]:
+    metadata = ExampleMetadata("id", "session", datetime(2024, 1, 1, tzinfo=UTC), None, None)
+    return Example(state, action, reward, metadata)
 
 
 def test_what_was_not_measured_is_none(pairs: PolicyPairs, tmp_path: Path) -> None:
@@ -303,7 +329,10 @@ def _command(*arguments: object) -> Any:
 
 def test_the_command_trains_and_tells(dataset: Dataset[Any, Any], tmp_path: Path) -> None:
     write_dataset(dataset, tmp_path / "data", min_pairs=20)
-    assert read_policy_pairs(tmp_path / "data", KINDS["extraction"]).train
+    read = read_policy_pairs(tmp_path / "data", KINDS["extraction"])
+    formed = pairs_of_dataset(dataset, KINDS["extraction"], min_pairs=20)
+    assert [row.chosen for row in read.train] == [row.chosen for row in formed.train]
+    assert read.demonstrations == formed.demonstrations
     result = _command(
         "extraction", "--dataset", tmp_path / "data", "--out", tmp_path / "out", "--min-pairs", 20,
         "--epochs", 1, "--sft-epochs", 0, "--learning-rate", 1e-3, "--quiet",
