@@ -5,6 +5,7 @@ with the last column that uses it.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from array import array
 from collections.abc import Sequence
 from typing import overload
 
-_BLOCK_BYTES = 8192
+_KEPT = 512  # texts of a column that were read last: few states and actions are read often
 _ENCODER = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=dict
 )
@@ -42,8 +43,8 @@ class TextFile:
         return start
 
     def read(self, start: int, size: int) -> bytes:
-        """Return ``size`` bytes from ``start``, or what there is up to the end."""
-        if self._flushed < min(start + size, self._size):
+        """Return ``size`` bytes from ``start``."""
+        if start + size > self._flushed:
             self._file.flush()
             self._flushed = self._size
         return os.pread(self._file.fileno(), size, start)
@@ -55,7 +56,7 @@ class TextColumn(Sequence[str]):
     def __init__(self, file: TextFile) -> None:
         self._file = file
         self._starts, self._sizes = array("q"), array("i")
-        self._block, self._block_start = b"", 0  # read last: neighbours are asked for in turn
+        self._read = functools.lru_cache(maxsize=_KEPT)(file.read)
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -67,12 +68,7 @@ class TextColumn(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, size = self._starts[index], self._sizes[index]
-        offset = start - self._block_start
-        if not 0 <= offset <= len(self._block) - size:
-            self._block = self._file.read(start, max(size, _BLOCK_BYTES))
-            self._block_start, offset = start, 0
-        return self._block[offset : offset + size].decode()
+        return self._read(self._starts[index], self._sizes[index]).decode()
 
     def append(self, text: str) -> None:
         """Add a text."""
