@@ -52,7 +52,9 @@ class PairOptions:
         max_pairs_per_context: upper bound for "all" and "adjacent"; None is no bound.
         weight: a pair's weight in training: "none" is 1 for all; "margin" the difference in reward;
             "confidence" the mean confidence of the decisions on both sides; "margin-confidence"
-            their product.
+            their product. Where single rewards are noisy, "margin" is what makes the loss prefer
+            the action of the higher mean reward: a comparison then counts by what it is about.
+            Unweighted pairs prefer the action that is better more often.
     """
 
     match: Match = "prompt"

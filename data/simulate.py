@@ -23,6 +23,7 @@ from dpo.errors import InputError
 from dpo.files import JSON
 
 SITUATIONS = 300
+MAX_SITUATIONS = 5000
 
 _SESSION_LENGTH = 6  # decisions, on average
 _PERIODS = 50  # the frequencies of situations drift in this many steps
@@ -100,8 +101,8 @@ def simulated_situations(kind_name: str, count: int = SITUATIONS) -> tuple[Any, 
     Raises:
         InputError: an unknown kind, or a count that is not in [1, 5000].
     """
-    if not 1 <= count <= 5000:
-        raise InputError(f"situations must be in [1, 5000], got {count}")
+    if not 1 <= count <= MAX_SITUATIONS:
+        raise InputError(f"situations must be in [1, {MAX_SITUATIONS}], got {count}")
     return _pool(_world(kind_name).kind.name, count)
 
 

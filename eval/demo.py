@@ -1,265 +1,215 @@
-"""``dpo demo``: the whole way on a simulated agent, offline, in two minutes on two cores.
+"""``dpo demo``: the whole way on a simulated agent, offline, in three minutes on two cores.
 
 A simulator whose true rewards are known fills a feedback store; the builder makes preference pairs
-of it; a tiny model from scratch is warmed up on the better answers (SFT) and then trained by DPO;
-what DPO changed on held-out pairs, and what it is worth in true reward, is said with intervals.
+of it; a tiny model from scratch is warmed up on what the log speaks for (SFT) and then trained by
+DPO; and the policy is compared with its start and with the agent's rules, in what the log tells
+about its reward and in its true reward.
+
+Rewards of single decisions are mostly luck, so pairs weigh as much as their two rewards differ.
+Then the loss prefers the action of the higher *mean* reward; pairs that weigh the same prefer the
+one that is better more often (``dpo.data.pairs``).
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dpo.config import LossConfig, RunConfig
-from dpo.data.builder import build_extraction_dataset
+from dpo.data.builder import build_dataset
+from dpo.data.dataset import BuildOptions, Dataset
 from dpo.data.dataset_files import write_dataset
-from dpo.data.kinds.extraction import EXTRACTION
-from dpo.data.simulate import simulate, simulated_situations, true_reward
+from dpo.data.examples import Example
+from dpo.data.kinds import PolicyKind
+from dpo.data.pairs import PairOptions
+from dpo.data.simulate import MAX_SITUATIONS, best_action, simulate, true_reward
 from dpo.data.stores import open_store
 from dpo.errors import InputError
 from dpo.eval.bootstrap import ConfidenceInterval, compute_confidence_interval
+from dpo.eval.comparison import compare_policies
 from dpo.eval.language_model import LanguageModelPolicy
-from dpo.eval.policies import Policy, RulesPolicy
-from dpo.eval.tiny import make_tiny_model, make_tiny_tokenizer
-from dpo.files import append_jsonl, atomic_write, write_json
-from dpo.models import Decoder, save_model
-from dpo.preferences import PreferencePair, read_pairs
+from dpo.eval.policies import Policy, PolicyDecision, RulesPolicy
+from dpo.eval.policy_pairs import read_policy_pairs
+from dpo.eval.policy_training import PolicyTrainingConfig, PolicyTrainingResult, train_policy
+from dpo.eval.report_html import comparison_page
+from dpo.eval.report_json import to_json
+from dpo.eval.resampling import Floats
+from dpo.files import JSON, atomic_write, write_json
 from dpo.progress import Console
-from dpo.report import write_report
-from dpo.score import PairScore, score_pairs
-from dpo.tokenization import TokenizedPairs, tokenize_pairs
-from dpo.tokenizer import Tokenizer
-from dpo.train_config import TrainConfig
-from dpo.trainer import Metrics, Trainer
 
-POLICY = "extraction"
-SFT = TrainConfig(
-    epochs=20, batch_size=16, learning_rate=3e-3, warmup_steps=10, schedule="cosine", log_every=5
-)
-DPO = TrainConfig(
-    epochs=4, batch_size=16, learning_rate=3e-4, warmup_steps=10, schedule="linear", log_every=1
-)
-BETA = 0.1
+DECISIONS_PER_SITUATION = 8
+EVAL_SPLIT = 0.2
+PAIRS = PairOptions(strategy="all", max_pairs_per_context=3, margin=0.0, weight="margin")
+BATCH_SIZE = 16
+SFT_EPOCHS = 4
+LEARNING_RATE = 2e-3
+BEST = "best possible"
 
 
-@dataclass(frozen=True)
-class Held:
-    """A figure of the held-out pairs before and after DPO, with 95 % intervals."""
-
-    before: ConfidenceInterval
-    after: ConfidenceInterval
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoResult:
     """What the demo found.
 
     Attributes:
         folder: where everything lies.
-        pairs: training pairs.
-        held_out_pairs: pairs that were not trained on, none of which shares a prompt with them.
-        held_out: loss, reward accuracy and margin of the held-out pairs.
-        true_rewards: mean true reward over the held-out situations, by policy.
-        gain: true reward of DPO less that of SFT, situation by situation.
-        gain_over_rules: the same against the agent's rules.
+        decisions: on the held-out side of the log.
+        situations: different ones among them.
+        training: of the policy, with what its held-out pairs say.
+        logged_rewards: mean reward per decision by policy, as estimated from the log (doubly
+            robust); None where the log does not tell.
+        true_rewards: mean true reward per held-out decision, by policy.
+        gains: true reward of DPO less that of another policy, on the same decisions.
+        pages: the comparison of DPO with each other policy.
     """
 
     folder: Path
-    pairs: int
-    held_out_pairs: int
-    held_out: Mapping[str, Held]
+    decisions: int
+    situations: int
+    training: PolicyTrainingResult
+    logged_rewards: Mapping[str, ConfidenceInterval | None]
     true_rewards: Mapping[str, ConfidenceInterval]
-    gain: ConfidenceInterval
-    gain_over_rules: ConfidenceInterval
+    gains: Mapping[str, ConfidenceInterval]
+    pages: Mapping[str, Path]
 
     def verdict(self) -> str:
         """Say in plain words whether DPO helped."""
-        interval = f"{self.gain.mean:+.3f} [{self.gain.lower:+.3f}, {self.gain.upper:+.3f}]"
-        if self.gain.lower > 0:
-            return f"DPO helped: true reward per decision {interval} against the SFT start."
-        if self.gain.upper < 0:
-            return f"DPO harmed: true reward per decision {interval} against the SFT start."
-        return f"DPO made no difference that shows: true reward per decision {interval}."
+        return " ".join(_judge(name, gain) for name, gain in self.gains.items())
 
 
-def run_demo(folder: Path, *, seed: int, decisions: int, console: Console) -> DemoResult:
-    """Simulate, build, train, evaluate; everything is left in ``folder``.
+def _judge(name: str, gain: ConfidenceInterval) -> str:
+    found = f"by {gain.mean:+.3f} [{gain.lower:+.3f}, {gain.upper:+.3f}] in true reward"
+    if gain.lower > 0:
+        return f"DPO is better than {name}, {found}."
+    if gain.upper < 0:
+        return f"DPO is worse than {name}, {found}."
+    return f"DPO and {name} cannot be told apart: {found}."
+
+
+def run_demo(
+    folder: Path, kind: PolicyKind, *, seed: int, decisions: int, console: Console
+) -> DemoResult:
+    """Simulate, build, train, compare; everything is left in ``folder``.
 
     Raises:
         InputError: the folder is not empty, or there are too few decisions for 100 pairs.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty: choose another --out, or remove it")
-    train, held_out = _build(folder, seed, decisions, console)
-    tokenizer = make_tiny_tokenizer(text for pair in train for text in _texts(pair))
-    tokens = tokenize_pairs(train, tokenizer).pairs
-    held_out_tokens = tokenize_pairs(held_out, tokenizer).pairs
-    model = make_tiny_model(tokenizer, seed=seed)
-    console.say(
-        f"a Llama of {sum(p.numel() for p in model.parameters()):,} parameters from scratch, "
-        f"{tokenizer.vocab_size} tokens"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is not an empty folder: choose another --out, or remove it")
+    dataset = _build(folder, kind, seed, decisions, console)
+    training = train_policy(
+        read_policy_pairs(folder / "dataset", kind),
+        PolicyTrainingConfig(
+            output_path=str(folder / "policy"),
+            epochs=1,
+            batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            sft_epochs=SFT_EPOCHS,
+            seed=seed,
+        ),
+        console=console,
     )
-    run = folder / "run"
-    _train(Trainer(model, tokens, SFT, loss="sft"), "SFT", console)
-    _save(model, tokenizer, folder / "sft")
-    trainer = Trainer(model, tokens, DPO, loss="sigmoid", eval_pairs=held_out_tokens)
-    before = _held_out(trainer, held_out_tokens)
-    trainer.callbacks.append(lambda _, metrics: _log(run / "metrics.jsonl", metrics))
-    run.mkdir(parents=True)
-    _train(trainer, "DPO", console)
-    after = _held_out(trainer, held_out_tokens)
-    _save(model, tokenizer, run / "model")
-    result = _evaluate(folder, tokens, held_out_tokens, held_out, before, after)
-    _report(run, result)
+    console.say("comparing the policies on held-out decisions")
+    result = _evaluate(folder, kind, dataset.eval, training)
+    write_json(folder / "result.json", _as_json(result, kind, seed))
     return result
-
-
-def _build(
-    folder: Path, seed: int, decisions: int, console: Console
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Fill the store, build the data set, and read its pairs back from disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    store_path = folder / "feedback.sqlite"
-    with open_store(store_path, create=True) as store:
-        store.record_decisions(simulate(POLICY, decisions, seed))
-    console.say(f"SIMULATION: {decisions:,} decisions of an agent in {store_path}")
-    dataset = build_extraction_dataset(store_path, split_by="group", eval_split=0.25, seed=seed)
-    write_dataset(dataset, folder / "dataset")
-    train, held_out = (
-        read_pairs(folder / "dataset" / f"{POLICY}_dpo_{side}.jsonl") for side in ("train", "eval")
-    )
-    console.say(f"{len(train):,} preference pairs to train on, {len(held_out):,} held out")
-    return train, held_out
-
-
-def _texts(pair: PreferencePair) -> tuple[str, str, str]:
-    assert isinstance(pair.prompt, str)
-    assert isinstance(pair.chosen, str)
-    assert isinstance(pair.rejected, str)
-    return pair.prompt, pair.chosen, pair.rejected
-
-
-def _train(trainer: Trainer, label: str, console: Console) -> None:
-    with console.bar(label, trainer.total_steps, unit="steps") as bar:
-        for step in trainer:
-            bar.update(step.number, status=None if step.metrics is None else _status(step.metrics))
-
-
-def _status(metrics: Metrics) -> str:
-    return f"loss {metrics['loss']:.4f}  {metrics['perf/pairs_per_s']:.0f} pairs/s"
-
-
-def _log(path: Path, metrics: Metrics) -> None:
-    append_jsonl(path, {k: v if math.isfinite(v) else None for k, v in metrics.items()})
-
-
-def _save(model: Decoder, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a policy folder: the model and which kind of policy it is."""
-    folder.mkdir(parents=True)
-    save_model(model, folder)
-    tokenizer.save(folder)
-    write_json(folder / f"{POLICY}_metadata.json", {"policy": POLICY})
-
-
-def _held_out(trainer: Trainer, pairs: TokenizedPairs) -> list[PairScore]:
-    assert trainer.eval_batches is not None
-    reference = trainer.eval_batches.reference
-    assert reference is not None
-    return score_pairs(trainer.module, pairs, reference, loss=trainer.loss)
 
 
 def _evaluate(
     folder: Path,
-    tokens: TokenizedPairs,
-    held_out_tokens: TokenizedPairs,
-    held_out: Sequence[PreferencePair],
-    before: Sequence[PairScore],
-    after: Sequence[PairScore],
+    kind: PolicyKind,
+    examples: Sequence[Example[Any, Any]],
+    training: PolicyTrainingResult,
 ) -> DemoResult:
-    """Compare SFT, DPO and the rules; pairs of one prompt are resampled together."""
-    prompts = [str(pair.prompt) for pair in held_out]
-    figures_before, figures_after = _figures(before), _figures(after)
-    rewards = _true_rewards(
-        {
-            "rules": RulesPolicy(EXTRACTION),
-            "SFT": LanguageModelPolicy.load(folder / "sft"),
-            "DPO": LanguageModelPolicy.load(folder / "run" / "model"),
-        },
-        set(prompts),
-    )
+    """Compare DPO with its start and with the rules; situations are resampled whole."""
+    assert training.model_path is not None
+    assert training.start_path is not None
+    dpo = _Remembering(LanguageModelPolicy.load(training.model_path), "DPO")
+    sft = _Remembering(LanguageModelPolicy.load(training.start_path), "SFT")
+    others: tuple[Policy, ...] = (sft, RulesPolicy(kind))
+    comparisons = {other.name: compare_policies(other, dpo, examples) for other in others}
+    pages = {name: folder / f"dpo-against-{name}.html" for name in comparisons}
+    for name, page in pages.items():
+        atomic_write(page, comparison_page(comparisons[name]))
+    evaluations = [each.policy_a for each in comparisons.values()]
+    evaluations.append(comparisons[sft.name].policy_b)
+    states = [example.state for example in examples]
+    situations = [kind.render_prompt(state) for state in states]
+    rewards = _true_rewards(kind, [*others, dpo], states)
+
+    def interval(values: Floats) -> ConfidenceInterval:
+        return compute_confidence_interval(values, groups=situations)
+
     return DemoResult(
         folder=folder,
-        pairs=len(tokens),
-        held_out_pairs=len(held_out_tokens),
-        held_out={
-            name: Held(
-                compute_confidence_interval(figures_before[name], groups=prompts),
-                compute_confidence_interval(figures_after[name], groups=prompts),
-            )
-            for name in figures_before
-        },
-        true_rewards={name: compute_confidence_interval(r) for name, r in rewards.items()},
-        gain=compute_confidence_interval(rewards["DPO"] - rewards["SFT"]),
-        gain_over_rules=compute_confidence_interval(rewards["DPO"] - rewards["rules"]),
+        decisions=len(states),
+        situations=len(set(situations)),
+        training=training,
+        logged_rewards={each.policy: each.off_policy.doubly_robust for each in evaluations},
+        true_rewards={name: interval(values) for name, values in rewards.items()},
+        gains={other.name: interval(rewards[dpo.name] - rewards[other.name]) for other in others},
+        pages=pages,
     )
 
 
-def _figures(
-    scores: Sequence[PairScore],
-) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """Loss, reward accuracy (a tie is half right) and margin of every pair."""
-    margins = np.array([score.margin for score in scores])
+def _as_json(result: DemoResult, kind: PolicyKind, seed: int) -> JSON:
     return {
-        "loss": np.logaddexp(0, -margins),
-        "rewards/accuracy": (np.sign(margins) + 1) / 2,
-        "rewards/margin": margins,
+        "policy": kind.name,
+        "seed": seed,
+        "decisions": result.decisions,
+        "situations": result.situations,
+        "loggedRewards": to_json(result.logged_rewards),
+        "trueRewards": to_json(result.true_rewards),
+        "gains": to_json(result.gains),
     }
+
+
+def _build(
+    folder: Path, kind: PolicyKind, seed: int, decisions: int, console: Console
+) -> Dataset[Any, Any]:
+    """Fill the store and build the data set from it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    situations = min(max(1, decisions // DECISIONS_PER_SITUATION), MAX_SITUATIONS)
+    log = simulate(kind.name, decisions, seed, situations=situations)
+    with open_store(folder / "feedback.sqlite", create=True) as store:
+        store.record_decisions(log)
+        console.say(f"SIMULATION: {decisions:,} decisions of an agent in {folder}/feedback.sqlite")
+        options = BuildOptions(split_by="group", eval_split=EVAL_SPLIT, seed=seed)
+        dataset = build_dataset(store, kind, options)
+    write_dataset(dataset, folder / "dataset", pair_options=PAIRS)
+    return dataset
+
+
+class _Remembering:
+    """A language model that is asked only once about a state."""
+
+    def __init__(self, policy: LanguageModelPolicy, name: str) -> None:
+        self.policy, self.name, self.kind = policy, name, policy.kind
+        self._decisions: dict[Any, PolicyDecision] = {}
+
+    def decide(self, state: Any) -> PolicyDecision:
+        return self.decide_batch([state])[0]
+
+    def decide_batch(self, states: Sequence[Any]) -> list[PolicyDecision]:
+        new = [state for state in dict.fromkeys(states) if state not in self._decisions]
+        self._decisions.update(zip(new, self.policy.decide_batch(new), strict=True))
+        return [self._decisions[state] for state in states]
 
 
 def _true_rewards(
-    policies: Mapping[str, Policy], held_out_prompts: set[str]
-) -> dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]]:
-    """True reward of each policy's action in every situation whose prompt was held out."""
-    states = [
-        state
-        for state in simulated_situations(POLICY)
-        if EXTRACTION.render_prompt(state) in held_out_prompts
-    ]
+    kind: PolicyKind, policies: Iterable[Policy], states: Sequence[Any]
+) -> dict[str, Floats]:
+    """Return what each policy's action truly earns in each of N states: (N,) by policy."""
+    different = list(dict.fromkeys(states))
+    chosen = {each.name: [each.decide(state).action for state in different] for each in policies}
+    chosen[BEST] = [best_action(kind.name, state) for state in different]
+    place = {state: row for row, state in enumerate(different)}
+    rows = [place[state] for state in states]
     return {
         name: np.array(
-            [true_reward(POLICY, state, policy.decide(state).action) for state in states]
-        )
-        for name, policy in policies.items()
+            [true_reward(kind.name, *each) for each in zip(different, actions, strict=True)]
+        )[rows]
+        for name, actions in chosen.items()
     }
-
-
-def _report(run: Path, result: DemoResult) -> None:
-    config = RunConfig(
-        model="tiny, from scratch",
-        data=f"{POLICY}_dpo_train.jsonl",
-        out="run",
-        eval_data=f"{POLICY}_dpo_eval.jsonl",
-        loss=LossConfig(options={"beta": BETA}),
-        train=DPO,
-    )
-    atomic_write(run / "config.toml", config.to_toml())
-    summary = {
-        f"held out {name}": {"before": _estimate(held.before), "after": _estimate(held.after)}
-        for name, held in result.held_out.items()
-    }
-    summary["true reward (SFT, DPO)"] = {
-        "before": _estimate(result.true_rewards["SFT"]),
-        "after": _estimate(result.true_rewards["DPO"]),
-    }
-    write_json(run / "summary.json", json.loads(json.dumps(summary)))
-    write_report(run)
-
-
-def _estimate(interval: ConfidenceInterval) -> dict[str, float]:
-    ends = {"low": interval.lower, "high": interval.upper} if interval.is_defined else {}
-    return {"value": interval.mean, **ends}
