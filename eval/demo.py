@@ -44,8 +44,9 @@ DECISIONS_PER_SITUATION = 8
 EVAL_SPLIT = 0.2
 PAIRS = PairOptions(strategy="all", max_pairs_per_context=3, margin=0.0, weight="margin")
 BATCH_SIZE = 16
-SFT_EPOCHS = 4
-LEARNING_RATE = 2e-3
+SFT_EPOCHS = 1
+EPOCHS = 2
+LEARNING_RATE = 1e-3
 BEST = "best possible"
 
 
@@ -103,7 +104,7 @@ def run_demo(
         read_policy_pairs(folder / "dataset", kind),
         PolicyTrainingConfig(
             output_path=str(folder / "policy"),
-            epochs=1,
+            epochs=EPOCHS,
             batch_size=BATCH_SIZE,
             learning_rate=LEARNING_RATE,
             sft_epochs=SFT_EPOCHS,

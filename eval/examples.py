@@ -1,7 +1,9 @@
 """What a policy is evaluated on: states, the actions that were taken, and what they earned.
 
 Read from the JSON Lines that the dataset builder writes beside its pairs, or given as examples or
-decisions of ``dpo.data``, or as the mappings ``{"state", "expected_action", "reward"}``.
+decisions of ``dpo.data``, or as the mappings ``{"state", "expected_action", "reward"}``. What else
+is known of a decision, such as its session and propensity, stands in the ``metadata`` of a mapping,
+as the builder writes it, or beside the state, as in a line of a feedback log.
 """
 
 import json
@@ -19,6 +21,12 @@ from dpo.errors import InputError
 from dpo.eval.policies import Action, State
 
 ACTION_NAMES = ("expected_action", "expectedAction", "action")
+ABOUT = {  # names in a feedback log: names in the metadata of an example
+    "id": "id",
+    "session_id": "sessionId",
+    "decided_at": "decidedAt",
+    "propensity": "propensity",
+}
 SHOWN_FAULTS = 5
 JSONObject: TypeAlias = Mapping[str, Any]
 
@@ -160,9 +168,7 @@ def _parse(row: object, kind: PolicyKind, where: str, number: str) -> Evaluation
     if missing or action is None:
         names = missing + ([ACTION_NAMES[0]] if action is None else [])
         raise InputError(f"{where}: not an example: missing {', '.join(names)}")
-    metadata = row.get("metadata") or {}
-    if not isinstance(metadata, Mapping):
-        raise InputError(f"{where}: metadata must be an object, got {metadata!r}")
+    about = _about(row, where)
     state = row["state"]
     example = EvaluationExample(
         state=kind.parse_state(state, f"{where}: state") if isinstance(state, Mapping) else state,
@@ -170,12 +176,21 @@ def _parse(row: object, kind: PolicyKind, where: str, number: str) -> Evaluation
             kind.parse_action(action, f"{where}: action") if isinstance(action, Mapping) else action
         ),
         reward=row["reward"],
-        id=str(metadata.get("id", number)),
-        session_id=str(metadata.get("sessionId", f"example {number}")),
-        decided_at=_parse_time(metadata.get("decidedAt"), where),
-        propensity=metadata.get("propensity"),
+        id=str(about.get("id", number)),
+        session_id=str(about.get("sessionId", f"example {number}")),
+        decided_at=_parse_time(about.get("decidedAt"), where),
+        propensity=about.get("propensity"),
     )
     return _checked(example, where)
+
+
+def _about(row: JSONObject, where: str) -> JSONObject:
+    """Return what is known of a decision, by its names in ``metadata``; nulls are left out."""
+    metadata = row.get("metadata") or {}
+    if not isinstance(metadata, Mapping):
+        raise InputError(f"{where}: metadata must be an object, got {metadata!r}")
+    beside = {ABOUT[name]: value for name, value in row.items() if name in ABOUT}
+    return {name: value for name, value in (beside | {**metadata}).items() if value is not None}
 
 
 def _checked(example: EvaluationExample, where: str) -> EvaluationExample:

@@ -11,6 +11,7 @@ import pytest
 from dpo.data.examples import Example, ExampleMetadata
 from dpo.data.kinds import KINDS
 from dpo.data.simulate import simulate
+from dpo.data.stores import open_store
 from dpo.errors import InputError
 from dpo.eval.examples import EvaluationExample, as_examples, read_examples
 
@@ -69,6 +70,14 @@ def test_decisions_of_a_store_are_taken() -> None:
     assert EXTRACTION.state_to_json(example.state) == decision.state
     assert EXTRACTION.action_to_json(example.expected_action) == decision.action
     assert (example.reward, example.propensity) == (decision.reward, decision.propensity)
+
+
+def test_lines_of_a_feedback_log_keep_their_session_and_propensity(tmp_path: Path) -> None:
+    with open_store(tmp_path / "log.jsonl", create=True) as store:
+        decisions = list(simulate("extraction", 40, 0))
+        store.record_decisions(decisions)
+    read = read_examples(tmp_path / "log.jsonl").examples
+    assert read == as_examples(decisions, EXTRACTION)
 
 
 def test_a_decision_without_a_reward_is_refused() -> None:
