@@ -51,6 +51,9 @@ COMMANDS = {
         "dpo.eval.cli:compare",
         "Compare two POLICIES on the same decisions, or rank several; or compare two scored files.",
     ),
+    "bench": Entry(
+        "dpo.bench.cli:bench", "Time optimizer steps of real model shapes on this machine."
+    ),
 }
 
 

@@ -182,17 +182,22 @@ def _split(weights: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tens
 
 
 def init_model(
-    config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Decoder:
     """Make an untrained decoder: zero biases, unit norms, matrices from normal(0, 1/sqrt(columns)).
 
     So every layer keeps the scale of its input, whatever the width; a fixed 0.02, made for widths
-    in the hundreds, leaves the attention of a small model all but uniform, and slow to learn.
+    in the hundreds, leaves the attention of a small model all but uniform, and slow to learn. The
+    same seed draws other numbers on another kind of device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,0 +1,113 @@
+"""What ``dpo bench`` times: models of real shapes with random weights, on pairs of random tokens.
+
+A scenario is a model, a length profile, numerics and a batch. Speed does not depend on what weights
+and tokens say, so nothing is downloaded and any shape can be timed. To add a shape, a profile or a
+scenario, add an entry to its table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dpo.train_config import Dtype
+
+_LLAMA: Final[dict[str, Any]] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 16384,
+    "tie_word_embeddings": True,
+}
+
+
+def _llama(
+    hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int
+) -> dict[str, Any]:
+    return _LLAMA | {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+SHAPES: Final[dict[str, dict[str, Any]]] = {
+    "5m": _llama(256, 688, 4, 8, 4, 8192),
+    "135m": _llama(576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
+    "1b": _llama(2048, 8192, 16, 32, 8, 128256),  # Llama-3.2-1B
+    "8b": _llama(4096, 14336, 32, 32, 8, 128256) | {"tie_word_embeddings": False},  # Llama-3.1-8B
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Lengths of the pairs in tokens, drawn evenly between two bounds, both included."""
+
+    prompt: tuple[int, int]
+    answer: tuple[int, int]
+
+
+PROFILES: Final = {
+    "chat": Profile((20, 240), (10, 130)),  # like HH-RLHF: short turns
+    "agent": Profile((320, 380), (15, 25)),  # a feedback log: long state, short action
+    "long": Profile((500, 900), (300, 700)),  # like UltraFeedback and LLaMA-Factory's
+    "8k": Profile((6000, 6000), (1096, 1096)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One line of the table.
+
+    Attributes:
+        shape: of the model, a name in ``SHAPES``.
+        profile: lengths of the pairs, a name in ``PROFILES``.
+        dtype: as for ``dpo train --dtype``.
+        batch_size: pairs in an optimizer step.
+        activation_checkpointing: as for ``dpo train``.
+        shares_prefix: whether a prompt is computed once for both of its answers.
+        loss: as for ``dpo train --loss``.
+    """
+
+    shape: str
+    profile: str
+    dtype: Dtype = "bf16-mixed"
+    batch_size: int = 8
+    activation_checkpointing: bool = False
+    shares_prefix: bool = True
+    loss: str = "sigmoid"
+
+
+SCENARIOS: Final = {
+    "5m-chat": Scenario(shape="5m", profile="chat", dtype="float32"),
+    "5m-agent": Scenario(shape="5m", profile="agent", dtype="float32"),
+    "135m-chat": Scenario(shape="135m", profile="chat"),
+    "135m-chat-float32": Scenario(shape="135m", profile="chat", dtype="float32"),
+    "135m-chat-not-shared": Scenario(shape="135m", profile="chat", shares_prefix=False),
+    "135m-agent": Scenario(shape="135m", profile="agent"),
+    "135m-agent-not-shared": Scenario(shape="135m", profile="agent", shares_prefix=False),
+    "135m-long": Scenario(
+        shape="135m", profile="long", batch_size=4, activation_checkpointing=True
+    ),
+    "135m-8k": Scenario(shape="135m", profile="8k", batch_size=1, activation_checkpointing=True),
+    "1b-chat": Scenario(shape="1b", profile="chat", batch_size=64),
+    "1b-agent": Scenario(shape="1b", profile="agent", batch_size=64),
+    "1b-agent-not-shared": Scenario(
+        shape="1b", profile="agent", batch_size=64, shares_prefix=False
+    ),
+    "1b-long": Scenario(shape="1b", profile="long", batch_size=32, activation_checkpointing=True),
+    "8b-chat": Scenario(
+        shape="8b", profile="chat", dtype="bfloat16", batch_size=32, activation_checkpointing=True
+    ),
+}
+
+SUITES: Final = {
+    "quick": ("5m-chat", "5m-agent"),
+    "cpu": ("135m-chat", "135m-chat-float32", "135m-agent", "135m-agent-not-shared", "135m-long"),
+    "gpu": (
+        "135m-chat", "135m-agent", "135m-8k", "1b-chat", "1b-agent", "1b-agent-not-shared",
+        "1b-long", "8b-chat",
+    ),
+}  # fmt: skip

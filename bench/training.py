@@ -1,0 +1,314 @@
+"""Time the optimizer steps of one scenario, and say what they came to.
+
+    python -m dpo.bench.training 135m-chat --steps 5
+
+Prints one JSON object, a ``Measurement``. ``dpo bench`` runs each scenario so, in a process of its
+own, because memory that another one used would count.
+
+Shapes: P pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpo.bench.scenarios import PROFILES, SCENARIOS, SHAPES, Scenario
+from dpo.device import choose_device
+from dpo.models import init_model, parse_config
+from dpo.models.config import ModelConfig
+from dpo.models.transforms import checkpoint_activations
+from dpo.precision import PRECISIONS, Precision
+from dpo.scoring import MicroBatches, ScoredPairs, score_batch
+from dpo.throughput import peak_memory_mib
+from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
+from dpo.train_config import Device, TrainConfig
+from dpo.trainer import Trainer
+
+SPLIT_STEPS = 2
+PRODUCT_SIZES = (1024, 2048, 4096)  # of the square products whose fastest rate is the yardstick
+PRODUCT_SECONDS = 0.5  # a size whose product takes longer is the last that is tried
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What the steps of one scenario came to.
+
+    Attributes:
+        scenario: its name.
+        settings: the scenario itself.
+        device: the processor, in words.
+        threads: of the CPU.
+        torch: version.
+        step_seconds: of each timed step; the warm-up is not among them.
+        pairs_per_s: by the median step.
+        useful_tokens_per_s: a prompt counts once and each answer once, padding never.
+        useful_share: useful tokens by tokens that were computed.
+        useful_flops: of one step, see ``useful_flops``.
+        matrix_flops_per_s: best rate of plain matrix products in the same numerics and process.
+        mfu: useful_flops by the time and that rate.
+        peak_mib: most memory used: allocated on a GPU, resident of this process on a CPU.
+        state_mib: weights, gradients and optimizer state, which the peak holds in any case.
+        reference_tokens_per_s: useful tokens of the pass before training.
+        split: seconds of a step by part, from further steps that wait after each part.
+    """
+
+    scenario: str
+    settings: dict[str, Any]
+    device: str
+    threads: int
+    torch: str
+    step_seconds: list[float]
+    pairs_per_s: float
+    useful_tokens_per_s: float
+    useful_share: float
+    useful_flops: float
+    matrix_flops_per_s: float
+    mfu: float
+    peak_mib: float
+    state_mib: float
+    reference_tokens_per_s: float
+    split: dict[str, float]
+
+
+class SplitTrainer(Trainer):
+    """A trainer that can take the time of the parts of a step.
+
+    Attributes:
+        seconds: by part, while ``is_splitting``.
+        is_splitting: wait for the device after each part, which costs time itself.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.is_splitting = False
+        super().__init__(*arguments, **options)
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        if not self.is_splitting:
+            yield
+            return
+        synchronize(self.device)
+        started = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - started
+
+    def train_step(self) -> None:
+        """Do one optimizer step."""
+        with self._part("step"):
+            super().train_step()
+
+    def _score(self, rows: Sequence[int], batches: MicroBatches) -> ScoredPairs:
+        with self._part("data"):
+            batch = batches.collate(rows).to(self.device)
+        with self._part("forward"), self.precision.context(self.device):
+            return score_batch(self.policy, batch)
+
+    def _update(self, norm: torch.Tensor) -> None:
+        with self._part("optimizer"):
+            super()._update(norm)
+
+    def split(self, steps: int) -> dict[str, float]:
+        """Do ``steps`` steps and return the mean seconds of the parts; they add up to a step."""
+        self.is_splitting = True
+        for _ in range(steps):
+            self.train_step()
+        self.is_splitting = False
+        means = {name: total / steps for name, total in self.seconds.items()}
+        whole = means.pop("step")
+        # what is left: backward, and the clipping and metrics that are small beside it
+        return {**means, "backward": whole - sum(means.values())}
+
+
+def random_pairs(scenario: Scenario, count: int) -> TokenizedPairs:
+    """Draw pairs of random tokens whose lengths are those of the scenario's profile."""
+    generator = np.random.default_rng(0)
+    profile, vocabulary = PROFILES[scenario.profile], SHAPES[scenario.shape]["vocab_size"]
+
+    def text(bounds: tuple[int, int]) -> NDArray[np.int32]:
+        size = int(generator.integers(bounds[0], bounds[1] + 1))
+        return generator.integers(0, vocabulary, size).astype(np.int32)
+
+    return columns_of(
+        [
+            TokenizedPair(
+                text(profile.prompt), text(profile.answer), text(profile.answer), id=f"row-{row}"
+            )
+            for row in range(1, count + 1)
+        ]
+    )
+
+
+def useful_flops(config: ModelConfig, lengths: NDArray[np.int64]) -> float:
+    """Count the arithmetic that training on some pairs cannot do without.
+
+    A multiplication and its addition are two. Backward counts twice the forward pass; nothing
+    counts that is computed again, or for padding, or twice for one prompt.
+
+    Args:
+        config: of the decoder.
+        lengths: (P, 3) tokens of prompt, chosen and rejected answer.
+    """
+    size, inner = config.hidden_size, config.intermediate_size
+    heads, key_heads = config.heads * config.head_size, config.key_heads * config.head_size
+    block = 2 * size * heads + 2 * size * key_heads + 3 * size * inner  # weights of the products
+    prompt, answers = lengths[:, 0].astype(float), lengths[:, 1:].astype(float)
+    # a token sees itself and all that stands above it
+    visible = (prompt * (prompt + 1) / 2).sum()
+    visible += (answers * prompt[:, None] + answers * (answers + 1) / 2).sum()
+    forward = 2.0 * config.layers * block * lengths.sum()
+    forward += 4.0 * config.layers * heads * visible
+    forward += 2.0 * size * config.vocab_size * answers.sum()  # the head, for answers alone
+    return float(3 * forward)
+
+
+def matrix_rate(precision: Precision, device: torch.device) -> float:
+    """Return the best rate of square matrix products in these numerics, in operations per second.
+
+    The median of five of each size, so that one lucky or disturbed product does not count.
+    """
+    dtype = precision.autocast or precision.parameters
+    best = 0.0
+    for size in PRODUCT_SIZES:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = []
+        for _ in range(6):  # the first warms up
+            synchronize(device)
+            started = time.perf_counter()
+            torch.mm(left, right)
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        median = statistics.median(seconds[1:])
+        best = max(best, 2 * size**3 / median)
+        if median > PRODUCT_SECONDS:
+            break
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    name: str, *, steps: int, device_kind: Device = "auto", threads: int | None = None
+) -> Measurement:
+    """Time ``steps`` optimizer steps of a scenario, after one that warms up.
+
+    Args:
+        name: of the scenario.
+        steps: at least 1.
+        device_kind: as for ``dpo train --device``.
+        threads: of the CPU; None leaves torch's choice.
+
+    Raises:
+        InputError: the device is not there.
+    """
+    scenario = SCENARIOS[name]
+    options = _options(scenario, device_kind, threads)
+    device, precision = choose_device(options), PRECISIONS[scenario.dtype]
+    config = parse_config(SHAPES[scenario.shape])
+    model = init_model(config, dtype=precision.parameters, device=device)
+    if scenario.activation_checkpointing:
+        checkpoint_activations(model)
+    pairs = random_pairs(scenario, scenario.batch_size)
+    lengths = pairs.lengths()
+    started = time.perf_counter()
+    trainer = SplitTrainer(model, pairs, options, loss=scenario.loss)
+    synchronize(device)
+    reference_seconds = time.perf_counter() - started
+    trainer.train_step()
+    step_seconds = [_timed_step(trainer) for _ in range(steps)]
+    split = trainer.split(SPLIT_STEPS)
+    peak, median = peak_memory_mib(device), statistics.median(step_seconds)
+    rate, flops = matrix_rate(precision, device), useful_flops(config, lengths)
+    copies = 1 if scenario.shares_prefix else 2
+    return Measurement(
+        scenario=name,
+        settings=asdict(scenario),
+        device=device_name(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        step_seconds=step_seconds,
+        pairs_per_s=len(pairs) / median,
+        useful_tokens_per_s=float(lengths.sum() / median),
+        useful_share=float(lengths.sum() / (lengths @ np.array([copies, 1, 1])).sum()),
+        useful_flops=flops,
+        matrix_flops_per_s=rate,
+        mfu=flops / (median * rate),
+        peak_mib=peak,
+        state_mib=_state_bytes(trainer) / 2**20,
+        reference_tokens_per_s=float(lengths.sum() / reference_seconds),
+        split=split,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the processor calls itself."""
+    from dpo.bench.machine import cpu_model
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+
+
+def _options(scenario: Scenario, device: Device, threads: int | None) -> TrainConfig:
+    return TrainConfig(
+        batch_size=scenario.batch_size,
+        steps=10**6,
+        learning_rate=1e-6,
+        schedule="constant",
+        dtype=scenario.dtype,
+        device=device,
+        threads=threads,
+        share_prefix=scenario.shares_prefix,
+    )
+
+
+def _timed_step(trainer: Trainer) -> float:
+    synchronize(trainer.device)
+    started = time.perf_counter()
+    trainer.train_step()
+    synchronize(trainer.device)
+    return time.perf_counter() - started
+
+
+def _state_bytes(trainer: Trainer) -> int:
+    """Bytes of the weights, of as many gradients, and of the optimizer's state."""
+    tensors = trainer.tensors()
+    weights = sum(tensor.nbytes for tensor in tensors["model"].values())
+    return 2 * weights + sum(tensor.nbytes for tensor in tensors["optimizer"].values())
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("scenario", choices=list(SCENARIOS))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="auto", choices=get_args(Device))
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    result = measure(
+        options.scenario,
+        steps=options.steps,
+        device_kind=options.device,
+        threads=options.threads,
+    )
+    sys.stdout.write(json.dumps(asdict(result)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What ``dpo bench`` counts and times."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dpo.bench import training
+from dpo.bench.scenarios import PROFILES, SCENARIOS, SHAPES, SUITES, Profile, Scenario
+from dpo.bench.training import SplitTrainer, matrix_rate, measure, random_pairs, useful_flops
+from dpo.models import init_model, parse_config
+from dpo.precision import PRECISIONS
+from dpo.train_config import TrainConfig
+
+TINY = {
+    **SHAPES["5m"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A scenario that takes milliseconds, in the tables while the test runs."""
+    scenario = Scenario(shape="tiny", profile="short", dtype="float32", batch_size=3)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
+    monkeypatch.setitem(PROFILES, "short", Profile((3, 9), (2, 5)))
+    monkeypatch.setitem(SCENARIOS, "tiny", scenario)
+    monkeypatch.setattr(training, "PRODUCT_SIZES", (64,))
+    return "tiny"
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_scenario_is_made_of_what_the_tables_hold(name: str) -> None:
+    scenario = SCENARIOS[name]
+    assert parse_config(SHAPES[scenario.shape]).vocab_size == SHAPES[scenario.shape]["vocab_size"]
+    low, high = PROFILES[scenario.profile].prompt
+    prompts = random_pairs(scenario, 4).lengths()[:, 0]
+    assert prompts.min() >= low
+    assert prompts.max() <= high
+
+
+def test_suites_name_scenarios() -> None:
+    assert {name for suite in SUITES.values() for name in suite} <= set(SCENARIOS)
+
+
+def test_useful_arithmetic_by_hand() -> None:
+    config = parse_config(
+        TINY | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+        | {"hidden_size": 4, "intermediate_size": 8, "head_dim": 2, "vocab_size": 10}
+    )  # fmt: skip
+    # block: q and o 4x4 each, k and v 4x2 each, three of 4x8: 32 + 16 + 96 = 144 weights
+    # prompt of 3, answers of 2 and 1: 6 tokens; pairs of token and seen token: 6 + (6+3) + (3+1)
+    # head: 3 answer tokens
+    forward = 2 * 144 * 6 + 4 * 4 * 19 + 2 * 4 * 10 * 3
+    assert useful_flops(config, np.array([[3, 2, 1]])) == 3 * forward
+
+
+def test_a_measurement_adds_up(tiny: str) -> None:
+    found = measure(tiny, steps=2, device_kind="cpu")
+    assert found.scenario == tiny
+    assert len(found.step_seconds) == 2
+    assert found.useful_share == 1.0
+    median = sum(found.step_seconds) / 2
+    assert found.pairs_per_s == pytest.approx(3 / median)
+    assert found.mfu == pytest.approx(found.useful_flops / median / found.matrix_flops_per_s)
+    assert set(found.split) == {"data", "forward", "backward", "optimizer"}
+    assert all(seconds > 0 for seconds in found.split.values())
+    weights = sum(p.numel() for p in init_model(parse_config(TINY)).parameters())
+    assert found.state_mib == pytest.approx(4 * 4 * weights / 2**20, rel=0.01)
+
+
+def test_a_prompt_computed_twice_is_useful_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = measure(tiny, steps=1, device_kind="cpu")
+    twice = replace(SCENARIOS[tiny], shares_prefix=False)
+    monkeypatch.setitem(SCENARIOS, tiny, twice)
+    unshared = measure(tiny, steps=1, device_kind="cpu")
+    lengths = random_pairs(twice, 3).lengths()
+    expected = lengths.sum() / (lengths.sum() + lengths[:, 0].sum())
+    assert unshared.useful_share == pytest.approx(expected)
+    assert unshared.useful_flops == shared.useful_flops
+
+
+def test_taking_times_changes_no_mathematics(tiny: str) -> None:
+    config = TrainConfig(batch_size=3, steps=50, learning_rate=1e-2, schedule="constant")
+    weights = []
+    for is_split in (False, True):
+        model = init_model(parse_config(TINY))
+        trainer = SplitTrainer(model, random_pairs(SCENARIOS[tiny], 3), config)
+        if is_split:
+            trainer.split(3)
+        else:
+            for _ in range(3):
+                trainer.train_step()
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_the_yardstick_is_a_rate_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "PRODUCT_SIZES", (128, 256))
+    assert matrix_rate(PRECISIONS["float32"], torch.device("cpu")) > 1e6
