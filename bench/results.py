@@ -52,9 +52,10 @@ class Row:
             InputError: it lacks something.
         """
         names = cls.__dataclass_fields__
-        if not isinstance(data, Mapping) or (missing := [n for n in names if n not in data]):
-            lacks = "" if not isinstance(data, Mapping) else f": missing {', '.join(missing)}"
-            raise InputError(f"{where} is no measurement of dpo bench{lacks}")
+        if not isinstance(data, Mapping):
+            raise InputError(f"{where} is no measurement of dpo bench")
+        if missing := [name for name in names if name not in data]:
+            raise InputError(f"{where} is no measurement of dpo bench: missing {missing[0]}")
         values: dict[str, Any] = {name: data[name] for name in names}
         return cls(**values)
 
