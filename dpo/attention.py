@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dpo.segments import AttentionPlan
 
+SHORT_KEYS: Final = 512  # from here on 16-bit products pay on a CPU
+
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, window: int | None = None
@@ -60,8 +62,20 @@ def sdpa(
     """Attend run by run with ``scaled_dot_product_attention``: any device, any dtype.
 
     No run is padded; on a CPU a loop over runs beats one padded call (and one call with a dense
-    mask).
+    mask). On a CPU, 16-bit floats are computed in float32 where runs are short: its 16-bit kernel
+    takes up to four times as long for them (backward, on runs of 60 to 140 keys).
     """
+    is_narrow = query.dtype in (torch.bfloat16, torch.float16)
+    if query.device.type == "cpu" and is_narrow and plan.longest_keys <= SHORT_KEYS:
+        with torch.autocast("cpu", enabled=False):
+            wide = (query.float(), key.float(), value.float())
+            return _run_by_run(*wide, plan, window).to(value.dtype)
+    return _run_by_run(query, key, value, plan, window)
+
+
+def _run_by_run(
+    query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, window: int | None
+) -> Tensor:
     root_keys, root_values = key[: plan.root_tokens], value[: plan.root_tokens]
     branch_keys = key.index_select(0, plan.branch_keys)
     branch_values = value.index_select(0, plan.branch_keys)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from torch import Tensor
 from dpo.batching import AnswerBatch
 from dpo.policy import OutputHead, Policy
 
-TILE_BYTES = 64 * 2**20
+TILE_BYTES: Final = 64 * 2**20
+CPU_TILE_BYTES: Final = 8 * 2**20  # stays in the cache, and in memory that is used again
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TokenLogProbs:
 
 
 def completion_log_probs(
-    policy: Policy, texts: AnswerBatch, *, tile_bytes: int = TILE_BYTES
+    policy: Policy, texts: AnswerBatch, *, tile_bytes: int | None = None
 ) -> TokenLogProbs:
     """Score the answer tokens of ``texts`` under ``policy``.
 
@@ -51,7 +52,7 @@ def completion_log_probs(
 
 
 def token_log_probs(
-    hidden: Tensor, targets: Tensor, head: OutputHead, *, tile_bytes: int = TILE_BYTES
+    hidden: Tensor, targets: Tensor, head: OutputHead, *, tile_bytes: int | None = None
 ) -> TokenLogProbs:
     """Log-probs of ``targets`` (K,) int64 from ``hidden`` (K, D).
 
@@ -62,8 +63,11 @@ def token_log_probs(
         hidden: (K, D), in the order of ``targets``.
         targets: (K,) int64.
         head: the output projection.
-        tile_bytes: memory for one tile of logits.
+        tile_bytes: memory for one tile of logits; None: ``CPU_TILE_BYTES`` on a CPU, else
+            ``TILE_BYTES``.
     """
+    if tile_bytes is None:
+        tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else TILE_BYTES
     log_probs, entropy, is_top = _TiledLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, targets, head.scale, head.softcap, tile_bytes
     )

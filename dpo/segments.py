@@ -125,6 +125,11 @@ class AttentionPlan:
         """Tokens in the root runs: where the branch runs begin in the stream."""
         return sum(self.root_lengths)
 
+    @property
+    def longest_keys(self) -> int:
+        """Most keys of any run."""
+        return max(self.root_lengths + self.branch_key_lengths)
+
     def to(self, device: torch.device) -> AttentionPlan:
         """Return the same plan with its tensors on ``device``."""
         return replace(

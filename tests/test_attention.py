@@ -57,6 +57,21 @@ def test_cpu_tensors_take_sdpa_in_every_dtype() -> None:
         assert torch.equal(attend(*leaves, plan), sdpa(*leaves, plan))
 
 
+@pytest.mark.parametrize("longest", [4, 512])
+@pytest.mark.parametrize("segments", FORESTS.values(), ids=FORESTS)
+def test_narrow_floats_on_a_cpu_equal_the_reference_in_short_runs_and_long(
+    segments: Segments, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo.attention.SHORT_KEYS", longest)
+    plan, narrow = plan_attention(segments), inputs(segments, torch.bfloat16)
+    query, key, value = (leaf.double() for leaf in narrow)
+    expected = BACKENDS["reference"](query, key, value, plan, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sdpa(*narrow, plan, None)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("segments", FORESTS.values(), ids=FORESTS)
