@@ -279,9 +279,10 @@ def stats(feedback: str, policy: str | None, start_date: str | None, end_date: s
 @click.option("--out", required=True, help=f"The feedback store to add to. {SOURCE_HELP}")
 def import_(database: Path, out: str) -> None:
     """Copy the decisions of an agent-memory DATABASE (SQLite) into a feedback store."""
-    from dpo.data.import_original import import_original
+    from dpo.data.import_original import check_original, import_original
     from dpo.data.stores import open_store
 
+    check_original(database)
     with open_store(out, create=True) as store:
         report = import_original(database, store)
     click.echo("\n".join(report.lines()))

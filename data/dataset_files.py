@@ -60,10 +60,11 @@ def write_dataset(
         pair_options: how pairs are formed.
         min_pairs: least number of different training pairs.
         created_at: goes into the metadata; None is the time of the latest example.
-        replace: whether an existing folder is replaced.
+        replace: whether an existing data set is replaced.
 
     Raises:
-        InputError: fewer than ``min_pairs`` different training pairs, or the folder exists.
+        InputError: fewer than ``min_pairs`` different training pairs, or the folder exists, or it
+            holds what is no data set and would be lost.
     """
     options = pair_options or PairOptions()
     created = format_time(parse_moment("created_at", created_at or dataset.stats.date_range.end))
@@ -71,6 +72,7 @@ def write_dataset(
     train = form_pairs(dataset.train, dataset.kind, options)
     check_enough_pairs(train.report, min_pairs)
     evaluation = form_pairs(dataset.eval, dataset.kind, options)
+    _refuse_foreign(Path(folder))
     with atomic_directory(Path(folder), replace=replace) as temporary:
         _write_side(temporary, name, "train", dataset.train, train)
         _write_side(temporary, name, "eval", dataset.eval, evaluation)
@@ -154,6 +156,18 @@ def find_metadata(folder: str | Path) -> Path:
             f"{folder}: expected a data set with one <policy>_metadata.json, found {len(found)}"
         )
     return found[0]
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder with anything in it that a data set does not hold."""
+    suffixes = ("_metadata.json", "_train.jsonl", "_eval.jsonl")
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    for path in found:
+        if path.name not in ("README.md", "manifest.json") and not path.name.endswith(suffixes):
+            raise InputError(
+                f"{folder} holds {path.name}, which is no part of a data set and would be lost: "
+                "choose another folder"
+            )
 
 
 def _write_side(

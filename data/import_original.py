@@ -130,6 +130,16 @@ class ImportReport:
                     yield f"  {item.rows} left out: {item.reason}; the first: {item.first}"
 
 
+def check_original(path: Path) -> None:
+    """Refuse what is no agent-memory database, before a store is made for it.
+
+    Raises:
+        InputError: no such file, not such a database, damaged, or locked.
+    """
+    with sqlite_errors(str(path), _TIMEOUT_SECONDS), closing(_open(path)) as connection:
+        _check_tables(connection, path)
+
+
 def import_original(path: Path, store: FeedbackStore) -> ImportReport:
     """Copy the decisions of an agent-memory database into ``store``.
 

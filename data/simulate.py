@@ -24,6 +24,7 @@ from dpo.files import JSON
 
 SITUATIONS = 300
 MAX_SITUATIONS = 5000
+MAX_DRIFT = 50  # the frequency of a situation then changes by a factor of e ** 50
 
 _SESSION_LENGTH = 6  # decisions, on average
 _PERIODS = 50  # the frequencies of situations drift in this many steps
@@ -71,9 +72,9 @@ def simulate(
     }.items():
         if not 0 <= value <= 1:
             raise InputError(f"{name} must be in [0, 1], got {value}")
-    if decisions < 1 or days <= 0 or not math.isfinite(drift):
+    if decisions < 1 or days <= 0 or not abs(drift) <= MAX_DRIFT:
         raise InputError(
-            "decisions must be at least 1, days above 0 and drift finite, "
+            f"decisions must be at least 1, days above 0 and drift within {MAX_DRIFT} of 0, "
             f"got {decisions}, {days} and {drift}"
         )
     scenes = [

@@ -231,6 +231,17 @@ def test_stats_count_one_policy_and_range(feedback: Path) -> None:
 def test_import_refuses_another_database(feedback: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError):
         run("import", feedback, "--out", tmp_path / "new.db")
+    assert not (tmp_path / "new.db").exists()
+
+
+def test_replacing_a_data_set_never_removes_other_files(feedback: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.db").write_text("mine")
+    with pytest.raises(InputError, match=r"holds mine\.db, which is no part of a data set"):
+        run("build", "extraction", "--feedback", feedback, "--out", out, "--min-pairs", "1",
+            "--split-by", "group", "--replace")  # fmt: skip
+    assert (out / "mine.db").read_text() == "mine"
 
 
 def test_help_of_every_command_needs_no_files() -> None:
