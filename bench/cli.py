@@ -8,17 +8,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from dpo.bench.comparing import changes
 from dpo.bench.machine import commit
-from dpo.bench.results import FORMAT, Row, read_results, table
+from dpo.bench.results import FORMAT, Measurement, read_results, table
 from dpo.bench.scenarios import SCENARIOS, SUITES
 from dpo.errors import InputError, RunError
 from dpo.files import JSON, write_json
 from dpo.progress import Console
+from dpo.train_config import Device
 
 
 @click.group("bench", invoke_without_command=True)
@@ -31,9 +32,7 @@ from dpo.progress import Console
     "--scenario", "names", multiple=True, metavar="NAME", help="One scenario; may be repeated."
 )
 @click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Timed.")
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True
-)
+@click.option("--device", type=click.Choice(get_args(Device)), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1, max=1024), help="CPU threads.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write all of it as JSON.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
@@ -71,7 +70,7 @@ def bench(
     }
     if out is not None:
         write_json(out, result)
-    click.echo(table([Row.parse(row, "a measurement") for row in rows]))
+    click.echo(table([Measurement.parse(row, "a measurement") for row in rows]))
 
 
 def _chosen(suite: str | None, names: Sequence[str]) -> Sequence[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from dpo.bench.results import Row
+from dpo.bench.results import Measurement
 from dpo.errors import InputError
 
 LEAST: Final = 0.03  # a change below this share never counts: two runs differ by as much
@@ -42,7 +42,7 @@ class Change:
         return f"{self.scenario:<24}{self.ratio:6.2f} x the time  noise {self.noise:.0%}  {words}"
 
 
-def changes(old: Mapping[str, Row], new: Mapping[str, Row]) -> list[Change]:
+def changes(old: Mapping[str, Measurement], new: Mapping[str, Measurement]) -> list[Change]:
     """Compare the scenarios that both have.
 
     The noise of a scenario is the larger spread of its steps, at least ``LEAST``.

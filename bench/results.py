@@ -14,38 +14,48 @@ from dpo.files import read_json
 FORMAT: Final = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One scenario of a file; what is not named here is in the file only.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What the steps of one scenario came to; a row of a file.
 
     Attributes:
         scenario: its name.
         device: the processor, in words.
         threads: of the CPU.
-        step_seconds: of each timed step.
+        torch: version.
+        settings: the scenario itself.
+        step_seconds: of each timed step; the warm-up is not among them.
         pairs_per_s: by the median step.
         useful_tokens_per_s: a prompt counts once and each answer once, padding never.
         useful_share: useful tokens by tokens that were computed.
-        mfu: share of the machine's own matrix rate.
-        peak_mib: most memory used.
-        state_mib: weights, gradients and optimizer state.
-        split: seconds of a step by part.
+        useful_flops: of one step, see ``dpo.bench.training.useful_flops``.
+        matrix_flops_per_s: best rate of plain matrix products in the same numerics and process.
+        mfu: useful_flops by the time and that rate.
+        peak_mib: most memory used: allocated on a GPU, resident of the process on a CPU.
+        state_mib: weights, gradients and optimizer state, which the peak holds in any case.
+        reference_tokens_per_s: useful tokens of the pass before training.
+        split: seconds of a step by part, from further steps that wait after each part.
     """
 
     scenario: str
     device: str
     threads: int
+    torch: str
+    settings: Mapping[str, Any]
     step_seconds: Sequence[float]
     pairs_per_s: float
     useful_tokens_per_s: float
     useful_share: float
+    useful_flops: float
+    matrix_flops_per_s: float
     mfu: float
     peak_mib: float
     state_mib: float
+    reference_tokens_per_s: float
     split: Mapping[str, float]
 
     @classmethod
-    def parse(cls, data: object, where: str) -> Row:
+    def parse(cls, data: object, where: str) -> Measurement:
         """Take a row of a file.
 
         Raises:
@@ -70,7 +80,7 @@ class Row:
         return (max(self.step_seconds) - min(self.step_seconds)) / self.median_seconds
 
 
-def read_results(path: Path) -> dict[str, Row]:
+def read_results(path: Path) -> dict[str, Measurement]:
     """Read what ``dpo bench --out`` wrote, by scenario.
 
     Raises:
@@ -81,11 +91,13 @@ def read_results(path: Path) -> dict[str, Row]:
     data = read_json(path)
     if not isinstance(data, Mapping) or data.get("format") != FORMAT or not data.get("rows"):
         raise InputError(f"{path}: expected a result of dpo bench --out, of format {FORMAT}")
-    rows = [Row.parse(row, f"{path}: row {n}") for n, row in enumerate(data["rows"], start=1)]
+    rows = [
+        Measurement.parse(row, f"{path}: row {n}") for n, row in enumerate(data["rows"], start=1)
+    ]
     return {row.scenario: row for row in rows}
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Measurement]) -> str:
     """Lay out rows as a Markdown table; the parts of a step are shares of their sum."""
     parts = ("data", "forward", "backward", "optimizer")
     heads = ["scenario", "s/step", "spread", "pairs/s", "useful tokens/s", "useful", "MFU"]

@@ -18,13 +18,15 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpo.bench.machine import cpu_model
+from dpo.bench.results import Measurement
 from dpo.bench.scenarios import PROFILES, SCENARIOS, SHAPES, Scenario
 from dpo.device import choose_device
 from dpo.models import init_model, parse_config
@@ -40,47 +42,6 @@ from dpo.trainer import Trainer
 SPLIT_STEPS = 2
 PRODUCT_SIZES = (1024, 2048, 4096)  # of the square products whose fastest rate is the yardstick
 PRODUCT_SECONDS = 0.5  # a size whose product takes longer is the last that is tried
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """What the steps of one scenario came to.
-
-    Attributes:
-        scenario: its name.
-        settings: the scenario itself.
-        device: the processor, in words.
-        threads: of the CPU.
-        torch: version.
-        step_seconds: of each timed step; the warm-up is not among them.
-        pairs_per_s: by the median step.
-        useful_tokens_per_s: a prompt counts once and each answer once, padding never.
-        useful_share: useful tokens by tokens that were computed.
-        useful_flops: of one step, see ``useful_flops``.
-        matrix_flops_per_s: best rate of plain matrix products in the same numerics and process.
-        mfu: useful_flops by the time and that rate.
-        peak_mib: most memory used: allocated on a GPU, resident of this process on a CPU.
-        state_mib: weights, gradients and optimizer state, which the peak holds in any case.
-        reference_tokens_per_s: useful tokens of the pass before training.
-        split: seconds of a step by part, from further steps that wait after each part.
-    """
-
-    scenario: str
-    settings: dict[str, Any]
-    device: str
-    threads: int
-    torch: str
-    step_seconds: list[float]
-    pairs_per_s: float
-    useful_tokens_per_s: float
-    useful_share: float
-    useful_flops: float
-    matrix_flops_per_s: float
-    mfu: float
-    peak_mib: float
-    state_mib: float
-    reference_tokens_per_s: float
-    split: dict[str, float]
 
 
 class SplitTrainer(Trainer):
@@ -260,8 +221,6 @@ def measure(
 
 def device_name(device: torch.device) -> str:
     """Return what the processor calls itself."""
-    from dpo.bench.machine import cpu_model
-
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 

@@ -72,7 +72,8 @@ def write_dataset(
     train = form_pairs(dataset.train, dataset.kind, options)
     check_enough_pairs(train.report, min_pairs)
     evaluation = form_pairs(dataset.eval, dataset.kind, options)
-    _refuse_foreign(Path(folder))
+    if replace:
+        _refuse_foreign(Path(folder))
     with atomic_directory(Path(folder), replace=replace) as temporary:
         _write_side(temporary, name, "train", dataset.train, train)
         _write_side(temporary, name, "eval", dataset.eval, evaluation)

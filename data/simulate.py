@@ -56,7 +56,7 @@ def simulate(
         exploration: share of decisions in which the action is drawn uniformly from all actions, in
             [0, 1]; in the others the agent follows the kind's rules.
         drift: how far the frequencies of situations change: over the whole time each grows or
-            falls by a factor between 1 and e ** drift.
+            falls by a factor between 1 and e ** drift. Within MAX_DRIFT of 0.
         session_correlation: of the luck of two decisions in one session, in [0, 1]. It does not
             change the expected rewards.
         start: time of the first session.

@@ -125,7 +125,7 @@ class AttentionPlan:
         """Tokens in the root runs: where the branch runs begin in the stream."""
         return sum(self.root_lengths)
 
-    @property
+    @cached_property
     def longest_keys(self) -> int:
         """Most keys of any run."""
         return max(self.root_lengths + self.branch_key_lengths)

@@ -21,13 +21,18 @@ def row(scenario: str = "135m-chat", seconds: float = 2.0, **changes: Any) -> di
         "scenario": scenario,
         "device": "a CPU",
         "threads": 2,
+        "torch": "2.13.0",
+        "settings": {},
         "step_seconds": [seconds, seconds * 1.05, seconds * 1.1],
         "pairs_per_s": 4.0,
         "useful_tokens_per_s": 800.0,
         "useful_share": 1.0,
+        "useful_flops": 1e12,
+        "matrix_flops_per_s": 1e12,
         "mfu": 0.5,
         "peak_mib": 3000.0,
         "state_mib": 2000.0,
+        "reference_tokens_per_s": 1600.0,
         "split": {"data": 0.0, "forward": 1.0, "backward": 2.0, "optimizer": 0.1},
     } | changes
 
