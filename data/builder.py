@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeAlias, Unpack
+from typing import Any, TypeAlias, Unpack, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from dpo.data.dataset import (
     DateRange,
     FilterCounts,
     SplitStats,
+    crossing_advice,
 )
 from dpo.data.examples import Columns, Examples, ExampleTable
 from dpo.data.filters import DecisionFilter
@@ -31,7 +32,7 @@ from dpo.data.kinds.base import Action, State, TypedKind
 from dpo.data.kinds.consolidation import CONSOLIDATION, ConsolidationAction, ConsolidationState
 from dpo.data.kinds.extraction import EXTRACTION, ExtractionAction, ExtractionState
 from dpo.data.kinds.retrieval import RETRIEVAL, RetrievalAction, RetrievalState
-from dpo.data.records import format_time
+from dpo.data.records import format_time, is_simulated
 from dpo.data.splits import crossing_rows, seeded_rank, split_by_time, split_by_unit
 from dpo.data.stores import FeedbackStore, open_store
 from dpo.data.texts import json_line
@@ -39,30 +40,28 @@ from dpo.errors import InputError
 
 Source: TypeAlias = str | Path | FeedbackStore
 
-SIMULATED_PREFIX = "simulated-"
 FILTERS = tuple(FilterCounts.__dataclass_fields__)[:-1]  # all but max_examples, in their order
-LEAST_SHARE_LEFT = 0.5  # fewer evaluation examples than this share are no fair sample of the rest
 
 
 def build_extraction_dataset(
     feedback: Source, **options: Unpack[BuildKeywords]
 ) -> Dataset[ExtractionState, ExtractionAction]:
     """Build the data set of the extraction policy; see `build_dataset`."""
-    return build_dataset(feedback, EXTRACTION, BuildOptions(**options))
+    return build_dataset(feedback, EXTRACTION, _options(options))
 
 
 def build_retrieval_dataset(
     feedback: Source, **options: Unpack[BuildKeywords]
 ) -> Dataset[RetrievalState, RetrievalAction]:
     """Build the data set of the retrieval policy; see `build_dataset`."""
-    return build_dataset(feedback, RETRIEVAL, BuildOptions(**options))
+    return build_dataset(feedback, RETRIEVAL, _options(options))
 
 
 def build_consolidation_dataset(
     feedback: Source, **options: Unpack[BuildKeywords]
 ) -> Dataset[ConsolidationState, ConsolidationAction]:
     """Build the data set of the consolidation policy; see `build_dataset`."""
-    return build_dataset(feedback, CONSOLIDATION, BuildOptions(**options))
+    return build_dataset(feedback, CONSOLIDATION, _options(options))
 
 
 def build_dataset(
@@ -77,7 +76,7 @@ def build_dataset(
 
     Raises:
         InputError: the store cannot be read, a record is not of this kind, the filters leave
-            nothing, there are too few units to split, or most evaluation examples would have to be
+            nothing, there are too few units to split, or all evaluation examples would have to be
             removed because training has the same; then it says which unit to choose.
     """
     options = options or BuildOptions()
@@ -88,12 +87,12 @@ def build_dataset(
     is_removed = _removed(columns, is_eval, options)
     train, evaluation = examples.where(~is_eval), examples.where(is_eval & ~is_removed)
     kept = examples.where(~is_removed)
-    is_simulated = np.array([name.startswith(SIMULATED_PREFIX) for name in table.sessions])
+    of_simulator = np.array([is_simulated(session) for session in table.sessions])
     stats = DatasetStats(
         total_examples=len(kept),
         train_examples=len(train),
         eval_examples=len(evaluation),
-        simulated_examples=int(is_simulated[columns.sessions[~is_removed]].sum()),
+        simulated_examples=int(of_simulator[columns.sessions[~is_removed]].sum()),
         date_range=DateRange(
             format_time(kept.metadata(0).decided_at), format_time(kept.metadata(-1).decided_at)
         ),
@@ -101,6 +100,10 @@ def build_dataset(
         split=_split_stats(columns, is_eval, is_removed, options),
     )
     return Dataset(kind, train, evaluation, stats, options)
+
+
+def _options(keywords: BuildKeywords) -> BuildOptions:
+    return BuildOptions(**cast(dict[str, Any], keywords))  # dates become text
 
 
 def _read(
@@ -187,26 +190,15 @@ def _removed(
     is_removed = {"both": prompts | groups, "prompt": prompts, "none": np.zeros_like(prompts)}[
         options.remove_crossing
     ]
-    evaluated, removed = int(is_eval.sum()), int(is_removed.sum())
-    if removed > (1 - LEAST_SHARE_LEFT) * evaluated:
+    evaluated, prompts_crossing = int(is_eval.sum()), int(prompts.sum())
+    if evaluated == int(is_removed.sum()):
         raise InputError(
             f"split_by {options.split_by!r} puts {evaluated} examples on the evaluation side, but "
-            f"{int(prompts.sum())} of them share their prompt and {int(groups.sum())} their "
-            f"grouping key with training, so that {evaluated - removed} would be left. "
-            f"{_advice(int(prompts.sum()), evaluated, options)}"
+            f"{prompts_crossing} of them share their prompt and {int(groups.sum())} their grouping "
+            "key with training, so that none would be left. "
+            f"{crossing_advice(prompts_crossing, evaluated, options)}"
         )
     return is_removed
-
-
-def _advice(prompts: int, evaluated: int, options: BuildOptions) -> str:
-    """Say what to choose when too few evaluation examples would be left."""
-    choices = []
-    if options.split_by != "group":
-        choices.append("split_by 'group' (--split-by group), which keeps grouping keys whole")
-    if options.remove_crossing == "both" and prompts <= (1 - LEAST_SHARE_LEFT) * evaluated:
-        choices.append("remove_crossing 'prompt', which lets grouping keys cross")
-    choices.append("remove_crossing 'none', which evaluates on what was trained on")
-    return f"Choose {'; or '.join(choices)}"
 
 
 def _split_stats(

@@ -108,7 +108,9 @@ def build(
     from dpo.data.dataset_files import write_dataset
     from dpo.data.pairs import PairOptions
     from dpo.data.stores import open_store
+    from dpo.files import check_replaceable
 
+    check_replaceable(out, replace=replace)
     build_options = BuildOptions(**{name: _given(value) for name, value in options.items()})
     pair_options = PairOptions(
         match=match,

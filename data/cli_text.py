@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def dataset_text(dataset: Dataset[Any, Any], written: WrittenDataset) -> str:
     """Return what was read, split, paired and written."""
+    from dpo.data.dataset import crossing_note
+
     stats, split = dataset.stats, dataset.stats.split
+    note = crossing_note(stats, dataset.options)
     units = _UNITS[dataset.options.split_by]
     dates = stats.date_range
     lines = [
@@ -32,6 +35,7 @@ def dataset_text(dataset: Dataset[Any, Any], written: WrittenDataset) -> str:
         f"  {split.crossing_groups:>10,}  their grouping key,",
         f"  {split.crossing_sessions:>10,}  their session;",
         f"  {split.removed_examples:>10,}  were removed for prompt or grouping key",
+        *(["", f"Note: {note}"] if note else []),
         "",
         *_pairs({"train": written.train, "eval": written.eval}),
         "",
@@ -75,6 +79,7 @@ def _pairs(sides: Mapping[str, PairReport]) -> Iterator[str]:
         ("unpaired: within the margin", [each.within_margin for each in unpaired]),
         ("unpaired: others were chosen", [each.not_selected for each in unpaired]),
         ("unpaired: their pair was dropped", [each.dropped for each in unpaired]),
+        ("unpaired: reward 0, in no file", [side.unlabelled_examples for side in sides.values()]),
     ):
         yield f"  {label:<32}" + "".join(f"{number:>12,}" for number in numbers)
 

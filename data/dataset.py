@@ -4,12 +4,13 @@ Everything but the examples is written to ``<policy>_metadata.json``, under came
 """
 
 from dataclasses import dataclass
-from typing import Generic, Literal, TypedDict, get_args
+from datetime import date
+from typing import Annotated, Generic, Literal, TypedDict
 
 from dpo.data.examples import Examples
 from dpo.data.filters import DecisionFilter, MissingConfidence
 from dpo.data.kinds.base import Action, State, TypedKind
-from dpo.data.kinds.schema import Count, Share
+from dpo.data.kinds.schema import Count, Range, Share, check_fields
 from dpo.errors import InputError
 
 SplitUnit = Literal["session", "group", "time"]
@@ -21,7 +22,8 @@ class BuildOptions:
     """Which decisions are taken and how they are split.
 
     Attributes:
-        start_date: first day or moment taken, ISO 8601; None takes all.
+        start_date: first day or moment taken, ISO 8601 or a date or datetime, which becomes that;
+            None takes all.
         end_date: last day or moment taken; a date without a time of day includes that whole day.
         sessions: only these.
         entry_types: only decisions that name one of these.
@@ -49,25 +51,19 @@ class BuildOptions:
     outcome_types: tuple[str, ...] | None = None
     min_confidence: Share | None = None
     missing_confidence: MissingConfidence = "drop"
-    max_examples: Count | None = None
-    eval_split: Share = 0.2
+    max_examples: Annotated[int, Range(2)] | None = None
+    eval_split: Annotated[float, Range(0, 1, is_open=True)] = 0.2
     split_by: SplitUnit = "session"
     remove_crossing: Crossing = "both"
     seed: Count = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("split_by", SplitUnit), ("remove_crossing", Crossing)):
-            value = getattr(self, name)
-            if value not in get_args(allowed):
-                raise InputError(
-                    f"{name} must be one of {', '.join(get_args(allowed))}, got {value!r}"
-                )
-        if not 0 < self.eval_split < 1:
-            raise InputError(f"eval_split must be in (0, 1), got {self.eval_split}")
-        if self.max_examples is not None and self.max_examples < 2:
-            raise InputError(f"max_examples must be at least 2, got {self.max_examples}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0, got {self.seed}")
+        for name in ("start_date", "end_date"):
+            if isinstance(value := getattr(self, name), date):
+                object.__setattr__(self, name, value.isoformat())
+        check_fields(self)
+        if self.seed and self.split_by == "time" and self.max_examples is None:
+            raise InputError("seed has no effect: a split by time draws nothing")
         self.wanted("")
 
     def wanted(self, policy: str) -> DecisionFilter:
@@ -76,10 +72,10 @@ class BuildOptions:
             policy=policy,
             start=self.start_date,
             end=self.end_date,
-            sessions=_set(self.sessions),
-            entry_types=_set(self.entry_types),
-            scope_types=_set(self.scope_types),
-            outcome_types=_set(self.outcome_types),
+            sessions=self.sessions,
+            entry_types=self.entry_types,
+            scope_types=self.scope_types,
+            outcome_types=self.outcome_types,
             min_confidence=self.min_confidence,
             missing_confidence=self.missing_confidence,
             only_with_outcomes=True,
@@ -89,8 +85,8 @@ class BuildOptions:
 class BuildKeywords(TypedDict, total=False):
     """The fields of `BuildOptions`, as keywords of the named builders."""
 
-    start_date: str | None
-    end_date: str | None
+    start_date: date | str | None
+    end_date: date | str | None
     sessions: tuple[str, ...] | None
     entry_types: tuple[str, ...] | None
     scope_types: tuple[str, ...] | None
@@ -187,5 +183,24 @@ class Dataset(Generic[State, Action]):
     options: BuildOptions
 
 
-def _set(values: tuple[str, ...] | None) -> frozenset[str] | None:
-    return None if values is None else frozenset(values)
+def crossing_note(stats: DatasetStats, options: BuildOptions) -> str | None:
+    """Say what to choose where most evaluation examples were removed; None where few were."""
+    removed, evaluated = stats.split.removed_examples, stats.eval_examples
+    if removed <= evaluated:
+        return None
+    return (
+        f"{removed} of {removed + evaluated} evaluation examples shared their prompt or grouping "
+        f"key with training and were removed: what is left is a small part, and no fair sample. "
+        f"{crossing_advice(stats.split.crossing_prompts, removed + evaluated, options)}"
+    )
+
+
+def crossing_advice(prompts: int, evaluated: int, options: BuildOptions) -> str:
+    """Say what to choose when ``prompts`` of ``evaluated`` examples share theirs with training."""
+    choices = []
+    if options.split_by != "group":
+        choices.append("split_by 'group' (--split-by group), which keeps grouping keys whole")
+    if options.remove_crossing == "both" and 2 * prompts <= evaluated:
+        choices.append("remove_crossing 'prompt', which lets grouping keys cross")
+    choices.append("remove_crossing 'none', which evaluates on what was trained on")
+    return f"Choose {'; or '.join(choices)}"

@@ -28,7 +28,14 @@ from dpo.data.pairs import PairFormation, PairOptions, PairReport, UnpairedExamp
 from dpo.data.records import format_time
 from dpo.data.texts import json_line
 from dpo.errors import InputError
-from dpo.files import JSON, atomic_directory, read_json, write_json, write_manifest
+from dpo.files import (
+    JSON,
+    atomic_directory,
+    check_replaceable,
+    read_json,
+    write_json,
+    write_manifest,
+)
 from dpo.preferences import write_pairs
 
 MIN_PAIRS = 100
@@ -64,16 +71,15 @@ def write_dataset(
 
     Raises:
         InputError: fewer than ``min_pairs`` different training pairs, or the folder exists, or it
-            holds what is no data set and would be lost.
+            holds files that are not of a data set and would be lost.
     """
+    check_replaceable(Path(folder), replace=replace)
     options = pair_options or PairOptions()
     created = format_time(parse_moment("created_at", created_at or dataset.stats.date_range.end))
     name = dataset.kind.name
     train = form_pairs(dataset.train, dataset.kind, options)
     check_enough_pairs(train.report, min_pairs)
     evaluation = form_pairs(dataset.eval, dataset.kind, options)
-    if replace:
-        _refuse_foreign(Path(folder))
     with atomic_directory(Path(folder), replace=replace) as temporary:
         _write_side(temporary, name, "train", dataset.train, train)
         _write_side(temporary, name, "eval", dataset.eval, evaluation)
@@ -114,6 +120,38 @@ def check_enough_pairs(report: PairReport, min_pairs: int) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DatasetMetadata:
+    """What ``<policy>_metadata.json`` says of the data set beside it."""
+
+    policy: str
+    stats: DatasetStats
+    options: BuildOptions
+    pair_options: PairOptions
+
+
+def read_metadata(folder: str | Path) -> DatasetMetadata:
+    """Read what was written of a data set, of whichever kind.
+
+    Raises:
+        InputError: the folder holds no data set, or more than one, or its metadata are damaged.
+    """
+    path = find_metadata(folder)
+    content = read_json(path)
+    policy = content.get("policy") if isinstance(content, Mapping) else None
+    if not isinstance(policy, str) or policy != path.name.removesuffix("_metadata.json"):
+        raise InputError(f"{path}: expected an object with the policy of its name, got {policy!r}")
+    pair_config = content.get("pairConfig")
+    if isinstance(pair_config, Mapping):
+        pair_config = {name: pair_config[name] for name in pair_config if name != "minPairs"}
+    return DatasetMetadata(
+        policy,
+        RecordSchema(DatasetStats).parse(content.get("dataset"), f"{path}: dataset"),
+        RecordSchema(BuildOptions).parse(content.get("config"), f"{path}: config"),
+        RecordSchema(PairOptions).parse(pair_config, f"{path}: pairConfig"),
+    )
+
+
 def load_dataset(folder: str | Path, kind: PolicyKind | None = None) -> Dataset[Any, Any]:
     """Read back the data set that `write_dataset` wrote.
 
@@ -124,25 +162,19 @@ def load_dataset(folder: str | Path, kind: PolicyKind | None = None) -> Dataset[
     Raises:
         InputError: the folder holds no data set, one of another kind, or a damaged one.
     """
-    path = find_metadata(folder)
-    metadata = read_json(path)
+    metadata = read_metadata(folder)
     kinds = KINDS if kind is None else {kind.name: kind}
-    policy = metadata.get("policy") if isinstance(metadata, Mapping) else None
-    if not isinstance(policy, str) or policy not in kinds:
+    if metadata.policy not in kinds:
         raise InputError(
-            f"{path}: expected an object with a policy among {', '.join(kinds)}, got {policy!r}"
+            f"{folder} is a data set of {metadata.policy!r}, not of {', '.join(kinds)}; in Python, "
+            "give a policy kind of your own as kind"
         )
+    kind = kinds[metadata.policy]
     train, evaluation = (
-        read_examples(path.with_name(f"{policy}_examples_{side}.jsonl"), kinds[policy])
+        read_examples(Path(folder) / f"{kind.name}_examples_{side}.jsonl", kind)
         for side in ("train", "eval")
     )
-    return Dataset(
-        kinds[policy],
-        train,
-        evaluation,
-        RecordSchema(DatasetStats).parse(metadata.get("dataset"), f"{path}: dataset"),
-        RecordSchema(BuildOptions).parse(metadata.get("config"), f"{path}: config"),
-    )
+    return Dataset(kind, train, evaluation, metadata.stats, metadata.options)
 
 
 def find_metadata(folder: str | Path) -> Path:
@@ -157,18 +189,6 @@ def find_metadata(folder: str | Path) -> Path:
             f"{folder}: expected a data set with one <policy>_metadata.json, found {len(found)}"
         )
     return found[0]
-
-
-def _refuse_foreign(folder: Path) -> None:
-    """Refuse a folder with anything in it that a data set does not hold."""
-    suffixes = ("_metadata.json", "_train.jsonl", "_eval.jsonl")
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    for path in found:
-        if path.name not in ("README.md", "manifest.json") and not path.name.endswith(suffixes):
-            raise InputError(
-                f"{folder} holds {path.name}, which is no part of a data set and would be lost: "
-                "choose another folder"
-            )
 
 
 def _write_side(

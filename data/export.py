@@ -13,12 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo.data.arms import find_arms, number_by_appearance
-from dpo.data.dataset_files import find_metadata, load_dataset
+from dpo.data.card import data_facts, simulation_notice
+from dpo.data.dataset_files import load_dataset, read_metadata
 from dpo.data.examples import Examples
+from dpo.data.kinds import PolicyKind
 from dpo.data.kinds.base import Action, State
 from dpo.data.texts import json_line
 from dpo.errors import InputError
-from dpo.files import JSON, atomic_directory
+from dpo.files import JSON, atomic_directory, check_replaceable, write_manifest
 from dpo.pair import Message, PreferencePair, Text
 from dpo.pair_rows import OPTIONAL, REQUIRED, pair_to_row
 from dpo.preferences import load_pairs
@@ -37,11 +39,13 @@ class ExportSource:
 
     Attributes:
         name: of the data, for people.
+        facts: Markdown for the card: where the pairs come from; empty where nobody knows.
         pairs: all pairs.
         demonstrations: good answers alone; a function, because they take time to find.
     """
 
     name: str
+    facts: str
     pairs: Mapping[str, Sequence[PreferencePair]]
     demonstrations: Callable[[], Mapping[str, Sequence[Demonstration]]]
 
@@ -77,7 +81,12 @@ class ExportReport:
 
 
 def export_pairs(
-    source: str | Path, folder: str | Path, *, format_name: str, replace_folder: bool = False
+    source: str | Path,
+    folder: str | Path,
+    *,
+    format_name: str,
+    kind: PolicyKind | None = None,
+    replace_folder: bool = False,
 ) -> ExportReport:
     """Write the pairs of a data set folder or of a file of pairs in another format.
 
@@ -85,37 +94,62 @@ def export_pairs(
         source: a folder of `write_dataset`, or whatever `load_pairs` reads.
         folder: is made; must not exist unless ``replace_folder``.
         format_name: one of ``EXPORTERS``.
+        kind: of a data set whose policy is not in ``KINDS``; the format "chat" asks for it.
         replace_folder: whether an existing folder is replaced.
 
     Raises:
-        InputError: an unknown format, an unreadable source, or the folder exists.
+        InputError: an unknown format, an unreadable source, the folder exists, or it holds the
+            source or other files that would be lost.
     """
     if format_name not in EXPORTERS:
         raise InputError(f"there is no format {format_name!r}, only {', '.join(EXPORTERS)}")
     exporter = EXPORTERS[format_name]
-    exported = read_source(source)
-    with atomic_directory(Path(folder), replace=replace_folder) as temporary:
+    target = Path(folder)
+    if Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
+        raise InputError(f"{folder} holds the source {source}: choose another folder")
+    check_replaceable(target, replace=replace_folder)
+    exported = read_source(source, kind)
+    with atomic_directory(target, replace=replace_folder) as temporary:
         exporter.write(exported, temporary)
         if not (temporary / "README.md").exists():
             _write_text(temporary / "README.md", _card(exported, format_name))
+        write_manifest(temporary)
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    return ExportReport(Path(folder), sizes, _lost(exported, exporter, format_name))
+    return ExportReport(target, sizes, _lost(exported, exporter, format_name))
 
 
-def read_source(source: str | Path) -> ExportSource:
+def read_source(source: str | Path, kind: PolicyKind | None = None) -> ExportSource:
     """Read a data set folder, or a source of pairs, which becomes the training split.
 
     Raises:
         InputError: it is unreadable.
     """
-    if any(Path(source).glob("*_metadata.json")):
-        path = find_metadata(source)
-        policy = path.name.removesuffix("_metadata.json")
-        files = {side: path.with_name(f"{policy}_dpo_{side}.jsonl") for side in ("train", "eval")}
-        pairs = {side: _pairs(file) for side, file in files.items() if file.stat().st_size}
-        return ExportSource(policy, pairs, lambda: _best_actions(path.parent))
+    folder = Path(source)
+    if any(folder.glob("*_metadata.json")):
+        metadata = read_metadata(folder)
+        name = metadata.policy
+        facts = data_facts(metadata.stats, metadata.options, metadata.pair_options)
+        files = {side: folder / f"{name}_dpo_{side}.jsonl" for side in ("train", "eval")}
+        pairs = {side: _pairs(file) for side, file in files.items() if _size(file)}
+        return ExportSource(
+            f"{name} policy",
+            simulation_notice(metadata.stats) + facts,
+            pairs,
+            lambda: _best_actions(folder, kind),
+        )
     loaded = {"train": _pairs(source)}
-    return ExportSource(Path(source).name, loaded, lambda: _chosen(loaded))
+    return ExportSource(folder.name, "", loaded, lambda: _chosen(loaded))
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file of the data set.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, though the data set names it")
+    return path.stat().st_size
 
 
 def _pairs(source: str | Path) -> list[PreferencePair]:
@@ -134,9 +168,9 @@ def _chosen(pairs: Mapping[str, Sequence[PreferencePair]]) -> dict[str, list[Dem
     }
 
 
-def _best_actions(folder: Path) -> dict[str, list[Demonstration]]:
+def _best_actions(folder: Path, kind: PolicyKind | None) -> dict[str, list[Demonstration]]:
     """Return, for each prompt, the action that earned most, if its mean reward is above zero."""
-    dataset = load_dataset(folder)
+    dataset = load_dataset(folder, kind)
     sides = {"train": dataset.train, "eval": dataset.eval}
     return {side: _good(examples) for side, examples in sides.items() if len(examples)}
 
@@ -283,7 +317,10 @@ EXPORTERS: dict[str, Exporter] = {
 def _card(source: ExportSource, format_name: str) -> str:
     counts = "\n".join(f"- {split}: {len(pairs)} pairs" for split, pairs in source.pairs.items())
     usage = EXPORTERS[format_name].usage
-    return f"# {source.name}: preference pairs, format {format_name}\n\n{usage}\n\n{counts}\n"
+    facts = f"\n## The data\n\n{source.facts}\n" if source.facts else ""
+    return (
+        f"# {source.name}: preference pairs, format {format_name}\n\n{usage}\n\n{counts}\n{facts}"
+    )
 
 
 def _lost(source: ExportSource, exporter: Exporter, format_name: str) -> list[str]:

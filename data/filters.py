@@ -1,6 +1,6 @@
 """Which decisions of a feedback store are wanted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from typing import Literal, TypeAlias, get_args
@@ -44,10 +44,10 @@ class DecisionFilter:
     policy: str | None = None
     start: Bound | None = None
     end: Bound | None = None
-    sessions: frozenset[str] | None = None
-    entry_types: frozenset[str] | None = None
-    scope_types: frozenset[str] | None = None
-    outcome_types: frozenset[str] | None = None
+    sessions: Collection[str] | None = None
+    entry_types: Collection[str] | None = None
+    scope_types: Collection[str] | None = None
+    outcome_types: Collection[str] | None = None
     min_confidence: float | None = None
     missing_confidence: MissingConfidence = "drop"
     only_with_outcomes: bool = False
@@ -62,19 +62,23 @@ class DecisionFilter:
         object.__setattr__(self, "last_moment", last)
         if first and last and first > last:
             raise InputError(f"start {self.start} is after end {self.end}")
-        if self.min_confidence is not None and not 0 <= self.min_confidence <= 1:
-            raise InputError(f"min_confidence must be in [0, 1], got {self.min_confidence}")
+        if self.min_confidence is not None and not _is_share(self.min_confidence):
+            raise InputError(f"min_confidence must be in [0, 1], got {self.min_confidence!r}")
         if self.missing_confidence not in get_args(MissingConfidence):
             raise InputError(
                 f"missing_confidence must be keep or drop, got {self.missing_confidence!r}"
             )
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"limit must be at least 1, got {self.limit}")
+        if self.missing_confidence == "keep" and self.min_confidence is None:
+            raise InputError("missing_confidence has no effect without min_confidence")
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
+            raise InputError(f"limit must be a whole number of at least 1, got {self.limit!r}")
         for name in ("sessions", "entry_types", "scope_types", "outcome_types"):
             value = getattr(self, name)
-            if isinstance(value, str):
-                raise InputError(f"{name} must be a set of texts, got the text {value!r}")
-            object.__setattr__(self, name, None if value is None else frozenset(value))
+            if value is None:
+                continue
+            if isinstance(value, str) or not all(isinstance(each, str) for each in value):
+                raise InputError(f"{name} must be several texts, got {value!r}")
+            object.__setattr__(self, name, frozenset(value))
 
     def refusals(self, decision: Decision) -> Iterator[str]:
         """Yield the names of the conditions that a decision fails, as the user wrote them."""
@@ -86,7 +90,9 @@ class DecisionFilter:
             yield "end"
         if self.sessions is not None and decision.session_id not in self.sessions:
             yield "sessions"
-        if self.entry_types is not None and self.entry_types.isdisjoint(entry_types(decision)):
+        if self.entry_types is not None and not any(
+            name in self.entry_types for name in entry_types(decision)
+        ):
             yield "entry_types"
         if self.scope_types is not None and scope_type(decision) not in self.scope_types:
             yield "scope_types"
@@ -138,6 +144,8 @@ def parse_moment(name: str, bound: Bound, *, time_of_day: time = time.min) -> da
     """
     if isinstance(bound, str):
         bound = _parse_bound(name, bound)
+    elif not isinstance(bound, date):
+        raise InputError(f"{name} must be a date, a datetime or text, got {bound!r}")
     if not isinstance(bound, datetime):
         bound = datetime.combine(bound, time_of_day)
     return bound.replace(tzinfo=UTC) if bound.tzinfo is None else bound.astimezone(UTC)
@@ -151,6 +159,10 @@ def _parse_bound(name: str, text: str) -> datetime | date:
             return parse_time(text)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _member(content: Mapping[str, JSON], group: str, name: str) -> JSON:

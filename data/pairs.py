@@ -11,7 +11,7 @@ Shapes: N examples, A arms (``dpo.data.arms``).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, get_args, overload
+from typing import Annotated, Generic, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from dpo.data.arms import (
 )
 from dpo.data.examples import Example, Examples
 from dpo.data.kinds.base import Action, GroupKey, State, TypedKind
-from dpo.data.kinds.schema import Count
+from dpo.data.kinds.schema import Count, Range
 from dpo.errors import InputError
 from dpo.pair import PreferencePair
 
@@ -58,10 +58,10 @@ class PairOptions:
     """
 
     match: Match = "prompt"
-    margin: float = 0.1
-    tolerance: float = 1e-9
+    margin: Annotated[float, Range(0, 2)] = 0.1
+    tolerance: Annotated[float, Range(0, 1e-3)] = 1e-9
     strategy: str = "best-worst"
-    max_pairs_per_context: int | None = None
+    max_pairs_per_context: Count | None = None
     weight: Weight = "none"
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ from dpo.errors import InputError
 from dpo.files import JSON
 
 __all__ = [
+    "SIMULATED_PREFIX",
     "Decision",
     "DecisionOutcome",
     "decision_from_json",
@@ -33,12 +34,20 @@ __all__ = [
     "decode_json",
     "encode_json",
     "format_time",
+    "is_simulated",
     "outcome_from_json",
     "outcome_to_json",
     "parse_time",
 ]
 
+SIMULATED_PREFIX = "simulated-"  # of every id that the simulator gives
+
 Record = TypeVar("Record")
+
+
+def is_simulated(session_id: str) -> bool:
+    """Return whether a session is the simulator's: nobody observed it."""
+    return session_id.startswith(SIMULATED_PREFIX)
 
 
 @dataclass(frozen=True, slots=True)

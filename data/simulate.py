@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from dpo.data.records import Decision
+from dpo.data.records import SIMULATED_PREFIX, Decision
 from dpo.data.simulated_worlds import WORLDS, AnyWorld
 from dpo.errors import InputError
 from dpo.files import JSON
@@ -100,7 +100,7 @@ def simulated_situations(kind_name: str, count: int = SITUATIONS) -> tuple[Any, 
     """Return the pool of states: always the same, each with a prompt of its own.
 
     Raises:
-        InputError: an unknown kind, or a count that is not in [1, 5000].
+        InputError: an unknown kind, or a count that is not in [1, ``MAX_SITUATIONS``].
     """
     if not 1 <= count <= MAX_SITUATIONS:
         raise InputError(f"situations must be in [1, {MAX_SITUATIONS}], got {count}")
@@ -253,7 +253,7 @@ def _play(
             confidence = min(scene.baseline.confidence + rng.uniform(-0.1, 0.1), 0.99)
         drawn = bisect.bisect_right(move.cumulative, _luck(session, plan.session_correlation, rng))
         yield Decision(
-            id=f"simulated-{plan.kind_name}-{plan.seed}-{index:08d}",
+            id=f"{SIMULATED_PREFIX}{plan.kind_name}-{plan.seed}-{index:08d}",
             policy=plan.kind_name,
             session_id=session.id,
             decided_at=session.start + turn * timedelta(seconds=90),
@@ -272,7 +272,7 @@ def _turns(plan: _Plan, rng: random.Random) -> Iterator[tuple[_Session, int]]:
     for number in itertools.count():
         since_start = plan.duration * (made / plan.decisions)
         session = _Session(
-            id=f"simulated-{plan.kind_name}-{plan.seed}-session-{number:07d}",
+            id=f"{SIMULATED_PREFIX}{plan.kind_name}-{plan.seed}-session-{number:07d}",
             start=plan.start + timedelta(milliseconds=since_start // timedelta(milliseconds=1)),
             luck=rng.gauss(0.0, 1.0),
         )

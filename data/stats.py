@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from dpo.data.kinds import KINDS
-from dpo.data.records import Decision, format_time
+from dpo.data.records import Decision, format_time, is_simulated
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class PolicyStats:
         policy: its name.
         decisions: how many there are.
         sessions: in how many sessions they were made.
+        simulated: decisions of the simulator, which nobody observed.
         first: time of the oldest.
         last: time of the newest.
         classes: decisions by class of their action; a class that never occurs counts 0. Empty for a
@@ -46,6 +47,7 @@ class PolicyStats:
     policy: str
     decisions: int
     sessions: int
+    simulated: int
     first: datetime
     last: datetime
     classes: dict[str, int]
@@ -58,6 +60,9 @@ class PolicyStats:
     def lines(self) -> Iterator[str]:
         """Yield the numbers as text."""
         yield f"{self.policy}: {self.decisions} decisions in {self.sessions} sessions"
+        if self.simulated:
+            simulated = _share(self.simulated, self.decisions)
+            yield f"  SIMULATION: {simulated} were simulated, not observed"
         yield f"  from {format_time(self.first)} to {format_time(self.last)}"
         yield f"  with an outcome: {_share(self.with_outcome, self.decisions)}"
         summaries = {
@@ -94,7 +99,7 @@ class _Tally:
         self._policy = decision.policy
         self._kind = KINDS.get(decision.policy)
         self._first = self._last = decision.decided_at
-        self._decisions = self._with_outcome = self._zero_rewards = 0
+        self._decisions = self._simulated = self._with_outcome = self._zero_rewards = 0
         self._sessions: set[str] = set()
         self._classes = Counter[str](dict.fromkeys(self._kind.classes if self._kind else (), 0))
         self._rewards, self._confidences, self._propensities = _Numbers(), _Numbers(), _Numbers()
@@ -104,6 +109,7 @@ class _Tally:
         self._first = min(self._first, decision.decided_at)
         self._last = max(self._last, decision.decided_at)
         self._sessions.add(decision.session_id)
+        self._simulated += is_simulated(decision.session_id)
         self._with_outcome += decision.has_outcome
         self._zero_rewards += decision.reward == 0
         self._rewards.add(decision.reward)
@@ -118,6 +124,7 @@ class _Tally:
             policy=self._policy,
             decisions=self._decisions,
             sessions=len(self._sessions),
+            simulated=self._simulated,
             first=self._first,
             last=self._last,
             classes=dict(self._classes),

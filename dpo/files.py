@@ -145,6 +145,28 @@ def verify_manifest(folder: Path) -> list[str]:
     return [fault for fault in faults if fault]
 
 
+def check_replaceable(folder: Path, *, replace: bool) -> None:
+    """Refuse a folder that exists, or whose replacement would lose what is not ours.
+
+    Ours is what ``manifest.json`` in the folder lists. Ask before the work, not after it.
+
+    Raises:
+        InputError: the folder exists and ``replace`` is false, it is no folder, or it holds a file
+            that its manifest does not list.
+    """
+    if folder.exists() and not replace:
+        raise InputError(f"{folder} already exists: choose another name, or replace it (--replace)")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is no folder: choose another name")
+    ours = {folder / name for name in _listed(folder / MANIFEST)} | {folder / MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        if path not in ours and not path.is_dir():
+            raise InputError(
+                f"{folder} holds {path.relative_to(folder)}, which is not in its {MANIFEST} "
+                "and would be lost: choose another folder"
+            )
+
+
 class FolderLock:
     """Exclusive use of a folder, as a context manager; the holder's process id is in ``.lock``."""
 
@@ -252,6 +274,15 @@ def _rename_folder(source: Path, target: Path) -> None:
         target.rename(old)
     source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _listed(manifest: Path) -> Sequence[str]:
+    """Return the names in a manifest; none if there is no manifest that can be read."""
+    try:
+        entries = json.loads(manifest.read_bytes())
+    except (OSError, ValueError):
+        return ()
+    return list(entries) if isinstance(entries, dict) else ()
 
 
 def _last_change(path: Path) -> float:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import sys
 import types
 import typing
@@ -38,10 +39,14 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers from ``low`` to ``high``, both included; None leaves the upper end open."""
+    """The numbers from ``low`` to ``high``; None leaves the upper end open.
+
+    Both ends are included, unless ``is_open``.
+    """
 
     low: float
     high: float | None = None
+    is_open: bool = False
 
 
 Count = Annotated[int, Range(0)]
@@ -116,6 +121,29 @@ def to_json(record: DataclassInstance) -> dict[str, JSON]:
     }
 
 
+def check_fields(record: DataclassInstance) -> None:
+    """Check a record made in Python as `RecordSchema` checks JSON, and make 5.0 the count 5.
+
+    Call it in ``__post_init__``.
+
+    Raises:
+        InputError: every field whose value is of another type or out of range, by its name.
+    """
+    hints = typing.get_type_hints(type(record), include_extras=True)
+    faults: list[str] = []
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if value is None and field.default is None:
+            continue
+        schema = _field(field, hints[field.name])
+        found = list(schema.faults(value, field.name))
+        if not found:
+            object.__setattr__(record, field.name, schema.convert(value))
+        faults += found
+    if faults:
+        raise InputError("; ".join(faults))
+
+
 @dataclass(frozen=True, slots=True)
 class _Leaf:
     """A value without fields of its own: how to convert it, and what to say when that fails."""
@@ -173,7 +201,11 @@ def _number(type_: type[int] | type[float], allowed: Range) -> _Leaf:
     largest = MAX_SAFE_INTEGER if type_ is int else sys.float_info.max
     low, high = allowed.low, largest if allowed.high is None else allowed.high
     noun = "a whole number" if type_ is int else "a number"
-    bounds = f">= {low:g}" if allowed.high is None else f"in [{low:g}, {high:g}]"
+    if allowed.is_open:
+        bounds = f"in ({low:g}, {high:g})"
+        low, high = math.nextafter(low, high), math.nextafter(high, low)
+    else:
+        bounds = f">= {low:g}" if allowed.high is None else f"in [{low:g}, {high:g}]"
 
     def convert(value: object) -> int | float:
         if type(value) is type_ and low <= value <= high:  # the common case, told fast

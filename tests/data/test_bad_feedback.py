@@ -132,10 +132,13 @@ def test_unreachable_server_is_named_without_its_password(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *((["--eval-split", bad], "eval_split must be in (0, 1)") for bad in ("0", "1", "nan")),
+        *(
+            (["--eval-split", bad], "eval_split must be a number in (0, 1)")
+            for bad in ("0", "1", "nan")
+        ),
         (["--start-date", "2024-06-01", "--end-date", "2024-01-01"], "start 2024-06-01 is after"),
         (["--start-date", "2024-13-01"], "start: '2024-13-01' is not an ISO 8601 time"),
-        (["--min-confidence", "2"], "min_confidence must be in [0, 1], got 2.0"),
+        (["--min-confidence", "2"], "min_confidence must be a number in [0, 1], got 2.0"),
         (["--margin", "nan"], "margin must be in [0, 2), the width of the rewards, got nan"),
         (["--created-at", "soon"], "created_at: 'soon' is not an ISO 8601 time"),
     ],

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +18,7 @@ from dpo.data.builder import (
     build_extraction_dataset,
     build_retrieval_dataset,
 )
-from dpo.data.dataset import BuildOptions
+from dpo.data.dataset import BuildOptions, crossing_note
 from dpo.data.dataset_files import load_dataset, write_dataset
 from dpo.data.kinds import KINDS
 from dpo.data.kinds.extraction import EXTRACTION
@@ -292,7 +292,7 @@ def test_crossing_prompts_and_groups_are_counted_and_removed(tmp_path: Path) -> 
 
 def test_nothing_left_names_the_unit_to_choose(tmp_path: Path) -> None:
     rows = [decision(i, state=state(1)) for i in range(10)]
-    with pytest.raises(InputError, match=r"0 would be left\. Choose split_by 'group'"):
+    with pytest.raises(InputError, match=r"none would be left\. Choose split_by 'group'"):
         build_extraction_dataset(store_of(tmp_path, rows))
 
 
@@ -308,22 +308,49 @@ def test_groups_alone_crossing_offers_to_let_them_cross(tmp_path: Path) -> None:
     )
 
 
+def test_a_small_part_that_is_left_is_kept_and_said_aloud(tmp_path: Path) -> None:
+    own = [decision(i, state=state(i)) for i in range(40)]
+    shared = [decision(100 + i, state=state(99)) for i in range(200)]
+    dataset = build_extraction_dataset(store_of(tmp_path, own + shared))
+    note = crossing_note(dataset.stats, dataset.options)
+    assert 0 < dataset.stats.eval_examples < dataset.stats.split.removed_examples
+    assert note is not None
+    assert note.startswith(f"{dataset.stats.split.removed_examples} of ")
+    assert "--split-by group" in note
+    by_group = build_extraction_dataset(store_of(tmp_path, own + shared), split_by="group")
+    assert crossing_note(by_group.stats, by_group.options) is None
+
+
+def test_dates_may_be_given_as_dates(tmp_path: Path) -> None:
+    rows = [decision(i, state=state(i)) for i in range(10)]
+    by_date = build_extraction_dataset(store_of(tmp_path, rows), start_date=date(2024, 1, 1))
+    assert by_date.options.start_date == "2024-01-01"
+    assert BuildOptions(max_examples=cast("int", 100.0)).max_examples == 100
+
+
 # --- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eval_split": 0.0}, r"eval_split must be in \(0, 1\), got 0.0"),
-        ({"eval_split": 1.5}, r"eval_split must be in \(0, 1\), got 1.5"),
-        ({"max_examples": 1}, "max_examples must be at least 2, got 1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"split_by": "row"}, "split_by must be one of session, group, time, got 'row'"),
+        ({"eval_split": 0.0}, r"eval_split must be a number in \(0, 1\), got 0.0"),
+        ({"eval_split": 1.5}, r"eval_split must be a number in \(0, 1\), got 1.5"),
+        ({"eval_split": "0.2"}, "eval_split must be a number"),
+        ({"max_examples": 1}, "max_examples must be a whole number >= 2, got 1"),
+        ({"max_examples": 10.5}, "max_examples must be a whole number"),
+        ({"seed": True}, "seed must be a whole number"),
+        ({"seed": 1, "split_by": "time"}, "seed has no effect"),
+        ({"missing_confidence": "keep"}, "missing_confidence has no effect without"),
+        ({"entry_types": "tool"}, 'entry_types must be a list, each text, got "tool"'),
+        ({"start_date": 5}, "start_date must be text, got 5"),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1"),
+        ({"split_by": "row"}, 'split_by must be one of session, group, time, got "row"'),
         (
             {"remove_crossing": "all"},
-            "remove_crossing must be one of both, prompt, none, got 'all'",
+            'remove_crossing must be one of both, prompt, none, got "all"',
         ),
-        ({"min_confidence": 1.1}, r"min_confidence must be in \[0, 1\], got 1.1"),
+        ({"min_confidence": 1.1}, r"min_confidence must be a number in \[0, 1\], got 1.1"),
         ({"start_date": "2024-02-01", "end_date": "2024-01-01"}, "is after end"),
         ({"start_date": "yesterday"}, "ISO 8601"),
     ],
@@ -421,5 +448,7 @@ def test_folder_without_metadata_is_no_data_set(tmp_path: Path) -> None:
     ):
         load_dataset(tmp_path)
     (tmp_path / "x_metadata.json").write_text('{"policy": "chess"}', "utf-8")
-    with pytest.raises(InputError, match="expected an object with a policy among extraction"):
+    with pytest.raises(
+        InputError, match="expected an object with the policy of its name, got 'chess'"
+    ):
         load_dataset(tmp_path)

@@ -87,7 +87,7 @@ def test_build_takes_every_filter(feedback: Path, tmp_path: Path) -> None:
 
 
 def test_build_that_would_leave_nothing_says_what_to_choose(feedback: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"0 would be left.*--split-by group"):
+    with pytest.raises(InputError, match=r"none would be left.*--split-by group"):
         run("build", "extraction", "--feedback", feedback, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -130,7 +130,7 @@ def test_export_writes_every_format(format_name: str, dataset: Path, tmp_path: P
     result = run("export", dataset, "--format", format_name, "--out", tmp_path / "out")
     assert f"Written to {tmp_path / 'out'}" in result.output
     assert "README.md" in result.output
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert len(list((tmp_path / "out").iterdir())) == 4
 
 
 def test_export_help_names_every_format() -> None:
@@ -238,7 +238,7 @@ def test_replacing_a_data_set_never_removes_other_files(feedback: Path, tmp_path
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.db").write_text("mine")
-    with pytest.raises(InputError, match=r"holds mine\.db, which is no part of a data set"):
+    with pytest.raises(InputError, match=r"holds mine\.db, which is not in its manifest"):
         run("build", "extraction", "--feedback", feedback, "--out", out, "--min-pairs", "1",
             "--split-by", "group", "--replace")  # fmt: skip
     assert (out / "mine.db").read_text() == "mine"

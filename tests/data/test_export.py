@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from dpo.data.kinds.extraction import EXTRACTION
 from dpo.data.simulate import simulate
 from dpo.data.stores import open_store
 from dpo.errors import InputError
+from dpo.files import verify_manifest
 from dpo.pair import PreferencePair
 from dpo.preferences import read_pairs, write_pairs
 
@@ -205,7 +207,7 @@ def test_chat_export_holds_only_actions_with_a_reward_above_zero(
 
 def test_both_splits_of_a_data_set_are_exported(dataset: Path, tmp_path: Path) -> None:
     report = export_pairs(dataset, tmp_path / "out", format_name="jsonl")
-    assert set(report.file_bytes) == {"README.md", "train.jsonl", "eval.jsonl"}
+    assert set(report.file_bytes) == {"README.md", "manifest.json", "train.jsonl", "eval.jsonl"}
     assert report.file_bytes["train.jsonl"] == (tmp_path / "out/train.jsonl").stat().st_size
 
 
@@ -245,6 +247,39 @@ def test_existing_folder_is_kept_unless_replacing(dataset: Path, tmp_path: Path)
         export_pairs(dataset, tmp_path / "out", format_name="jsonl")
     export_pairs(dataset, tmp_path / "out", format_name="jsonl", replace_folder=True)
     assert not (tmp_path / "out" / "train.csv").exists()
+
+
+def test_replacing_never_removes_the_source_or_other_files(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds the source"):
+        export_pairs(dataset, dataset.parent, format_name="csv", replace_folder=True)
+    with pytest.raises(InputError, match="holds the source"):
+        export_pairs(dataset, dataset, format_name="csv", replace_folder=True)
+    export_pairs(dataset, tmp_path / "out", format_name="csv")
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds mine\.txt, which is not in its manifest"):
+        export_pairs(dataset, tmp_path / "out", format_name="csv", replace_folder=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "train.csv").exists()
+
+
+@pytest.mark.parametrize("format_name", EXPORTERS)
+def test_every_export_lists_its_files_and_says_that_data_is_simulated(
+    dataset: Path, tmp_path: Path, format_name: str
+) -> None:
+    export_pairs(dataset, tmp_path / "out", format_name=format_name)
+    assert verify_manifest(tmp_path / "out") == []
+    listed = json.loads((tmp_path / "out" / "manifest.json").read_text("utf-8"))
+    assert {*listed, "manifest.json"} == {path.name for path in (tmp_path / "out").iterdir()}
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "400 of 400 examples were simulated: nobody observed them" in card
+    assert "Split by group (seed 0)" in card
+
+
+def test_damaged_data_set_is_refused(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "copy")
+    (tmp_path / "copy" / "extraction_dpo_eval.jsonl").unlink()
+    with pytest.raises(InputError, match=r"extraction_dpo_eval\.jsonl: no such file"):
+        export_pairs(tmp_path / "copy", tmp_path / "out", format_name="csv")
 
 
 def test_nothing_is_written_when_the_source_is_bad(tmp_path: Path) -> None:

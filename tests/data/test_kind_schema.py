@@ -143,5 +143,5 @@ def test_whole_numbers_come_back_whole_however_they_were_decoded(
 
 
 def test_what_a_record_itself_refuses_is_told_with_its_place() -> None:
-    with pytest.raises(InputError, match=r"^row 1: eval_split must be in \(0, 1\), got 1\.0$"):
-        RecordSchema(BuildOptions).parse({"evalSplit": 1}, "row 1")
+    with pytest.raises(InputError, match=r"^row 1: seed has no effect"):
+        RecordSchema(BuildOptions).parse({"seed": 1, "splitBy": "time"}, "row 1")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from dpo.data.builder import build_dataset
+from dpo.data.dataset_files import write_dataset
+from dpo.data.export import export_pairs
 from dpo.data.kinds import PolicyKind
 from dpo.data.pairs import form_pairs
 from dpo.data.records import decision_from_json
@@ -75,6 +77,14 @@ def test_thumbs_become_preference_pairs(chat: PolicyKind, tmp_path: Path) -> Non
 
     dataset = build_dataset(path, chat)
     formed = form_pairs(dataset.train, chat)
+
+    write_dataset(dataset, tmp_path / "dataset", min_pairs=1)
+    for format_name in ("huggingface", "chat"):
+        out = tmp_path / format_name
+        export_pairs(tmp_path / "dataset", out, format_name=format_name, kind=chat)
+        assert len((out / "train.jsonl").read_text("utf-8").splitlines()) == 8
+    with pytest.raises(InputError, match="a data set of 'chat', not of"):
+        export_pairs(tmp_path / "dataset", tmp_path / "no", format_name="chat")
 
     assert len(formed.pairs) == 8
     assert all(

@@ -255,8 +255,12 @@ class TestFilter:
             ({"min_confidence": 1.5}, r"min_confidence must be in \[0, 1\], got 1.5"),
             ({"min_confidence": float("nan")}, r"min_confidence must be in \[0, 1\], got nan"),
             ({"missing_confidence": "ask"}, "missing_confidence must be keep or drop, got 'ask'"),
-            ({"limit": 0}, "limit must be at least 1, got 0"),
-            ({"sessions": "s-1"}, "sessions must be a set of texts, got the text 's-1'"),
+            ({"min_confidence": "0.5"}, r"min_confidence must be in \[0, 1\], got '0.5'"),
+            ({"missing_confidence": "keep"}, "missing_confidence has no effect without"),
+            ({"start": 5}, "start must be a date, a datetime or text, got 5"),
+            ({"sessions": [1]}, r"sessions must be several texts, got \[1\]"),
+            ({"limit": 0}, "limit must be a whole number of at least 1, got 0"),
+            ({"sessions": "s-1"}, "sessions must be several texts, got 's-1'"),
         ],
     )
     def test_wrong_condition_is_refused(self, changes: dict[str, object], fault: str) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.data.records import Decision
+from dpo.data.simulate import simulate
 from dpo.data.stats import NumberSummary, PolicyStats, feedback_stats
 from dpo.errors import InputError
 
@@ -35,6 +36,7 @@ def test_counts_of_a_small_log_are_right() -> None:
         policy="extraction",
         decisions=3,
         sessions=2,
+        simulated=0,
         first=DAY,
         last=DAY + timedelta(days=2),
         classes={"store": 2, "skip": 1, "defer": 0},
@@ -45,6 +47,12 @@ def test_counts_of_a_small_log_are_right() -> None:
         propensities=None,
     )
     assert (own.policy, own.decisions, own.classes) == ("own", 1, {})
+
+
+def test_simulated_decisions_are_called_so() -> None:
+    (stats,) = feedback_stats([*simulate("extraction", 4, seed=0), decision(1)])
+    assert stats.simulated == 4
+    assert "  SIMULATION: 4 (80.0%) were simulated, not observed" in stats.lines()
 
 
 def test_nothing_gives_nothing() -> None:
