@@ -96,7 +96,7 @@ def doctor_text(report: DoctorReport) -> str:
     from dpo.data.doctor import told_count
     from dpo.data.doctor_checks import CHECKS
 
-    first = {finding.check: finding.place for finding in reversed(report.findings)}
+    first = {finding.check: finding for finding in reversed(report.findings)}
     width = max(len(check) for check in report.policies)
     lines = [
         f"{report.rows:,} rows in {', '.join(map(str, report.files))}",
@@ -105,11 +105,13 @@ def doctor_text(report: DoctorReport) -> str:
     ]
     for check, count in report.counts().items():
         policy = report.policies[check]
-        place = f"; first at {first[check]}" if check in first else ""
         lines.append(
-            f"{check:<{width}} {told_count(check, count):>8}  {policy:<6}  "
-            f"{CHECKS[check].summary}{place}"
+            f"{check:<{width}} {told_count(check, count):>8}  {policy:<6}  {CHECKS[check].summary}"
         )
+        if check in first:
+            lines.append(f"{'':{width}} first at {first[check].place}: {first[check].detail}")
+    if report.counts().get("unreadable") == report.rows:
+        lines += ["", "Columns with other names are read by --columns prompt=...,chosen=..."]
     return "\n".join([*lines, "", report.lengths.describe()])
 
 

@@ -19,6 +19,7 @@ from dpo.data.doctor_rows import FaultyRow, PairRow, raw_lines, read_rows
 from dpo.data.texts import json_line
 from dpo.errors import InputError
 from dpo.files import atomic_directory, atomic_write
+from dpo.pair_rows import check_columns
 
 if TYPE_CHECKING:
     from dpo.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ class DoctorOptions:
                 raise InputError(f"policy of {check} must be one of {allowed}, got {policy!r}")
             if CHECKS[check].needs_model and self.model is None:
                 raise InputError(f"the check {check} needs a model, to ask its tokenizer")
+        check_columns(self.columns or {})
         if self.policies.get("length-bias") == "drop":
             raise InputError("length-bias is of all rows together, so none can be dropped for it")
         if self.max_length is not None and self.model is None:
@@ -108,6 +110,8 @@ class Lengths:
 
     def describe(self) -> str:
         """Return one sentence about both figures."""
+        if not len(self.chosen):
+            return "No row can be trained on, so there are no lengths."
         longer = "longer" if self.mean_difference >= 0 else "shorter"
         return (
             f"Chosen answers are {abs(self.mean_difference):,.1f} {self.unit} {longer} on average; "
@@ -208,7 +212,8 @@ def examine(files: Sequence[Path], options: DoctorOptions | None = None) -> Doct
     Memory: a few hundred bytes a row; texts are not kept.
 
     Raises:
-        InputError: a file is absent, unreadable or given twice, or the tokenizer cannot be loaded.
+        InputError: a file is absent, unreadable or given twice, no file has a row, or the tokenizer
+            cannot be loaded.
     """
     options = options or DoctorOptions({})
     eval_files = _evaluation_files(files, options.eval_files)
@@ -219,7 +224,10 @@ def examine(files: Sequence[Path], options: DoctorOptions | None = None) -> Doct
     for path in ordered:
         for row in read_rows(path, options.columns or {}):
             examination.add(row)
-    return examination.report(ordered)
+    report = examination.report(ordered)
+    if not report.rows:
+        raise InputError(f"{', '.join(map(str, ordered))}: no rows; expected at least one pair")
+    return report
 
 
 def _evaluation_files(files: Sequence[Path], named: Sequence[Path]) -> frozenset[Path]:

@@ -21,6 +21,10 @@ Policy = Literal["ignore", "warn", "drop", "error"]
 Finder: TypeAlias = Callable[[PairRow], str | None]
 
 NEAR_IDENTICAL = 0.95  # share of the words that are the same, in order
+# A word; a letter of a script that puts no blanks between words (kana, ideographs, Thai to Khmer);
+# or a sign that changes what is said, as marks of punctuation do not.
+_UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[-+*/%=<>&|^~@#$\\\u00d7\u00f7]")
 _TYPED_TOKEN = re.compile(
     r"<\|[a-z0-9_ ]{2,40}\|>|</?s>|<(?:bos|eos|pad|unk)>|\[/?INST\]|<<SYS>>"
     r"|<(?:start|end)_of_turn>|\[(?:CLS|SEP|MASK|PAD)\]",
@@ -48,7 +52,7 @@ class Check:
 
 def _near_identical(_: frozenset[Path]) -> Finder:
     def find(row: PairRow) -> str | None:
-        chosen, rejected = (re.findall(r"\w+", text.lower()) for text in row.texts[1:])
+        chosen, rejected = (_WORD.findall(text.lower()) for text in row.texts[1:])
         share = share_in_common(chosen, rejected)
         if share < NEAR_IDENTICAL:
             return None

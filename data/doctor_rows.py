@@ -66,6 +66,9 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> Iterator[PairRow | Faul
     Raises:
         InputError: the file is absent, of another type, or damaged as a whole.
     """
+    if path.is_dir():
+        found = ", ".join(sorted(each.name for each in path.glob("*.jsonl*"))) or "none"
+        raise InputError(f"{path} is a folder: name its files of pairs; it has {found}")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     for number, row in enumerate(file_rows([path])):
@@ -114,7 +117,7 @@ def _check_of_fault(row: object, columns: Mapping[str, str]) -> str:
     answers = [row.get(column, 0) for column in found]
     if not all(answer is None or isinstance(answer, str | list | Mapping) for answer in answers):
         return "unreadable"
-    if columns.get("prompt", "prompt") not in row and "input" not in row:
+    if not row.keys() & {columns.get("prompt", "prompt"), "input", "conversations"}:
         (first, *answers), (second, *others) = map(_split_last, answers)
         answers += others
         if first != second:

@@ -14,7 +14,8 @@ none      messages              the messages both share, up to the last that is 
 none      text                  the text both share, up to the last "\n\nAssistant:"
 ========  ====================  =================================================================
 
-OpenAI's ``input.messages, preferred_output, non_preferred_output`` are other names for the second.
+OpenAI's ``input.messages, preferred_output, non_preferred_output`` are other names for the second,
+and LLaMA-Factory's ``conversations`` for its prompt.
 To add a layout, add a case to ``_split``.
 """
 
@@ -83,6 +84,19 @@ def parse_row(row: JSON, *, columns: Mapping[str, str], default_id: str) -> Pars
     return ParsedRow("OpenAI preference" if "preferred_output" in row else split.layout, pair)
 
 
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse names of columns for what is no field of a pair.
+
+    Raises:
+        InputError: names the unknown fields and those that there are.
+    """
+    if unknown := columns.keys() - {*REQUIRED, *OPTIONAL}:
+        raise InputError(
+            f"columns: a pair has no {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(REQUIRED + OPTIONAL)}"
+        )
+
+
 def pair_to_row(pair: PreferencePair) -> dict[str, JSON]:
     """Return the row that ``parse_row`` reads back as the same pair; defaults are left out."""
     row = {name: getattr(pair, name) for name in REQUIRED}
@@ -99,6 +113,8 @@ def _fields(row: Mapping[str, JSON], columns: Mapping[str, str]) -> dict[str, JS
     if absent:
         raise InputError(f"missing column {', '.join(absent)}; the row has {', '.join(row)}")
     fields = _openai_fields(row) if "preferred_output" in row else dict(row)
+    if "conversations" in fields:
+        fields.setdefault("prompt", fields["conversations"])
     fields |= {name: row[column] for name, column in columns.items()}
     return {
         name: fields[name]

@@ -18,7 +18,7 @@ from dpo.errors import InputError
 from dpo.files import JSON, atomic_write
 from dpo.hub import commit_of, fetch_dataset_files, is_dataset_id, split_files
 from dpo.pair import Message, PreferencePair, Text, plain_json
-from dpo.pair_rows import OPTIONAL, REQUIRED, ParsedRow, pair_to_row, parse_row
+from dpo.pair_rows import OPTIONAL, REQUIRED, ParsedRow, check_columns, pair_to_row, parse_row
 
 __all__ = [
     "JSON", "LoadedPairs", "Message", "PreferencePair", "Text", "load_pairs", "read_pairs",
@@ -107,12 +107,7 @@ def load_pairs(
         InputError: the source is not found, unreadable, or has faulty rows: 20 are listed.
     """
     columns = dict(columns or {})
-    unknown = columns.keys() - {*REQUIRED, *OPTIONAL}
-    if unknown:
-        raise InputError(
-            f"columns: a pair has no {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(REQUIRED + OPTIONAL)}"
-        )
+    check_columns(columns)
     if on_bad_row not in ("error", "skip"):
         raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
     files = _locate(source, revision=revision, split=split)
@@ -207,6 +202,7 @@ class _Reading:
         if not self.pairs or self.layout is None:
             raise InputError(f"{source}: no rows; expected at least one preference pair")
         used = {*REQUIRED, *OPTIONAL, *self.columns.values()}
+        used |= set() if "prompt" in self.seen_columns else {"conversations"}
         if self.layout == "OpenAI preference":
             used |= {"input", "preferred_output", "non_preferred_output"}
         ignored = tuple(column for column in self.seen_columns if column not in used)

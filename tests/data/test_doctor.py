@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo.data.cli_text import doctor_text
 from dpo.data.doctor import (
     DoctorOptions,
     Lengths,
@@ -22,7 +23,7 @@ from dpo.data.doctor import (
 from dpo.data.doctor_checks import CHECKS, NEAR_IDENTICAL, share_in_common
 from dpo.data.doctor_page import doctor_page
 from dpo.errors import InputError
-from dpo.preferences import read_pairs
+from dpo.preferences import load_pairs, read_pairs
 from dpo.tokenizer import byte_tokenizer, train_bpe
 
 GOOD = {"prompt": "What is one and one?", "chosen": "It is two.", "rejected": "No idea at all."}
@@ -253,9 +254,9 @@ def test_length_bias_can_be_an_error(tmp_path: Path) -> None:
 
 
 def test_no_rows_have_no_bias(tmp_path: Path) -> None:
-    report = examine([write(tmp_path / "pairs.jsonl")])
+    report = examine([write(tmp_path / "pairs.jsonl", {"prompt": "p"})])
     assert (report.rows, report.lengths.longer_is_chosen, report.lengths.is_biased) == (
-        0,
+        1,
         0.5,
         False,
     )
@@ -382,3 +383,83 @@ def test_two_files_of_one_name_are_not_cleaned_over_each_other(tmp_path: Path) -
 
 def test_every_check_says_what_is_wrong() -> None:
     assert all(check.summary for check in CHECKS.values())
+
+
+# --- rows as they are odd in published files ------------------------------------------------------
+
+
+def test_odd_rows_of_published_dialogues_are_found(tmp_path: Path) -> None:
+    """Anthropic/hh-rlhf harmless test: 4 answers that are not there, 5 rows of two dialogues."""
+    opening = "\n\nHuman: Where is it?\n\nAssistant:"
+    good = {"chosen": f"{opening} In the box.", "rejected": f"{opening} No idea at all."}
+    empty = {"chosen": f"{opening} ", "rejected": f"{opening} Ok"}
+    differing = [
+        (" In the box.\n\nHuman: Which one?\n\nAssistant: The red one.", " No idea at all."),
+        (" Human: I think so.\n\nHuman: Do you?\n\nAssistant: Yes.", " In the box, I think."),
+        (" Sure, here it is:\n\nAssistant:  Let us go ahead.", " You mean the box, right?"),
+        (
+            " Human: Okay.\n\nHuman: So?\n\nAssistant: Yes.",
+            " Human: Oh.\n\nHuman: And?\n\nAssistant: No.",
+        ),
+    ]
+    odd = [{"chosen": opening + one, "rejected": opening + other} for one, other in differing]
+    path = write(tmp_path / "hh.jsonl", good, empty, *odd, empty | {"chosen": f"{opening}"})
+    wanted = ["empty", *["different-prompts"] * 4, "empty"]
+    assert found(path) == [(check, row) for row, check in enumerate(wanted, start=1)]
+
+
+def test_repeated_rows_of_published_conversations_are_found(tmp_path: Path) -> None:
+    """LLaMA-Factory's dpo_en_demo: 5 exact duplicates among turns with ``from`` and ``value``."""
+
+    def row(number: int) -> dict[str, Any]:
+        return {
+            "conversations": [{"from": "human", "value": f"What is {number} and one?"}],
+            "chosen": {"from": "gpt", "value": f"It is {number + 1}."},
+            "rejected": {"from": "gpt", "value": "I would not know that."},
+        }
+
+    (tmp_path / "lf.json").write_text(json.dumps([*map(row, range(9)), *map(row, range(5))]))
+    assert found(tmp_path / "lf.json") == [("duplicate", number) for number in range(9, 14)]
+    assert len(load_pairs(tmp_path / "lf.json").pairs) == 14
+    assert load_pairs(tmp_path / "lf.json").ignored_columns == ()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "is_found"),
+    [
+        (
+            "北京是中国的首都,人口很多,历史也很悠久。",
+            "北京是中国的首都,人口很多,历史也很悠久!",
+            True,
+        ),
+        ("北京是中国的首都。", "上海不是中国的首都。", False),
+        ("x = a + b", "x = a - b", False),
+        ("x = a + b", "X = a + b.", True),
+    ],
+)
+def test_words_of_any_script_and_signs_count(
+    chosen: str, rejected: str, is_found: bool, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "pairs.jsonl", GOOD | {"chosen": chosen, "rejected": rejected})
+    assert (("near-identical", 0) in found(path)) == is_found
+
+
+# --- what cannot be examined ----------------------------------------------------------------------
+
+
+def test_unknown_field_folder_and_nothing_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "pairs.jsonl", GOOD)
+    with pytest.raises(InputError, match="a pair has no prmpt; it has prompt, chosen"):
+        examine([path], DoctorOptions({}, columns={"prmpt": "question"}))
+    with pytest.raises(InputError, match=r"is a folder: name its files.*it has pairs\.jsonl"):
+        examine([tmp_path])
+    with pytest.raises(InputError, match="no rows; expected at least one pair"):
+        examine([write(tmp_path / "empty.jsonl")])
+
+
+def test_first_unreadable_row_tells_why_and_names_its_columns(tmp_path: Path) -> None:
+    report = examine([write(tmp_path / "pairs.jsonl", {"question": "q", "good": "a", "bad": "b"})])
+    said = doctor_text(report)
+    assert "missing chosen and rejected; the row has question, good, bad" in said
+    assert "--columns prompt=...,chosen=..." in said
+    assert "No row can be trained on" in said
