@@ -118,6 +118,7 @@ def weighted(outcome: Outcome, weights: Sequence[float]) -> list[float]:
 
 Attribution = Callable[[Outcome, Sequence[Retrieval]], list[float]]
 
+# the methods that need no weights of the caller
 ATTRIBUTIONS: dict[str, Attribution] = {
     "linear": linear,
     "last_touch": last_touch,
@@ -147,14 +148,15 @@ def infer_outcome(status: str) -> InferredOutcome:
 
 
 _NO_FAILURE = re.compile(
-    r"\b(?:no|without|without any|0|zero) (?:error|failure)s?\b", re.IGNORECASE
+    r"\b(?:no|without|without any|0|zero) (?:errors?|failures?|failed)\b", re.IGNORECASE
 )
 _STATUS_WORDS: dict[OutcomeType, re.Pattern[str]] = {
     "partial": re.compile(
-        r"\b(?:partial|incomplete|unfinished|not (?:yet )?(?:complete|finish))", re.IGNORECASE
+        r"\b(?:partial|incomplete|unfinished|paused|not (?:yet )?(?:complete|finish))",
+        re.IGNORECASE,
     ),
     "failure": re.compile(
-        r"\b(?:fail|error|unsuccessful|(?:no|not|without)(?: a)? succe)", re.IGNORECASE
+        r"\b(?:fail|error|discarded|unsuccessful|(?:no|not|without)(?: a)? succe)", re.IGNORECASE
     ),
     "success": re.compile(r"\b(?:complete|success|succeed)", re.IGNORECASE),
 }

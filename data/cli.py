@@ -149,18 +149,21 @@ def _given(value: Any) -> Any:
     "--format",
     "format_name",
     required=True,
-    help="huggingface, openai, chat, csv, parquet or jsonl.",
+    help="huggingface, openai, chat, prompt-completion, csv, parquet or jsonl.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--columns", help="Other names of the columns: prompt=question,chosen=good,...")
 @click.option("--replace", is_flag=True, help="Replace the folder if it exists.")
-def export(source: str, format_name: str, out: Path, replace: bool) -> None:
+def export(source: str, format_name: str, out: Path, columns: str | None, replace: bool) -> None:
     """Write the pairs of SOURCE in another format.
 
     SOURCE is a folder of dpo data build or a file of pairs.
     """
     from dpo.data.export import export_pairs
 
-    report = export_pairs(source, out, format_name=format_name, replace_folder=replace)
+    report = export_pairs(
+        source, out, format_name=format_name, columns=_columns(columns), replace_folder=replace
+    )
     click.echo(text.export_text(report))
 
 

@@ -85,6 +85,7 @@ def export_pairs(
     folder: str | Path,
     *,
     format_name: str,
+    columns: Mapping[str, str] | None = None,
     kind: PolicyKind | None = None,
     replace_folder: bool = False,
 ) -> ExportReport:
@@ -94,6 +95,7 @@ def export_pairs(
         source: a folder of `write_dataset`, or whatever `load_pairs` reads.
         folder: is made; must not exist unless ``replace_folder``.
         format_name: one of ``EXPORTERS``.
+        columns: field of a pair -> column that holds it, for a file of pairs with other names.
         kind: of a data set whose policy is not in ``KINDS``; the format "chat" asks for it.
         replace_folder: whether an existing folder is replaced.
 
@@ -108,7 +110,7 @@ def export_pairs(
     if Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
         raise InputError(f"{folder} holds the source {source}: choose another folder")
     check_replaceable(target, replace=replace_folder)
-    exported = read_source(source, kind)
+    exported = read_source(source, columns=columns, kind=kind)
     with atomic_directory(target, replace=replace_folder) as temporary:
         exporter.write(exported, temporary)
         if not (temporary / "README.md").exists():
@@ -118,7 +120,12 @@ def export_pairs(
     return ExportReport(target, sizes, _lost(exported, exporter, format_name))
 
 
-def read_source(source: str | Path, kind: PolicyKind | None = None) -> ExportSource:
+def read_source(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    kind: PolicyKind | None = None,
+) -> ExportSource:
     """Read a data set folder, or a source of pairs, which becomes the training split.
 
     Raises:
@@ -126,6 +133,10 @@ def read_source(source: str | Path, kind: PolicyKind | None = None) -> ExportSou
     """
     folder = Path(source)
     if any(folder.glob("*_metadata.json")):
+        if columns:
+            raise InputError(
+                f"columns have no effect: {source} is a data set, whose names are known"
+            )
         metadata = read_metadata(folder)
         name = metadata.policy
         facts = data_facts(metadata.stats, metadata.options, metadata.pair_options)
@@ -137,7 +148,7 @@ def read_source(source: str | Path, kind: PolicyKind | None = None) -> ExportSou
             pairs,
             lambda: _best_actions(folder, kind),
         )
-    loaded = {"train": _pairs(source)}
+    loaded = {"train": _pairs(source, columns)}
     return ExportSource(folder.name, "", loaded, lambda: _chosen(loaded))
 
 
@@ -152,11 +163,11 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _pairs(source: str | Path) -> list[PreferencePair]:
+def _pairs(source: str | Path, columns: Mapping[str, str] | None = None) -> list[PreferencePair]:
     """Read pairs without the ids that the reader makes up."""
     return [
         replace(pair, id=None) if pair.id == f"row-{number}" else pair
-        for number, pair in enumerate(load_pairs(source).pairs, start=1)
+        for number, pair in enumerate(load_pairs(source, columns=columns).pairs, start=1)
     ]
 
 
@@ -231,6 +242,14 @@ def _write_chat(source: ExportSource, folder: Path) -> None:
         _write_lines(folder / f"{split}.jsonl", ({"messages": each} for each in messages))
 
 
+def _write_prompt_completion(source: ExportSource, folder: Path) -> None:
+    for split, rows in source.demonstrations().items():
+        _write_lines(
+            folder / f"{split}.jsonl",
+            ({"prompt": row.prompt, "completion": row.answer} for row in rows),
+        )
+
+
 def _messages(text: Text, role: str) -> list[Message]:
     return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
 
@@ -296,6 +315,13 @@ EXPORTERS: dict[str, Exporter] = {
         usage="One conversation a line, `{messages: [...]}`, for supervised fine-tuning: of a data "
         "set of decisions the best action of each prompt, if its reward is above zero; of a file "
         "of pairs every chosen answer. Rewards are not in the text.",
+    ),
+    "prompt-completion": Exporter(
+        _write_prompt_completion,
+        keeps=frozenset(),
+        usage="One object a line with `prompt` and `completion`, for supervised fine-tuning: of a "
+        "data set of decisions the best action of each prompt, if its reward is above zero; of a "
+        "file of pairs every chosen answer.",
     ),
     "csv": Exporter(
         _write_csv,

@@ -7,6 +7,8 @@ Each of its decisions becomes one decision here; what was not recorded there is 
 - A reward is the recorded score: ``outcome_score`` of the last evaluation, or, for a retrieval, the
   mean of its ``contribution_score`` over the outcomes it is linked to (of several links to one
   outcome the last). A score of 0 is a reward, NULL is none. Scores outside [-1, 1] are clamped.
+- The method "linear" divided an outcome's value by the number of retrievals it was linked to, so
+  that rewards compared the sizes of sessions. That is undone: each has the whole value.
 - A row of ``memory_retrievals`` is one decision to retrieve entries of its ``entry_type``. The
   retrievals that were not made are not in the database.
 - Consolidations belong to no session; their scope (``project:p-1``, ``global``) stands in for one.
@@ -67,14 +69,19 @@ _CONSOLIDATIONS = """
 # max() makes SQLite take the bare columns beside it from the row where the maximum is
 _RETRIEVALS = """
     WITH links AS (
-        SELECT retrieval_id, outcome_id, contribution_score, created_at,
+        SELECT retrieval_id, outcome_id, contribution_score, attribution_method, created_at,
                max(julianday(created_at)) AS created_day
         FROM retrieval_outcomes WHERE contribution_score IS NOT NULL
         GROUP BY retrieval_id, outcome_id
+    ), whole AS (
+        SELECT retrieval_id, created_at, created_day, contribution_score * iif(
+            attribution_method = 'linear', count(*) OVER (PARTITION BY outcome_id), 1
+        ) AS score
+        FROM links
     ), scores AS (
-        SELECT retrieval_id, avg(contribution_score) AS outcome_score, created_at AS evaluated_at,
+        SELECT retrieval_id, avg(score) AS outcome_score, created_at AS evaluated_at,
                max(created_day)
-        FROM links GROUP BY retrieval_id
+        FROM whole GROUP BY retrieval_id
     ), ends AS (
         SELECT retrieval_id, outcome_type, max(julianday(outcome_at))
         FROM links JOIN task_outcomes ON task_outcomes.id = outcome_id GROUP BY retrieval_id
@@ -134,10 +141,24 @@ def check_original(path: Path) -> None:
     """Refuse what is no agent-memory database, before a store is made for it.
 
     Raises:
-        InputError: no such file, not such a database, damaged, or locked.
+        InputError: no such file, not such a database, damaged, or locked; or none of its decisions
+            has its state.
     """
     with sqlite_errors(str(path), _TIMEOUT_SECONDS), closing(_open(path)) as connection:
         _check_tables(connection, path)
+        if not any(_has_states(connection, source.table) for source in _SOURCES):
+            raise InputError(
+                f"{path}: no decision has state_features, so there is nothing to learn from: "
+                "record the state with each decision, as the stores of dpo.data.stores do"
+            )
+
+
+def _has_states(connection: sqlite3.Connection, table: str) -> bool:
+    columns = {row["name"] for row in connection.execute(f"PRAGMA table_info({table})")}
+    if "state_features" not in columns:
+        return False
+    query = f"SELECT 1 FROM {table} WHERE state_features IS NOT NULL LIMIT 1"
+    return connection.execute(query).fetchone() is not None
 
 
 def import_original(path: Path, store: FeedbackStore) -> ImportReport:
@@ -170,6 +191,7 @@ class _Source:
     """Where one policy's decisions are, and what they and their outcomes consist of."""
 
     policy: str
+    table: str
     query: str
     decided_at: str
     session: Callable[[Mapping[str, Any]], str]
@@ -295,6 +317,7 @@ def _consolidation(columns: Mapping[str, Any]) -> dict[str, JSON]:
 _SOURCES = (
     _Source(
         policy="extraction",
+        table="extraction_decisions",
         query=_EXTRACTIONS,
         decided_at="decided_at",
         session=itemgetter("session_id"),
@@ -303,6 +326,7 @@ _SOURCES = (
     ),
     _Source(
         policy="retrieval",
+        table="memory_retrievals",
         query=_RETRIEVALS,
         decided_at="retrieved_at",
         session=itemgetter("session_id"),
@@ -311,6 +335,7 @@ _SOURCES = (
     ),
     _Source(
         policy="consolidation",
+        table="consolidation_decisions",
         query=_CONSOLIDATIONS,
         decided_at="decided_at",
         session=_scope,

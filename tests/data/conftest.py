@@ -3,8 +3,10 @@
 import getpass
 import itertools
 import os
+import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -21,12 +23,13 @@ _NO_SERVER = (
     "these tests start a PostgreSQL server of their own and found no binaries of one: "
     "install it (Debian: apt-get install postgresql)"
 )
+_PASSWORD = secrets.token_hex(8)
 _schemas = itertools.count()
 
 
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
-    """The URL of a server that listens on a socket in a temporary folder."""
+    """The URL of a server on loopback that asks for a password."""
     binaries = _postgres_binaries()
     if binaries is None:
         if os.environ.get("CI"):
@@ -36,7 +39,12 @@ def postgres_url() -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="dpo-postgres-"))
     try:
         shutil.chown(folder, user)
-        options = ["-U", "dpo", "-A", "trust", "--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"]
+        (folder / "password").write_text(_PASSWORD)
+        shutil.chown(folder / "password", user)
+        options = [
+            *("-U", "dpo", "-A", "scram-sha-256", f"--pwfile={folder / 'password'}"),
+            *("--no-sync", "--encoding=UTF8", "--locale=C.UTF-8"),
+        ]
         subprocess.run(
             [binaries / "initdb", "-D", folder / "data", *options],
             check=True,
@@ -44,7 +52,14 @@ def postgres_url() -> Iterator[str]:
             cwd="/",
             stdout=subprocess.DEVNULL,
         )
-        settings = {"listen_addresses": "", "unix_socket_directories": folder, "fsync": "off"}
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": port,
+            "unix_socket_directories": folder,
+            "fsync": "off",
+        }
         flags = [f"-c{name}={value}" for name, value in settings.items()]
         server = subprocess.Popen(
             [binaries / "postgres", "-D", folder / "data", *flags],
@@ -53,7 +68,7 @@ def postgres_url() -> Iterator[str]:
             stderr=subprocess.DEVNULL,
         )
         try:
-            url = f"postgresql:///postgres?host={folder}&user=dpo"
+            url = f"postgresql://dpo:{_PASSWORD}@127.0.0.1:{port}/postgres"
             _wait_for(url)
             yield url
         finally:
@@ -69,7 +84,7 @@ def postgres_source(postgres_url: str) -> str:
     schema = f"test_{next(_schemas)}"
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(f"CREATE SCHEMA {schema}".encode())
-    return f"{postgres_url}&options=-csearch_path%3D{schema}"
+    return f"{postgres_url}?options=-csearch_path%3D{schema}"
 
 
 @pytest.fixture(params=STORES)

@@ -122,6 +122,9 @@ def test_values_out_of_range_are_refused() -> None:
         ("SUCCESSFUL", "success"),
         ("completed without errors", "success"),
         ("done: success, 0 failures", "success"),
+        ("0 failed, 12 succeeded", "success"),
+        ("paused", "partial"),
+        ("discarded", "failure"),
         ("incomplete", "partial"),  # holds "complete"
         ("not yet completed", "partial"),
         ("partial success", "partial"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.data.import_original import TABLES, SkippedRows, import_original
+from dpo.data.import_original import TABLES, SkippedRows, check_original, import_original
 from dpo.data.records import Decision
 from dpo.data.stores import FeedbackStore, open_store
 from dpo.errors import InputError
@@ -284,6 +284,27 @@ class TestRetrieval:
         assert decision.reward == 0
         assert decision.outcome == {"contributionScore": 0.0}
 
+    def test_rewards_do_not_compare_the_sizes_of_sessions(
+        self, patched: Original, store: FeedbackStore
+    ) -> None:
+        """Linear attribution gave each of four retrievals a quarter; the whole is the reward."""
+        patched.link("o-2", 0.2, "2024-05-02")
+        for number in range(3):
+            patched.add(
+                "retrieval_outcomes",
+                id=f"other-{number}",
+                retrieval_id=f"not there {number}",
+                outcome_id="o-2",
+                contribution_score=0.2,
+                created_at="2024-05-02",
+            )
+        import_original(patched.path, store)
+        assert next(store.decisions()).reward == pytest.approx(0.8)
+        patched.run("UPDATE retrieval_outcomes SET attribution_method = 'last_touch'")
+        with open_store(patched.path.with_name("again.db"), create=True) as again:
+            import_original(patched.path, again)
+            assert next(again.decisions()).reward == pytest.approx(0.2)
+
 
 class TestConsolidation:
     @pytest.mark.parametrize(("scope", "session"), [("p-1", "project:p-1"), (None, "project")])
@@ -416,3 +437,11 @@ class TestTrouble:
         original.run("UPDATE extraction_decisions SET session_id = CAST(x'ff' AS TEXT)")
         with pytest.raises(InputError, match=r"memory.db: .*Could not decode to UTF-8"):
             import_original(original.path, store)
+
+
+def test_a_database_without_any_state_is_refused_before_a_store_is_made(original: Original) -> None:
+    original.add_extraction("x-1", state_features=None)
+    with pytest.raises(InputError, match="no decision has state_features, so there is nothing"):
+        check_original(original.path)
+    original.add_extraction("x-2")
+    check_original(original.path)
