@@ -26,7 +26,7 @@ from dpo.data.dataset import (
     SplitStats,
     crossing_advice,
 )
-from dpo.data.examples import Columns, Examples, ExampleTable
+from dpo.data.examples import Columns, Examples, ExampleTable, check_decision
 from dpo.data.filters import DecisionFilter
 from dpo.data.kinds.base import Action, State, TypedKind
 from dpo.data.kinds.consolidation import CONSOLIDATION, ConsolidationAction, ConsolidationState
@@ -40,6 +40,7 @@ from dpo.errors import InputError
 
 Source: TypeAlias = str | Path | FeedbackStore
 
+_FAULTS_SHOWN = 20
 FILTERS = tuple(FilterCounts.__dataclass_fields__)[:-1]  # all but max_examples, in their order
 
 
@@ -120,15 +121,28 @@ def _read(
     table = ExampleTable(kind)
     wanted = options.wanted(kind.name)
     refused = Counter[str]()
+    faults: list[str] = []
     seen = 0
     with _opened(feedback) as store:
         for decision in store.decisions(DecisionFilter(policy=kind.name)):
             seen += 1
             refusal = next(wanted.refusals(decision), None)
-            if refusal is None:
-                table.append_decision(decision, f"{store}: decision {decision.id!r}")
-            else:
+            if refusal is not None:
                 refused[refusal] += 1
+                continue
+            where = f"{store}: decision {decision.id!r}"
+            try:
+                if faults:
+                    check_decision(decision, kind, where)
+                else:
+                    table.append_decision(decision, where)
+            except InputError as error:
+                faults.append(f"{store.place(decision.id)}{str(error).removeprefix(str(store))}")
+                if len(faults) == _FAULTS_SHOWN:
+                    faults.append("... and perhaps more")
+                    break
+        if faults:
+            raise InputError("\n".join(faults))
     left = {}
     for name in FILTERS:
         seen -= refused[name]

@@ -185,6 +185,8 @@ class ExampleTable(Generic[State, Action]):
     def append_decision(self, decision: Decision, where: str) -> None:
         """Add a decision with the reward it has, or else the one the kind makes from its outcome.
 
+        A table that refused one is of no more use.
+
         Raises:
             InputError: ``where``, and what is wrong with the state, action or outcome; or that both
                 reward and outcome are missing.
@@ -279,6 +281,18 @@ class ExampleTable(Generic[State, Action]):
             self.response_of_spelling.append(self.responses.index_of(response))
             self.action_texts.append(json_line(kind.action_to_json(action)))
         return spelling
+
+
+def check_decision(decision: Decision, kind: TypedKind[State, Action], where: str) -> None:
+    """Refuse a decision that no table takes.
+
+    Raises:
+        InputError: as `ExampleTable.append_decision`.
+    """
+    kind.parse_state(decision.state, f"{where}: state")
+    kind.parse_action(decision.action, f"{where}: action")
+    if decision.reward is None:
+        _reward(decision, kind, where)
 
 
 def read_examples(path: Path, kind: TypedKind[State, Action]) -> Examples[State, Action]:

@@ -133,6 +133,10 @@ class FeedbackStore(ABC):
     ) -> None:
         self.close()
 
+    def place(self, decision_id: str) -> str:
+        """Return where a decision stands, to begin an error with."""
+        return str(self)
+
     @abstractmethod
     def __str__(self) -> str:
         """Return what the user calls the store, to begin an error with; never a password."""

@@ -7,6 +7,8 @@ many decisions and restarts often is better served by a SQLite store. A batch th
 its first lines in a plain log; recording it again completes it.
 """
 
+import codecs
+import itertools
 import json
 import sqlite3
 import weakref
@@ -100,6 +102,10 @@ class JsonLinesStore(FeedbackStore):
             *self._set_aside,
             f"{self}: the last line is unfinished and left out ({torn} bytes)",
         ]
+
+    def place(self, decision_id: str) -> str:
+        """Return the file and the line of a decision."""
+        return f"{self}:{self._log.line_number(decision_id)}"
 
     def count(self) -> int:
         """Return the number of decisions."""
@@ -206,6 +212,13 @@ class _Log:
         row = self._index.execute(f"{_SELECT} WHERE id = ?", (identity,)).fetchone()
         return self._stored(row) if row else None
 
+    def line_number(self, identity: str) -> int:
+        """Return the number, from 1, of the line that holds a decision."""
+        query = "SELECT start FROM decisions WHERE id = ?"
+        ((start,),) = self._index.execute(query, (identity,)).fetchall()
+        before = itertools.accumulate((len(line) for line in self.file.lines(0)), initial=0)
+        return 1 + sum(1 for _ in itertools.takewhile(lambda position: position < start, before))
+
     def in_order(self, wanted: DecisionFilter) -> Iterator[Decision]:
         """Yield the decisions of a policy and a time span, as they were at the last scan."""
         first, last = wanted.first_moment, wanted.last_moment
@@ -270,9 +283,10 @@ class _Log:
         return sqlite_errors(f"index of {self.file.path}", timeout_seconds=0)
 
     def _admit_line(self, line: bytes, start: int, where: str) -> None:
-        if line.isspace():
+        text = line.removeprefix(codecs.BOM_UTF8) if start == 0 else line
+        if text.isspace():
             return
-        record = decode_json(line, where)
+        record = decode_json(text, where)
         if not _is_outcome(record):
             decision = decision_from_json(record, where)
             self._admit(as_recorded(decision), False, start, len(line), where)

@@ -1,5 +1,6 @@
 """Feedback that cannot be built from: one error with its place, exit code 2, nothing written."""
 
+import codecs
 import json
 import shutil
 import sqlite3
@@ -81,6 +82,31 @@ def test_faulty_line_of_a_log_is_named(
     error = refused(path, tmp_path)
     assert error.startswith(f"Error: {path}:")
     assert message in error
+
+
+def test_all_faulty_decisions_are_named_by_their_lines(stores: Path, tmp_path: Path) -> None:
+    lines = (stores / "good.jsonl").read_text("utf-8").splitlines()
+    for number in (3, 5, 8):
+        record = json.loads(lines[number - 1])
+        record["action"] = {"decision": "explode"}
+        lines[number - 1] = json.dumps(record)
+    path = tmp_path / "log.jsonl"
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    first, *others = refused(path, tmp_path).splitlines()
+    assert first.startswith(f"Error: {path}:3: decision 'simulated-")
+    assert [line.split(": ")[0] for line in others] == [f"{path}:5", f"{path}:8"]
+    for number, line in enumerate(lines):
+        lines[number] = line.replace('"decision":', '"descision":')
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    *named, last = refused(path, tmp_path).splitlines()
+    assert (len(named), last) == (20, "... and perhaps more")
+
+
+def test_byte_order_mark_is_no_fault(stores: Path, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + (stores / "good.jsonl").read_bytes())
+    with open_store(path) as marked, open_store(stores / "good.jsonl") as plain:
+        assert list(marked.decisions()) == list(plain.decisions())
 
 
 def test_corrupt_and_foreign_databases_are_named(stores: Path, tmp_path: Path) -> None:

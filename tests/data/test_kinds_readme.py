@@ -10,7 +10,10 @@ import pytest
 from dpo.data.builder import build_dataset
 from dpo.data.dataset_files import write_dataset
 from dpo.data.export import export_pairs
-from dpo.data.kinds import PolicyKind
+from dpo.data.kinds import KINDS, PolicyKind
+from dpo.data.kinds.base import EntryType
+from dpo.data.kinds.extraction import PRIORITIES
+from dpo.data.kinds.retrieval import MAX_RESULTS
 from dpo.data.pairs import form_pairs
 from dpo.data.records import decision_from_json
 from dpo.errors import InputError
@@ -38,6 +41,16 @@ def test_an_example_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None
 
     printed = [float(line) for line in capsys.readouterr().out.split()]
     assert printed == sorted(printed, reverse=True)  # the best policy before the rules
+
+
+def test_the_table_tells_the_actions_of_each_kind() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\| (.*?) \|", README.read_text("utf-8"), re.MULTILINE)
+    assert [name for name, _ in rows] == list(KINDS)
+    told = {name: [int(number) for number in re.findall(r"\d+", text)] for name, text in rows}
+    priorities: tuple[EntryType, ...] = ("tool", "guideline", "project", "knowledge")
+    assert PRIORITIES["knowledge"] == PRIORITIES["experience"]
+    assert told["extraction"] == [number for name in priorities for number in PRIORITIES[name]]
+    assert told["retrieval"] == [number for numbers in MAX_RESULTS.values() for number in numbers]
 
 
 def test_a_stored_decision_of_an_own_kind_becomes_prompt_response_and_reward(
