@@ -105,12 +105,11 @@ def build(
     """Build the data set of POLICY: examples, a split without leakage, and preference pairs."""
     from dpo.data.builder import build_dataset
     from dpo.data.dataset import BuildOptions
-    from dpo.data.dataset_files import write_dataset
+    from dpo.data.dataset_files import check_writing, write_dataset
     from dpo.data.pairs import PairOptions
     from dpo.data.stores import open_store
-    from dpo.files import check_replaceable
 
-    check_replaceable(out, replace=replace)
+    check_writing(out, min_pairs=min_pairs, created_at=created_at, replace=replace)
     build_options = BuildOptions(**{name: _given(value) for name, value in options.items()})
     pair_options = PairOptions(
         match=match,

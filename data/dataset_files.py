@@ -73,7 +73,7 @@ def write_dataset(
         InputError: fewer than ``min_pairs`` different training pairs, or the folder exists, or it
             holds files that are not of a data set and would be lost.
     """
-    check_replaceable(Path(folder), replace=replace)
+    check_writing(Path(folder), min_pairs=min_pairs, created_at=created_at, replace=replace)
     options = pair_options or PairOptions()
     created = format_time(parse_moment("created_at", created_at or dataset.stats.date_range.end))
     name = dataset.kind.name
@@ -101,14 +101,25 @@ def write_dataset(
     return WrittenDataset(Path(folder), train.report, evaluation.report)
 
 
+def check_writing(folder: Path, *, min_pairs: int, created_at: str | None, replace: bool) -> None:
+    """Refuse what `write_dataset` would refuse, before any work is done for it.
+
+    Raises:
+        InputError: ``min_pairs`` is below 1, ``created_at`` is no time, or the folder is not free.
+    """
+    if min_pairs < 1:
+        raise InputError(f"min_pairs must be at least 1, got {min_pairs}")
+    if created_at is not None:
+        parse_moment("created_at", created_at)
+    check_replaceable(folder, replace=replace)
+
+
 def check_enough_pairs(report: PairReport, min_pairs: int) -> None:
     """Refuse a training side with fewer than ``min_pairs`` different pairs.
 
     Raises:
         InputError: gives both counts, and why decisions are in no pair.
     """
-    if min_pairs < 1:
-        raise InputError(f"min_pairs must be at least 1, got {min_pairs}")
     if report.unique < min_pairs:
         unpaired = report.unpaired_examples
         raise InputError(

@@ -32,10 +32,13 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     A link stays, and the file that it leads to is replaced.
 
     Raises:
-        InputError: ``path`` is a device or the like, which would be replaced, not written to.
+        InputError: ``path`` is a folder, or a device or the like, which would be replaced, not
+            written to.
     """
     path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file")
+    if path.exists() and not path.is_file():
         raise InputError(f"{path} is a device or a pipe: name a file, which is written whole")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)

@@ -28,13 +28,16 @@ def open_store(source: str | Path, *, create: bool = False) -> FeedbackStore:
         create: make the store if there is none.
 
     Raises:
-        InputError: another ending, or there is no such store, or it cannot be used as it is.
+        InputError: a folder or another ending, there is no such store, or it cannot be used as it
+            is.
     """
     text = str(source)
     if text.startswith(("postgresql://", "postgres://")):
         return _postgres_store(text, create=create)
     if "://" in text:
         raise InputError(f"{shown_url(text)}: the only kind of URL known is postgresql://")
+    if Path(source).is_dir():
+        raise InputError(f"{source} is a folder: name a store, a file ending in .jsonl or .db")
     for ending, store in FILE_STORES.items():
         if text.lower().endswith(ending):
             return store(Path(source), create=create)

@@ -163,6 +163,8 @@ def test_unreachable_server_is_named_without_its_password(tmp_path: Path) -> Non
             for bad in ("0", "1", "nan")
         ),
         (["--start-date", "2024-06-01", "--end-date", "2024-01-01"], "start 2024-06-01 is after"),
+        (["--min-pairs", "0"], "min_pairs must be at least 1, got 0"),
+        (["--missing-confidence", "keep"], "missing_confidence has no effect without"),
         (["--start-date", "2024-13-01"], "start: '2024-13-01' is not an ISO 8601 time"),
         (["--min-confidence", "2"], "min_confidence must be a number in [0, 1], got 2.0"),
         (["--margin", "nan"], "margin must be in [0, 2), the width of the rewards, got nan"),
@@ -179,3 +181,11 @@ def test_store_without_a_decision_left_is_named(stores: Path, tmp_path: Path) ->
     path = stores / "good.db"
     error = refused(path, tmp_path, "--start-date", "2030-01-01")
     assert error.startswith(f"Error: {path}: no decisions are left: of 60 for the policy")
+
+
+def test_folders_in_the_place_of_files_are_named(stores: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "folder.jsonl is a folder: name a store" in refused(tmp_path / "folder.jsonl", tmp_path)
+    arguments = ["data", "check", str(stores / "good.jsonl"), "--html", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stderr) == (2, f"Error: {tmp_path} is a folder: name a file\n")

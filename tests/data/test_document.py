@@ -1,6 +1,7 @@
 """The usage document's own example calls, transcribed from TypeScript."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,15 @@ def dataset(feedback: Path) -> Dataset[ExtractionState, ExtractionAction]:
     )
 
 
-def test_building_datasets(dataset: Dataset[ExtractionState, ExtractionAction]) -> None:
+def test_building_datasets(
+    dataset: Dataset[ExtractionState, ExtractionAction], capsys: pytest.CaptureFixture[str]
+) -> None:
     stats = dataset.stats
+    print(f"Training examples: {stats.train_examples}")
+    print(f"Eval examples: {stats.eval_examples}")
+    printed = re.findall(r"(Training|Eval) examples: (\d+)\n", capsys.readouterr().out)
+    assert [name for name, _ in printed] == ["Training", "Eval"]
+    assert sum(int(number) for _, number in printed) == stats.total_examples
     assert stats.train_examples + stats.eval_examples == stats.total_examples
     assert 0.1 < stats.eval_examples / stats.total_examples < 0.3
     confidences = [example.metadata.confidence or 0.0 for example in dataset.train]
@@ -76,6 +84,8 @@ def test_evaluating_policies(dataset: Dataset[ExtractionState, ExtractionAction]
     for heading in ("Accuracy", "Precision", "Recall", "F1", "Confusion"):
         assert heading in report
     comparison = compare_policies(UniformPolicy(EXTRACTION), policy, test_data)
+    print(f"Winner: {comparison.winner}")
+    print(f"Accuracy improvement: {comparison.improvements.accuracy:.2%}")
     assert comparison.winner in ("A", "B", "tie")
     assert -1 <= comparison.improvements.accuracy <= 1
 
@@ -111,5 +121,6 @@ def test_external_training_loads_the_files(
 def test_confidence_intervals(dataset: Dataset[ExtractionState, ExtractionAction]) -> None:
     rewards = [example.reward for example in dataset.eval]
     interval = compute_confidence_interval(rewards, 0.95)
+    print(f"Mean: {interval.mean:.3f} [{interval.lower:.3f}, {interval.upper:.3f}]")
     mean = sum(rewards) / len(rewards)
     assert interval.lower < mean < interval.upper
