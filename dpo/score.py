@@ -5,6 +5,7 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -34,10 +35,12 @@ from dpo.tokenization import TokenizedPairs
 class PairScore:
     """One pair under a policy; log-probs are sums over the answer, in nats.
 
-    The reference's are None if the loss needs no reference.
+    The reference's are None if the loss needs no reference. Pairs with the same prompt have the
+    same ``prompt_hash``, so that they can be counted as one unit.
     """
 
     id: str
+    prompt_hash: str
     chosen_log_prob: float
     rejected_log_prob: float
     reference_chosen_log_prob: float | None
@@ -157,7 +160,9 @@ def _score(
                 )
             if batches.reference is None:
                 of_pair[2:4] = None, None
-            scores[row] = PairScore(batches.pairs.ids[row], *of_pair, *counts)
+            pair = batches.pairs[row]
+            prompt_hash = hashlib.sha256(pair.prompt_ids.tobytes()).hexdigest()[:16]
+            scores[row] = PairScore(pair.id, prompt_hash, *of_pair, *counts)
         if progress is not None:
             progress(len(scores))
     return [scores[row] for row in range(len(batches.pairs))]

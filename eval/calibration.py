@@ -84,7 +84,8 @@ def calibration_columns(confidence: Floats, right: Floats) -> Floats:
     """Return bin membership, confidences and outcomes by bin, and squared errors: (N, 3 R + 1)."""
     index = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
     member = np.eye(BINS)[index]  # (N, R)
-    squares = (confidence - right) ** 2
+    # a tie is right half of the time: (confidence - 1)^2 with that chance, else confidence^2
+    squares = right * (1.0 - confidence) ** 2 + (1.0 - right) * confidence**2
     return np.concatenate(
         [member, member * confidence[:, None], member * right[:, None], squares[:, None]], axis=1
     )

@@ -125,6 +125,8 @@ def compare(
             raise InputError("scored files are compared two at a time and without --ab-split")
         output = _compare_scores(policies, metric or "reward_accuracy", shared)
     elif ab_split is not None:
+        if shared["html"] is not None:
+            raise InputError("--html: there is no page for an A/B test; leave it out")
         output = _ab_test(policies, metric or "avg_reward", ab_split, shared)
     elif len(policies) == 2:
         output = _compare(policies, metric or "avg_reward", shared)
@@ -261,13 +263,12 @@ def _pair_options(shared: Shared) -> "BootstrapOptions":
 
 
 def _is_scores(name: str) -> bool:
-    return name.endswith(".jsonl")
+    return name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def _show(output: Output, shared: Shared) -> None:
     if shared["html"] is not None:
-        if output.page is None:
-            raise InputError("--html: there is no page for an A/B test; leave it out")
+        assert output.page is not None
         atomic_write(shared["html"], output.page)
     if shared["as_json"]:
         click.echo(json.dumps(output.data, ensure_ascii=False, indent=2))

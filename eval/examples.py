@@ -6,8 +6,7 @@ is known of a decision, such as its session and propensity, stands in the ``meta
 as the builder writes it, or beside the state, as in a line of a feedback log.
 """
 
-import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from dpo.data.kinds import KINDS, PolicyKind
 from dpo.data.records import Decision
 from dpo.errors import InputError
 from dpo.eval.policies import Action, State
+from dpo.preferences import file_rows
 
 ACTION_NAMES = ("expected_action", "expectedAction", "action")
 ABOUT = {  # names in a feedback log: names in the metadata of an example
@@ -57,21 +57,27 @@ class ExampleFile:
 
 
 def read_examples(path: str | Path) -> ExampleFile:
-    """Read examples from JSON Lines and refuse data that cannot tell policies apart.
+    """Read examples from JSON Lines (also ``.gz``) and refuse data that cannot tell policies apart.
 
     The kind is that of the first line (see ``detect_kind``).
 
     Raises:
-        InputError: no such file, no examples, lines that are no examples of this kind (all faults
-            together), or examples that all have the same action class.
+        InputError: no such file, no examples, lines that are no examples of this kind or repeat an
+            id (all faults together), or examples that all have the same action class.
     """
     path = Path(path)
     rows = _read_rows(path)
-    kind = detect_kind(rows[0], f"{path}:1")
-    examples, faults = [], []
-    for number, row in enumerate(rows, start=1):
+    (first_place, first), *_ = rows
+    kind = detect_kind(first, first_place)
+    examples: list[EvaluationExample] = []
+    faults: list[str] = []
+    place_of_id: dict[str, str] = {}
+    for number, (place, row) in enumerate(rows, start=1):
         try:
-            examples.append(_parse(row, kind, f"{path}:{number}", str(number)))
+            example = _parse(row, kind, place, str(number))
+            if (earlier := place_of_id.setdefault(example.id, place)) != place:
+                raise InputError(f"{place}: the id {example.id!r} is already that of {earlier}")
+            examples.append(example)
         except InputError as error:
             faults.append(str(error))
     if faults:
@@ -203,7 +209,9 @@ def _checked(example: EvaluationExample, where: str) -> EvaluationExample:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # false for NaN; whole numbers may be larger
 
 
 def _parse_time(text: object, where: str) -> datetime | None:
@@ -224,15 +232,22 @@ def _reads(kind: PolicyKind, state: object) -> bool:
     return True
 
 
-def _read_rows(path: Path) -> list[JSONObject]:
+def _read_rows(path: Path) -> list[tuple[str, object]]:
+    """Return the rows of a file, each with its place."""
+    if path.is_dir():
+        found = sorted(path.glob("*_examples_eval.jsonl"))
+        hint = f": name {found[0]}" if found else ", expected a file of examples"
+        raise InputError(f"{path} is a folder{hint}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected examples, one JSON object a line")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    if path.suffix in (".db", ".sqlite", ".sqlite3"):
+        raise InputError(f"{path} is a feedback store: dpo data build makes examples of it")
+    rows: list[tuple[str, object]] = []
+    for row in file_rows([path]):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON: {error}") from error
+            rows.append((row.place, row.decode()))
+        except InputError as error:
+            raise InputError(f"{row.place}: {error}") from error
     if not rows:
         raise InputError(f"{path} holds no examples: there is nothing to evaluate on")
     return rows

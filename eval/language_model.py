@@ -6,9 +6,10 @@ Shapes: B states, A actions, S segments of the tree of all actions' tokens.
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from dpo.batching import collate_forest
 from dpo.data.kinds import KINDS, PolicyKind
 from dpo.errors import InputError, RunError
-from dpo.eval.policies import Action, PolicyDecision, State
+from dpo.eval.policies import Action, PolicyDecision, RulesPolicy, State
 from dpo.eval.token_trie import TokenTrie, build_trie
 from dpo.files import read_json
 from dpo.generate import GenerateOptions, Generation, encode_prompts, generate
@@ -177,13 +178,13 @@ class LanguageModelPolicy:
         return GeneratedActions(tuple(actions), tuple(faults), tuple(generations))
 
     def _decision(self, chances: NDArray[np.float64]) -> PolicyDecision:
+        beliefs = tuple(chances.tolist())
         if self._random is None:
-            index = int(chances.argmax())
-            return PolicyDecision(self._actions[index], float(chances[index]))
-        index = self._random.choices(range(len(chances)), weights=chances.tolist())[0]
-        return PolicyDecision(
-            self._actions[index], float(chances[index]), probabilities=tuple(chances.tolist())
-        )
+            index, probabilities = int(chances.argmax()), None
+        else:
+            index = self._random.choices(range(len(beliefs)), weights=beliefs)[0]
+            probabilities = beliefs
+        return PolicyDecision(self._actions[index], beliefs[index], probabilities, beliefs)
 
     def _build_trie(self, last_words: str) -> TokenTrie:
         """Return the tree of all actions' tokens after a prompt that ends with ``last_words``.
@@ -247,6 +248,44 @@ class LanguageModelPolicy:
         return np.stack([trie.paths @ of_segments for trie, of_segments in per_trie])
 
 
+class FreePolicy:
+    """Writes its answer freely; where that is no valid action, the rules answer and say why.
+
+    The confidence is the probability of exactly the text that was written. Reports count the
+    answers of the rules, so the share of invalid ones is seen.
+
+    Args:
+        policy: whose model writes.
+        options: of writing; None takes the likeliest token each time.
+    """
+
+    def __init__(self, policy: LanguageModelPolicy, options: GenerateOptions | None = None) -> None:
+        self.policy, self.kind = policy, policy.kind
+        self.name = f"free:{policy.name}"
+        self._options = options
+        self._rules = RulesPolicy(policy.kind)
+
+    def decide(self, state: State) -> PolicyDecision:
+        """Write an action; raises as ``decide_batch``."""
+        return self.decide_batch([state])[0]
+
+    def decide_batch(self, states: Sequence[State]) -> list[PolicyDecision]:
+        """Write an action for each state.
+
+        Raises:
+            InputError: there is no state, or ``generate`` refuses a prompt.
+        """
+        written = self.policy.generate_actions(states, self._options)
+        return [
+            PolicyDecision(action, math.exp(sum(generation.log_probs)))
+            if fault is None
+            else replace(self._rules.decide(state), fallback_reason=fault)
+            for state, action, fault, generation in zip(
+                states, written.actions, written.faults, written.generations, strict=True
+            )
+        ]
+
+
 @dataclass(frozen=True, slots=True)
 class GeneratedActions:
     """What a model wrote freely for B states."""
@@ -288,6 +327,10 @@ def _parse(generation: Generation, kind: PolicyKind) -> Action:
 def _read_kind(folder: Path) -> PolicyKind:
     """Return the kind that the metadata of a policy name."""
     found = sorted(folder.glob("*_metadata.json"))
+    if (folder / "dpo" / "model").is_dir():
+        raise InputError(f"{folder} holds a whole training: its policy is {folder / 'dpo/model'}")
+    if any(folder.glob("*_examples_eval.jsonl")):
+        raise InputError(f"{folder} is a data set, no policy: it is for --data, by its files")
     if len(found) != 1:
         raise InputError(
             f"{folder}: no trained policy: expected a model folder with one "

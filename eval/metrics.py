@@ -59,8 +59,20 @@ class Decided:
 
     @property
     def confidences(self) -> Floats:
-        """(N,) the policy's confidence in its action."""
-        return np.array([decision.confidence for decision in self.decisions])
+        """(N,) the policy's confidence in the class of its action.
+
+        That is what ``is_right`` is about: a model's beliefs in all actions of the class add up.
+        """
+        classes = [self.kind.action_class(action) for action in self.kind.actions()]
+        member = {name: np.array([each == name for each in classes]) for name in set(classes)}
+        return np.array(
+            [
+                decision.confidence
+                if decision.beliefs is None
+                else min(float(np.dot(decision.beliefs, member[name])), 1.0)
+                for decision, name in zip(self.decisions, self.predicted, strict=True)
+            ]
+        )
 
 
 def decide_examples(

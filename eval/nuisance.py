@@ -16,6 +16,9 @@ from dpo.files import JSON
 
 FOLDS = 5
 PENALTY = 10.0  # ridge penalty, in units of examples, on features of unit variance
+# Penalties of the softmax regression. Too small a one makes rare arms look rarer still, and so
+# their weights too large; the likelihood of examples that were not fitted chooses.
+CHANCE_PENALTIES = (10.0, 30.0, 100.0, 300.0)
 STEPS = 200  # of the softmax regression; each is monotone, so stopping early only smooths
 
 
@@ -83,16 +86,27 @@ def estimated_propensities(
 ) -> Floats:
     """Estimate the log's chance of the arm that it took, by softmax regression: (N,), in (0, 1].
 
+    The penalty is that of ``CHANCE_PENALTIES`` under which the held out arms are the likeliest.
+
     Args:
         features: (N, P), the first column ones.
         arms: (N,) index of the arm taken.
         folds: (N,) from ``make_folds``.
         arm_count: A.
     """
+    candidates = [
+        _held_out_chances(features, arms, folds, arm_count, penalty) for penalty in CHANCE_PENALTIES
+    ]
+    return max(candidates, key=lambda chances: float(np.log(chances).sum()))
+
+
+def _held_out_chances(
+    features: Floats, arms: Integers, folds: Integers, arm_count: int, penalty: float
+) -> Floats:
     chances = np.empty(len(features))
     for fold in range(int(folds.max()) + 1):
         held, fitted = folds == fold, folds != fold
-        weights = _softmax_regression(features[fitted], arms[fitted], arm_count)
+        weights = _softmax_regression(features[fitted], arms[fitted], arm_count, penalty)
         chances[held] = _softmax(features[held] @ weights)[np.arange(held.sum()), arms[held]]
     return np.maximum(chances, np.finfo(np.float64).tiny)
 
@@ -118,14 +132,14 @@ def _ridge(features: Floats, values: Floats) -> Floats:
     return np.asarray(np.linalg.solve(square, features.T @ values), dtype=np.float64)
 
 
-def _softmax_regression(features: Floats, arms: Integers, arm_count: int) -> Floats:
+def _softmax_regression(features: Floats, arms: Integers, arm_count: int, penalty: float) -> Floats:
     """Fit by minorise-maximise: every step uses one fixed bound of the Hessian (Boehning 1992)."""
     hits = np.eye(arm_count)[arms]  # (N, A)
     size = features.shape[1]
-    inverse = np.linalg.inv(features.T @ features / 2.0 + PENALTY * np.eye(size))
+    inverse = np.linalg.inv(features.T @ features / 2.0 + penalty * np.eye(size))
     weights = np.zeros((size, arm_count))
     for _ in range(STEPS):
-        slope = features.T @ (hits - _softmax(features @ weights)) - PENALTY * weights
+        slope = features.T @ (hits - _softmax(features @ weights)) - penalty * weights
         step = inverse @ slope
         weights += step
         if np.abs(step).max() < 1e-4:

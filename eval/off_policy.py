@@ -34,6 +34,7 @@ from dpo.eval.nuisance import (
 )
 from dpo.eval.policies import Action, PolicyDecision
 from dpo.eval.resampling import Floats, Integers
+from dpo.files import JSON
 
 Arms = Literal["action", "class"]
 PropensitySource = Literal["logged", "estimated"]
@@ -78,7 +79,10 @@ class OffPolicyValue:
     direct: float | None
     """Without an interval: the error of a reward model does not show in its own predictions."""
     ips: ConfidenceInterval | None
+    """None as well where propensities are estimated: its interval would know nothing of their
+    error, which the doubly robust estimate corrects to first order."""
     snips: ConfidenceInterval | None
+    """None where ``ips`` is."""
     reward_std_dev: float | None
     """Standard deviation of the rewards under the policy, self-normalised."""
     effective_sample_size: float
@@ -125,10 +129,7 @@ def make_log(
     index = {name: i for i, name in enumerate(names)}
     taken = np.array([index[key] for key in keys], dtype=np.int64)  # (N,)
     rewards = np.array([example.reward for example in examples], dtype=np.float64)
-    features = state_features(  # (N, P); logs are often made by the rules, so those are told
-        {**kind.state_to_json(example.state), "rule": kind.baseline(example.state).reason}
-        for example in examples
-    )
+    features = state_features(_with_rules(example, kind, arms) for example in examples)  # (N, P)
     folds = make_folds(groups, seed)
     logged = [example.propensity for example in examples if example.propensity is not None]
     is_logged = len(logged) == len(examples)
@@ -147,6 +148,16 @@ def make_log(
         expected=expected_rewards(features, taken, rewards, folds, arm_count=len(names)),
         groups=tuple(groups),
     )
+
+
+def _with_rules(example: EvaluationExample, kind: PolicyKind, arms: Arms) -> dict[str, JSON]:
+    """Return a state with what the rules say of it: logs are often made by them."""
+    baseline = kind.baseline(example.state)
+    return {
+        **kind.state_to_json(example.state),
+        "rule": baseline.reason,
+        "baseline": arm_key(kind, baseline.action, arms),
+    }
 
 
 @functools.lru_cache(maxsize=4096)
@@ -201,6 +212,8 @@ def estimate_value(
         around = weights @ log.rewards / weights.sum()
         deviation = float(np.sqrt(weights @ (log.rewards - around) ** 2 / weights.sum()))
     robust, ips, snips = intervals
+    if log.propensity_source == "estimated":
+        ips = snips = None
     return OffPolicyValue(
         doubly_robust=robust,
         direct=direct,

@@ -30,6 +30,9 @@ class PolicyDecision:
     probabilities: tuple[float, ...] | None = None
     """Chance with which this policy takes each of ``kind.actions()`` here, in that order, when it
     draws its action at random; None when it always takes ``action`` (a greedy model included)."""
+    beliefs: tuple[float, ...] | None = None
+    """How likely a model holds each of ``kind.actions()``, whether or not it draws; None where a
+    policy has no such distribution."""
     reason: str | None = None
     """Why, in a word: the name of a rule."""
     fallback_reason: str | None = None
@@ -180,7 +183,8 @@ def load_policy(text: str, kind: PolicyKind) -> Policy:
     """Return the policy that a command line names, for data of ``kind``.
 
     ``rules``, ``uniform``, ``constant:CLASS`` (the kind's first action of that class), or the
-    folder of a trained policy.
+    folder of a trained policy, which takes the likeliest action; ``draw:FOLDER`` draws one with its
+    chance, ``free:FOLDER`` lets the model write its answer freely (see ``FreePolicy``).
 
     Raises:
         InputError: another name, a class that the kind lacks, a folder that holds no policy of this
@@ -192,15 +196,18 @@ def load_policy(text: str, kind: PolicyKind) -> Policy:
         return UniformPolicy(kind)
     if text.startswith("constant:"):
         return _constant(text.removeprefix("constant:"), kind)
-    if not Path(text).is_dir():
+    how, _, folder = text.rpartition(":") if text.startswith(("draw:", "free:")) else ("", "", text)
+    if not Path(folder).is_dir():
         raise InputError(
             f"{text!r} is no policy: expected rules, uniform, constant:CLASS with CLASS one of "
-            f"{', '.join(kind.classes)}, or the folder of a trained policy"
+            f"{', '.join(kind.classes)}, the folder of a trained policy, draw:FOLDER or free:FOLDER"
         )
     # by name: it needs torch, and it builds on this module
     home = importlib.import_module("dpo.eval.language_model")
 
-    policy: Policy = home.LanguageModelPolicy.load(text)
+    policy: Policy = home.LanguageModelPolicy.load(folder, seed=0 if how == "draw" else None)
+    if how == "free":
+        policy = home.FreePolicy(policy)
     if policy.kind.name != kind.name:
         raise InputError(
             f"{text} holds a policy of kind {policy.kind.name}, the data are of kind {kind.name}"

@@ -28,6 +28,7 @@ class PolicyPairs:
         demonstrations: what to imitate before DPO, in the layout of pairs (see ``demonstrate``).
         train: pairs to train on.
         eval: pairs to hold out.
+        situations: the different states of the held-out examples, in order of appearance.
         dataset: what the metadata tell about the data set.
         created_at: time of the data set.
     """
@@ -36,6 +37,7 @@ class PolicyPairs:
     demonstrations: Sequence[PreferencePair]
     train: Sequence[PreferencePair]
     eval: Sequence[PreferencePair]
+    situations: Sequence[Any]
     dataset: JSON
     created_at: str
 
@@ -57,6 +59,7 @@ def pairs_of_dataset(
         demonstrate(dataset.train, kind),
         train.pairs,
         form_pairs(dataset.eval, kind).pairs,
+        _situations(dataset.eval),
         to_json(dataset.stats),
         dataset.stats.date_range.end,
     )
@@ -78,11 +81,13 @@ def read_policy_pairs(folder: str | Path, kind: PolicyKind) -> PolicyPairs:
     if missing:
         raise InputError(f"{folder}: no data set: missing {', '.join(missing)}")
     train, held_out = (read_side(file) for file in files.values())
+    dataset = load_dataset(folder, kind)
     return PolicyPairs(
         kind=kind,
-        demonstrations=demonstrate(load_dataset(folder, kind).train, kind),
+        demonstrations=demonstrate(dataset.train, kind),
         train=train,
         eval=held_out,
+        situations=_situations(dataset.eval),
         dataset=metadata.get("dataset"),
         created_at=str(metadata.get("createdAt")),
     )
@@ -118,6 +123,10 @@ def _demonstration(
         kind.render_action(other),
         weight=sum(votes[action]) / len(votes[action]),
     )
+
+
+def _situations(examples: Iterable[Example[Any, Any]]) -> list[Any]:
+    return list(dict.fromkeys(example.state for example in examples))
 
 
 def read_side(path: Path) -> list[PreferencePair]:

@@ -16,12 +16,11 @@ then holds, for the policy ``extraction``::
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dpo.config import RunConfig
 from dpo.data.dataset import Dataset
@@ -32,7 +31,10 @@ from dpo.data.kinds.extraction import ExtractionAction, ExtractionState
 from dpo.data.kinds.retrieval import RetrievalAction, RetrievalState
 from dpo.data.kinds.schema import to_json
 from dpo.errors import InputError, RunError
+from dpo.eval.bootstrap import ConfidenceInterval, compute_confidence_interval
 from dpo.eval.held_out import HeldOut, measure_held_out, summarize
+from dpo.eval.language_model import LanguageModelPolicy
+from dpo.eval.policies import Policy, RulesPolicy, decide_all
 from dpo.eval.policy_pairs import PolicyPairs, pairs_of_dataset, read_side
 from dpo.eval.tiny import make_tiny_model, make_tiny_tokenizer
 from dpo.files import JSON, atomic_directory, write_json
@@ -48,7 +50,16 @@ from dpo.settings import Setting, parse_assignment, resolve
 from dpo.tokenizer import load_tokenizer
 
 TINY = "tiny"
-TINY_SFT_EPOCHS = 2
+SFT_LEARNING_RATE = 3e-3
+# what a run is told by the other fields of the config
+_OWNED = frozenset(
+    {
+        *("model", "data", "out", "eval_data", "loss.beta", "train.epochs", "train.batch_size"),
+        *("train.learning_rate", "train.seed", "train.resume"),
+    }
+)
+TINY_SFT_STEPS = 300  # fewer leave a model from scratch with one action for every state
+DECIDED_STATES = 1000  # most held-out states that the trained policy decides for its result
 SLOW_FOR_TINY = 1e-4  # learning rate below which a model from scratch hardly moves
 
 
@@ -63,7 +74,8 @@ class PolicyTrainingConfig:
     output_path: str
     """Folder for everything; must not exist or be empty, unless ``resume``."""
     model_name: str = TINY
-    """What to start from: "tiny", a small Llama from scratch; a model folder; an id of the Hub."""
+    """What to start from: "tiny", a small Llama from scratch; a model folder; an id of the Hub.
+    (In the document it is a name for the result; here the result is named by its folder.)"""
     epochs: int = 10
     """Passes of DPO over the training pairs, at least 1."""
     batch_size: int = 32
@@ -73,9 +85,10 @@ class PolicyTrainingConfig:
     beta: float = 0.1
     """How strongly DPO is held to its start, above 0."""
     sft_epochs: int | None = None
-    """Passes of the warm start over the demonstrations; None: 2 for a tiny model, else 0."""
-    sft_learning_rate: float = 3e-3
-    """Peak learning rate of the warm start, above 0."""
+    """Passes of the warm start over the demonstrations; None: as many as 300 steps take for a tiny
+    model, else 0."""
+    sft_learning_rate: float | None = None
+    """Peak learning rate of the warm start, above 0; None: 3e-3."""
     min_pairs: int = MIN_PAIRS
     """Least number of training pairs, at least 1."""
     seed: int = 0
@@ -83,7 +96,8 @@ class PolicyTrainingConfig:
     resume: bool = False
     """Go on in ``output_path`` where a training with the same config was stopped."""
     settings: tuple[str, ...] = ()
-    """Further options of both runs, as for ``dpo train --set``: "train.dtype=bf16-mixed"."""
+    """Further options, as for ``dpo train --set``: "train.dtype=bf16-mixed". Those of the loss are
+    for DPO alone; what the other fields say cannot be set."""
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "batch_size": 1, "min_pairs": 1, "seed": 0, "sft_epochs": 0}
@@ -95,8 +109,15 @@ class PolicyTrainingConfig:
         faults += [
             f"{name} must be above 0 and finite, got {value}"
             for name in ("learning_rate", "beta", "sft_learning_rate")
-            if not 0 < (value := getattr(self, name)) < math.inf
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
         ]
+        faults += [
+            f"{text}: {parse_assignment(text).key} follows from other options, it cannot be set"
+            for text in self.settings
+            if parse_assignment(text).key in _OWNED
+        ]
+        if self.sft_learning_rate is not None and not self.has_warm_start:
+            faults.append("sft_learning_rate has no effect: there is no warm start")
         faults += [
             f"{name} must not be empty"
             for name in ("model_name", "output_path")
@@ -106,11 +127,15 @@ class PolicyTrainingConfig:
             raise InputError("\n".join(faults))
 
     @property
-    def warm_start_epochs(self) -> int:
-        """Epochs of the warm start, the default filled in."""
+    def has_warm_start(self) -> bool:
+        """Whether there is a warm start."""
+        return self.model_name == TINY if self.sft_epochs is None else self.sft_epochs > 0
+
+    def warm_start_epochs(self, demonstrations: int) -> int:
+        """Return the epochs of a warm start on so many demonstrations, the default filled in."""
         if self.sft_epochs is not None:
             return self.sft_epochs
-        return TINY_SFT_EPOCHS if self.model_name == TINY else 0
+        return math.ceil(TINY_SFT_STEPS / math.ceil(demonstrations / self.batch_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +143,9 @@ class PolicyTrainingMetrics:
     """What training brought. None is what was not measured, for lack of held-out pairs."""
 
     train_loss: float
-    """DPO loss of the training pairs in the last epoch, each step before its update."""
+    """Mean DPO loss of the steps of the last epoch, each before its update."""
+    train_interval: ConfidenceInterval | None
+    """The same with an interval; None where that epoch has one step."""
     before: HeldOut | None
     """After the warm start, before DPO."""
     after: HeldOut | None
@@ -157,6 +184,9 @@ class PolicyTrainingResult:
     """Folder of the policy before DPO; None without a warm start."""
     report_path: Path | None = None
     metrics: PolicyTrainingMetrics | None = None
+    decided: Mapping[str, Mapping[str, int]] | None = None
+    """How often the rules, the policy before DPO (``start``) and the ``policy`` take an action of
+    each class, in held-out situations (at most 1,000); None without any."""
     notes: tuple[str, ...] = ()
     """What a reader of the metrics should know."""
     error: str | None = None
@@ -188,7 +218,7 @@ def _train_kind(
 ) -> PolicyTrainingResult:
     try:
         return train_policy(pairs_of_dataset(dataset, KINDS[policy], config.min_pairs), config)
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as error:
         return PolicyTrainingResult(success=False, error=str(error))
 
 
@@ -216,7 +246,7 @@ def train_policy(
     if config.model_name != TINY:
         load_tokenizer(runs[0].model, runs[0].revision)  # is it a model? nothing is written yet
     out.mkdir(parents=True, exist_ok=True)
-    if config.warm_start_epochs:
+    if config.has_warm_start:
         _write_or_check(pairs.demonstrations, plan.file("sft"))
     _write_or_check(pairs.train, plan.file("train"))
     _write_or_check(pairs.eval, plan.file("eval"))
@@ -224,7 +254,8 @@ def train_policy(
         _make_start(pairs, out / "start", config.seed)
     results = [_run(run, pairs.kind, console) for run in runs]
     metrics = _measure(plan, results[-1], console)
-    write_json(out / f"{pairs.kind.name}_metadata.json", _metadata(pairs, config, metrics))
+    decided = _decide(pairs, results) if pairs.situations else None
+    write_json(out / f"{pairs.kind.name}_metadata.json", _metadata(pairs, config, metrics, decided))
     write_json(results[-1].folder / "summary.json", metrics.summary)
     return PolicyTrainingResult(
         success=True,
@@ -232,7 +263,8 @@ def train_policy(
         start_path=results[0].model if len(results) > 1 else None,
         report_path=write_report(results[-1].folder),
         metrics=metrics,
-        notes=tuple(_notes(pairs, config, metrics)),
+        decided=decided and {name: by_class(pairs.kind, each) for name, each in decided.items()},
+        notes=tuple(_notes(pairs, config, metrics, decided)),
     )
 
 
@@ -279,15 +311,15 @@ class _Plan:
         }
         if self.pairs.eval:
             dpo["eval_data"] = str(self.file("eval"))
-        if not config.warm_start_epochs:
+        if not config.has_warm_start:
             return [self._run("dpo", start, config.epochs, dpo)]
         sft: dict[str, str | float] = {
             "loss.name": "sft",
-            "train.learning_rate": config.sft_learning_rate,
+            "train.learning_rate": config.sft_learning_rate or SFT_LEARNING_RATE,
             "train.schedule": "cosine",
         }
         return [
-            self._run("sft", start, config.warm_start_epochs, sft),
+            self._run("sft", start, config.warm_start_epochs(len(self.pairs.demonstrations)), sft),
             self._run("dpo", str(self.out / "sft" / "model"), config.epochs, dpo),
         ]
 
@@ -310,7 +342,10 @@ class _Plan:
         if config.resume:
             values["train.resume"] = "auto"
         base = [Setting(key, value, "the policy's config") for key, value in values.items()]
-        return resolve(base, [parse_assignment(text) for text in config.settings]).config
+        given = [parse_assignment(text) for text in config.settings]
+        if is_warm_start:
+            given = [setting for setting in given if not setting.key.startswith("loss.")]
+        return resolve(base, given).config
 
 
 def _write_or_check(pairs: Sequence[PreferencePair], path: Path) -> None:
@@ -342,10 +377,12 @@ def _run(run: RunConfig, kind: PolicyKind, console: Console) -> RunResult:
 
 
 def _measure(plan: _Plan, result: RunResult, console: Console) -> PolicyTrainingMetrics:
-    train_loss = _last_epoch_loss(result.folder)
+    losses = _last_epoch_losses(result.folder)
+    interval = compute_confidence_interval(losses) if len(losses) > 1 else None
+    train_loss = interval.mean if interval else losses[0]
     prompts = [str(pair.prompt) for pair in plan.pairs.eval]
     if len(set(prompts)) < 2:
-        return PolicyTrainingMetrics(train_loss, before=None, after=None)
+        return PolicyTrainingMetrics(train_loss, interval, before=None, after=None)
     run = plan.runs()[-1]
     scoring = replace(
         run,
@@ -359,17 +396,43 @@ def _measure(plan: _Plan, result: RunResult, console: Console) -> PolicyTraining
         train=replace(run.train, eval_every=None, keep_best=False, early_stopping=None),
     )
     scores = score_file(scoring, console=console)
-    return PolicyTrainingMetrics(train_loss, *measure_held_out(scores, prompts))
+    return PolicyTrainingMetrics(train_loss, interval, *measure_held_out(scores, prompts))
 
 
-def _last_epoch_loss(run: Path) -> float:
+def _last_epoch_losses(run: Path) -> list[float]:
     lines = [line for line in read_metrics(run) if "loss" in line]
     last = math.ceil(lines[-1]["epoch"]) - 1
-    return float(np.mean([line["loss"] for line in lines if line["epoch"] > last]))
+    return [line["loss"] for line in lines if line["epoch"] > last]
+
+
+def _decide(pairs: PolicyPairs, results: Sequence[RunResult]) -> dict[str, Counter[str]]:
+    """Count the answers (their texts) of the rules, the start and the policy, held out."""
+    kind, states = pairs.kind, pairs.situations[:DECIDED_STATES]
+    names = ("start", "policy")[-len(results) :]
+    policies: list[tuple[str, Policy]] = [("rules", RulesPolicy(kind))]
+    policies += [
+        (name, LanguageModelPolicy.load(result.model))
+        for name, result in zip(names, results, strict=True)
+    ]
+    return {
+        name: Counter(kind.render_action(each.action) for each in decide_all(policy, states))
+        for name, policy in policies
+    }
+
+
+def by_class(kind: PolicyKind, answers: Mapping[str, int]) -> dict[str, int]:
+    """Add counts of answers up by the class of their action; every class of the kind is there."""
+    counts = dict.fromkeys(kind.classes, 0)
+    for text, count in answers.items():
+        counts[kind.action_class(kind.parse_response(text))] += count
+    return counts
 
 
 def _metadata(
-    pairs: PolicyPairs, config: PolicyTrainingConfig, metrics: PolicyTrainingMetrics
+    pairs: PolicyPairs,
+    config: PolicyTrainingConfig,
+    metrics: PolicyTrainingMetrics,
+    decided: Mapping[str, Mapping[str, int]] | None,
 ) -> JSON:
     return {
         "policy": pairs.kind.name,
@@ -379,14 +442,24 @@ def _metadata(
         "trainPairs": len(pairs.train),
         "evalPairs": len(pairs.eval),
         "metrics": {"trainLoss": metrics.train_loss, **metrics.summary},
+        "decided": decided,
         "createdAt": pairs.created_at,
     }
 
 
 def _notes(
-    pairs: PolicyPairs, config: PolicyTrainingConfig, metrics: PolicyTrainingMetrics
+    pairs: PolicyPairs,
+    config: PolicyTrainingConfig,
+    metrics: PolicyTrainingMetrics,
+    decided: Mapping[str, Mapping[str, int]] | None,
 ) -> list[str]:
     notes = []
+    if decided and len(decided["policy"]) == 1 < len(decided["rules"]):
+        ((text, count),) = decided["policy"].items()
+        notes.append(
+            f"the policy takes one and the same action in all {count} held-out situations, "
+            f"{' '.join(text.split())}: more data, or a longer warm start (sft_epochs), is needed"
+        )
     if metrics.after is None:
         notes.append(
             f"nothing was measured on held-out pairs: there are {len(pairs.eval)}, and intervals "

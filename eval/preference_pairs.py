@@ -1,10 +1,10 @@
 """How well a model's implicit rewards agree with preference pairs, from the file of ``dpo score``.
 
-Pairs are taken as independent. Shapes: P pairs.
+Pairs of one prompt are drawn together. Shapes: P pairs.
 """
 
-import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,9 +32,11 @@ from dpo.eval.comparison import Difference, Winner, judge, metric_differences
 from dpo.eval.metrics import Metric
 from dpo.eval.resampling import Floats
 from dpo.eval.significance import McNemar, mcnemar
+from dpo.preferences import file_rows
 
 REQUIRED = ("chosen_reward", "rejected_reward")
 TOKENS = ("chosen_tokens", "rejected_tokens")
+LOG_PROBS = ("chosen_log_prob", "rejected_log_prob")
 SHOWN_FAULTS = 5
 
 
@@ -48,6 +50,11 @@ class ScoredPairs:
     longer: Floats
     """(P,) 1 where the chosen answer has more tokens, 0 where fewer, 0.5 where as many; NaN where
     the file does not tell."""
+    likelier: Floats
+    """(P,) 1 where the chosen answer is the likelier one, 0 where the other is, 0.5 where neither;
+    NaN where the file does not tell."""
+    prompts: tuple[str, ...]
+    """(P,) what tells prompts apart; the id of the pair where the file does not tell."""
 
     @property
     def hits(self) -> Floats:
@@ -113,9 +120,12 @@ def _length_controlled(sums: Floats) -> Floats:
 
 
 LENGTH_CONTROLLED = "length_controlled_accuracy"
+LIKELIER = "chosen_likelier"
 PAIR_METRICS: dict[str, Metric[ScoredPairs]] = {
     "reward_accuracy": Metric(lambda pairs: _mean(pairs.hits), ratio_of_sums),
     "margin": Metric(lambda pairs: _mean(pairs.margins), ratio_of_sums),
+    # of the policy alone, whatever the reference says
+    LIKELIER: Metric(lambda pairs: _mean(pairs.likelier), ratio_of_sums),
     # 1/2 for a model that only prefers the longer answer, however often that is the chosen one
     LENGTH_CONTROLLED: Metric(_by_length, _length_controlled),
     "log_loss": Metric(_log_loss, ratio_of_sums, is_better_higher=False),
@@ -124,21 +134,26 @@ PAIR_METRICS: dict[str, Metric[ScoredPairs]] = {
 }
 
 
+_NEEDED = {LENGTH_CONTROLLED: TOKENS, LIKELIER: LOG_PROBS}
+
+
 def evaluate_pairs(pairs: ScoredPairs, options: BootstrapOptions = DEFAULTS) -> PairEvaluation:
     """Measure how the rewards of one model agree with the preferences.
 
     Raises:
-        InputError: fewer than two pairs.
+        InputError: pairs of fewer than two prompts.
     """
     has_lengths = not np.isnan(pairs.longer).any()
     return PairEvaluation(
         pairs=len(pairs.ids),
         ties=int((pairs.margins == 0.0).sum()),
         metrics={
-            name: bootstrap(metric.columns(pairs), metric.statistic, options)[0]
+            name: bootstrap(metric.columns(pairs), metric.statistic, options, groups=pairs.prompts)[
+                0
+            ]
             for name, metric in _usable(pairs).items()
         },
-        calibration=calibrate(pairs.confidences, pairs.hits, options),
+        calibration=calibrate(pairs.confidences, pairs.hits, options, groups=pairs.prompts),
         chosen_is_longer=float(pairs.longer.mean()) if has_lengths else None,
         options=options,
     )
@@ -159,10 +174,10 @@ def compare_pairs(
     if metric not in PAIR_METRICS:
         raise InputError(f"metric must be one of {', '.join(PAIR_METRICS)}, got {metric!r}")
     b = _in_order_of(a, b)
-    metrics = _usable(a)
+    metrics = {name: each for name, each in _usable(a).items() if name in _usable(b)}
     if metric not in metrics:
-        raise InputError(f"{metric} needs {' and '.join(TOKENS)} in every line of both files")
-    differences = metric_differences(metrics, a, b, options)
+        raise InputError(f"{metric} needs {' and '.join(_NEEDED[metric])} in every line")
+    differences = metric_differences(metrics, a, b, options, groups=a.prompts)
     if metric not in differences:
         raise InputError(f"{metric} is undefined: the same side is the longer one in all pairs")
     verdict = judge(metric, differences[metric])
@@ -180,7 +195,8 @@ def compare_pairs(
 def read_scores(path: str | Path) -> ScoredPairs:
     """Read a file of ``dpo score``: in each line ``chosen_reward`` and ``rejected_reward``.
 
-    ``id`` (else the line's number), ``chosen_tokens`` and ``rejected_tokens`` are used if present.
+    ``id`` (else the line's number), ``prompt_hash``, ``chosen_tokens``, ``rejected_tokens``,
+    ``chosen_log_prob`` and ``rejected_log_prob`` are used if present.
 
     Raises:
         InputError: no such file, no pairs, lines that are no scored pairs (all faults together), an
@@ -190,11 +206,11 @@ def read_scores(path: str | Path) -> ScoredPairs:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the scores that dpo score writes")
     rows, faults = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for row in file_rows([path]):
         try:
-            rows.append(_parse_row(json.loads(line), number))
-        except ValueError as error:  # JSONDecodeError included
-            faults.append(f"{path}:{number}: not a scored pair: {error}")
+            rows.append(_parse_row(row.decode(), row.number))
+        except InputError as error:
+            faults.append(f"{row.place}: not a scored pair: {error}")
     if faults:
         more = f"\nand {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
         raise InputError("\n".join(faults[:SHOWN_FAULTS]) + more)
@@ -205,41 +221,59 @@ def read_scores(path: str | Path) -> ScoredPairs:
         twice = Counter(ids).most_common(1)[0][0]
         raise InputError(f"{path}: the id {twice!r} occurs more than once")
     return ScoredPairs(
-        ids, np.array([row.margin for row in rows]), np.array([row.longer for row in rows])
+        ids,
+        np.array([row.margin for row in rows]),
+        np.array([row.longer for row in rows]),
+        np.array([row.likelier for row in rows]),
+        tuple(row.prompt for row in rows),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
     id: str
+    prompt: str
     margin: float
     longer: float
+    likelier: float
 
 
 def _parse_row(row: object, number: int) -> _Row:
     if not isinstance(row, Mapping):
-        raise ValueError(f"expected an object, got {type(row).__name__}")
-    rewards = [_finite(row, name) for name in REQUIRED]
-    longer = math.nan
-    if all(row.get(name) is not None for name in TOKENS):
-        chosen, rejected = (_finite(row, name) for name in TOKENS)
-        longer = float(np.sign(chosen - rejected) + 1.0) / 2.0
+        raise InputError(f"expected an object, got {type(row).__name__}")
+    chosen, rejected = (_finite(row, name) for name in REQUIRED)
+    identity = str(number if row.get("id") is None else row["id"])
+    prompt = row.get("prompt_hash")
     return _Row(
-        str(number if row.get("id") is None else row["id"]), rewards[0] - rewards[1], longer
+        identity,
+        f"id {identity}" if prompt is None else str(prompt),
+        chosen - rejected,
+        _is_larger(row, TOKENS),
+        _is_larger(row, LOG_PROBS),
     )
+
+
+def _is_larger(row: Mapping[str, object], names: tuple[str, str]) -> float:
+    """Return 1 where the first field is larger, 0 where the second, 0.5 for a tie; NaN unknown."""
+    if any(row.get(name) is None for name in names):
+        return math.nan
+    first, second = (_finite(row, name) for name in names)
+    return float(np.sign(first - second) + 1.0) / 2.0
 
 
 def _finite(row: Mapping[str, object], name: str) -> float:
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name} must be a finite number, got {value!r}")
+    if not abs(value) <= sys.float_info.max:
+        raise InputError(f"{name} must be a finite number, got {str(value)[:20]}")
     return float(value)
 
 
 def _usable(pairs: ScoredPairs) -> dict[str, Metric[ScoredPairs]]:
-    if np.isnan(pairs.longer).any():
-        return {name: each for name, each in PAIR_METRICS.items() if name != LENGTH_CONTROLLED}
-    return PAIR_METRICS
+    unknown = {LENGTH_CONTROLLED: pairs.longer, LIKELIER: pairs.likelier}
+    lacking = {name for name, values in unknown.items() if np.isnan(values).any()}
+    return {name: each for name, each in PAIR_METRICS.items() if name not in lacking}
 
 
 def _in_order_of(a: ScoredPairs, b: ScoredPairs) -> ScoredPairs:
@@ -251,4 +285,4 @@ def _in_order_of(a: ScoredPairs, b: ScoredPairs) -> ScoredPairs:
         )
     place = {each: index for index, each in enumerate(b.ids)}
     order = [place[each] for each in a.ids]
-    return ScoredPairs(a.ids, b.margins[order], b.longer[order])
+    return ScoredPairs(a.ids, b.margins[order], b.longer[order], b.likelier[order], a.prompts)

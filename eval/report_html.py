@@ -109,7 +109,9 @@ def comparison_page(comparison: PolicyComparison) -> str:
             f"of which the first {len(comparison.disagreements)} are shown. "
             f"A alone names the logged class on {comparison.mcnemar.only_a} of them, B alone on "
             f"{comparison.mcnemar.only_b} (McNemar p {chance(comparison.mcnemar.p_value)}).</p>"
-            + _disagreement_table(comparison.disagreements),
+            + _disagreement_table(comparison.disagreements)
+            if comparison.disagreement_count
+            else f"<p>Both take the same action on all {a.examples} examples.</p>",
         ),
         f"<h1>A: {escape(a.policy)}</h1>",
         *_evaluation_sections(a),

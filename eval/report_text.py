@@ -14,7 +14,7 @@ from dpo.eval.ranking import ABTest, Ranking
 RULE = "=" * 50
 SHARES = {
     "accuracy", "f1", "macro_f1", "full_action_agreement", "good_agreement", "bad_agreement",
-    "reward_accuracy", "length_controlled_accuracy",
+    "reward_accuracy", "length_controlled_accuracy", "chosen_likelier",
 }  # fmt: skip
 """Metrics that are printed as percentages."""
 TITLES = {
@@ -30,6 +30,7 @@ TITLES = {
     "reward_accuracy": "Reward accuracy",
     "margin": "Reward margin",
     "length_controlled_accuracy": "Length-controlled accuracy",
+    "chosen_likelier": "Chosen is likelier",
     "log_loss": "Log loss",
 }
 
@@ -250,16 +251,20 @@ def _value_lines(value: OffPolicyValue) -> list[str]:
         f"{value.coverage:.0%}, propensities {value.propensity_source}, largest weight "
         f"{value.largest_weight:.1f}, {value.cut_share:.1%} cut"
     )
-    if value.doubly_robust is None or value.ips is None or value.snips is None:
+    if value.doubly_robust is None:
         return [f"  Mean:    not estimable: {value.refusal}", basis]
     return [
         f"  Mean:    {number(value.doubly_robust)}  (of this policy, doubly robust)",
         f"  Std Dev: {_or_unknown(value.reward_std_dev, '.4f')}",
         f"  Direct:  {_or_unknown(value.direct, '.4f')}",
-        f"  IPS:     {number(value.ips)}",
-        f"  SNIPS:   {number(value.snips)}",
+        f"  IPS:     {_or_not(value.ips)}",
+        f"  SNIPS:   {_or_not(value.snips)}",
         basis,
     ]
+
+
+def _or_not(interval: ConfidenceInterval | None) -> str:
+    return number(interval) if interval else "not given: the propensities are estimated"
 
 
 def _logged_lines(result: EvaluationResult) -> list[str]:

@@ -73,7 +73,7 @@ def metrics(config: RunConfig) -> list[dict[str, float]]:
 def test_line_has_the_names_that_scripts_rely_on(config: RunConfig) -> None:
     line = scores(config)[3]
     assert list(line) == [
-        "id", "chosen_log_prob", "rejected_log_prob", "reference_chosen_log_prob",
+        "id", "prompt_hash", "chosen_log_prob", "rejected_log_prob", "reference_chosen_log_prob",
         "reference_rejected_log_prob", "chosen_reward", "rejected_reward", "margin",
         "chosen_tokens", "rejected_tokens",
     ]  # fmt: skip

@@ -33,11 +33,9 @@ if TYPE_CHECKING:
 @click.option(
     "--sft-epochs",
     type=int,
-    help="Passes of the warm start over what the log shows.  [default: 2 for tiny, else 0]",
+    help="Passes of the warm start over what the log shows.  [default: 300 steps for tiny, else 0]",
 )
-@click.option(
-    "--sft-learning-rate", default=3e-3, show_default=True, help="Peak of the warm start."
-)
+@click.option("--sft-learning-rate", type=float, help="Peak of the warm start.  [default: 0.003]")
 @click.option("--min-pairs", default=100, show_default=True, help="Least unique training pairs.")
 @click.option("--seed", default=0, show_default=True, help="Of the weights and of the order.")
 @click.option("--resume", is_flag=True, help="Go on in --out where the same training was stopped.")
@@ -46,7 +44,7 @@ if TYPE_CHECKING:
     "settings",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Set any key of dpo train for both runs, as in --set train.dtype=bf16-mixed.",
+    help="Set another key of dpo train, as in train.dtype=bf16-mixed; loss.* is for DPO alone.",
 )
 @click.option("--quiet", is_flag=True, help="Show nothing but the result.")
 def train_policy(
@@ -59,7 +57,7 @@ def train_policy(
     learning_rate: float,
     beta: float,
     sft_epochs: int | None,
-    sft_learning_rate: float,
+    sft_learning_rate: float | None,
     min_pairs: int,
     seed: int,
     resume: bool,
@@ -99,12 +97,21 @@ def describe(result: "PolicyTrainingResult") -> str:
 
     assert result.metrics is not None
     before, after = result.metrics.before, result.metrics.after
-    lines = [f"training loss     {result.metrics.train_loss:.4f} in the last epoch"]
+    interval, loss = result.metrics.train_interval, result.metrics.train_loss
+    told = number(interval) if interval else f"{loss:.4f}"
+    lines = [f"training loss     {told} in the last epoch"]
     if before is not None and after is not None:
         lines.append(f"{'held out':<18}{'before DPO':>30}{'after DPO':>30}")
         lines += [
             f"{label:<18}{number(getattr(before, name)):>30}{number(getattr(after, name)):>30}"
             for name, label in HELD_OUT.items()
+        ]
+    if result.decided is not None:
+        classes = list(next(iter(result.decided.values())))
+        lines += ["", f"{'decides, held out':<18}" + "".join(f"{name:>12}" for name in classes)]
+        lines += [
+            f"{name:<18}" + "".join(f"{counts[each]:>12,}" for each in classes)
+            for name, counts in result.decided.items()
         ]
     lines += [f"note    {note}" for note in result.notes]
     lines += [f"model   {result.model_path}", f"report  {result.report_path}"]

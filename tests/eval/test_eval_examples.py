@@ -1,5 +1,6 @@
 """Examples to evaluate on: every accepted form, and every refusal."""
 
+import gzip
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -36,6 +37,10 @@ def _row(**changes: Any) -> dict[str, Any]:
 
 
 def _write(path: Path, rows: list[Any]) -> Path:
+    """Write rows; those that all have the id of `_row` get ids of their own: d1, d2, ..."""
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, dict) and row.get("metadata", {}).get("id") == "d1":
+            rows[number - 1] = row | {"metadata": row["metadata"] | {"id": f"d{number}"}}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -172,7 +177,56 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 def test_a_line_that_is_not_json_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl"
     path.write_text("{")
-    with pytest.raises(InputError, match=r"e\.jsonl:1: not JSON"):
+    with pytest.raises(InputError, match=r"e\.jsonl:1: malformed JSON"):
+        read_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("e.jsonl", b"\xff\xfe", r"e\.jsonl:1: not UTF-8"),
+        ("e.db", b"SQLite format 3", "is a feedback store: dpo data build makes examples of it"),
+        ("e.txt", b"{}", "unknown type of file"),
+        ("e.jsonl.gz", b"{}", "damaged gzip file"),
+    ],
+)
+def test_other_bytes_are_refused_by_name(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_examples(tmp_path / name)
+
+
+def test_a_folder_is_refused_with_the_file_to_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder, expected a file of examples"):
+        read_examples(tmp_path)
+    (tmp_path / "extraction_examples_eval.jsonl").touch()
+    with pytest.raises(InputError, match=r"is a folder: name .*extraction_examples_eval\.jsonl"):
+        read_examples(tmp_path)
+
+
+def test_gzip_and_separators_within_texts_are_read(tmp_path: Path) -> None:
+    rows = [_row(action=SKIP, metadata={"id": "a\u2028b"}), _row(metadata={"id": "c"})]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert [each.id for each in read_examples(tmp_path / "e.jsonl.gz").examples] == [
+        "a\u2028b",
+        "c",
+    ]
+
+
+def test_an_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path / "e.jsonl", [_row(action=SKIP, metadata={"id": "a"}), _row(metadata={"id": "a"})]
+    )
+    with pytest.raises(InputError, match=r"e\.jsonl:2: the id 'a' is already that of .*e\.jsonl:1"):
+        read_examples(path)
+
+
+def test_a_reward_of_many_digits_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path / "e.jsonl", [_row(action=SKIP, reward=10**400), _row()])
+    with pytest.raises(InputError, match=r"e\.jsonl:1: reward must be a number in \[-1, 1\]"):
         read_examples(path)
 
 

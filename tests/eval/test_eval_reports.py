@@ -60,6 +60,8 @@ def pages(comparison: PolicyComparison) -> dict[str, str]:
             tuple(map(str, range(60))),
             np.array(generator.normal(gap, 1, 60)),
             np.array(generator.integers(0, 2, 60), dtype=np.float64),
+            np.array(generator.integers(0, 2, 60), dtype=np.float64),
+            tuple(map(str, range(60))),
         )
         for gap in (0.0, 1.0)
     )

@@ -17,7 +17,7 @@ from dpo.data.kinds import KINDS, PolicyKind
 from dpo.data.kinds.extraction import ExtractionKind, ExtractionState
 from dpo.data.simulate import simulated_situations
 from dpo.errors import InputError, RunError
-from dpo.eval.language_model import LanguageModelPolicy
+from dpo.eval.language_model import FreePolicy, LanguageModelPolicy
 from dpo.eval.policies import (
     Policy,
     RulesPolicy,
@@ -271,6 +271,34 @@ def test_what_is_no_action_is_counted_and_said(make_model: MakeModel) -> None:
         policy.generate_action(states[0])
 
 
+def test_a_free_policy_answers_by_the_rules_where_what_it_writes_is_no_action(
+    make_model: MakeModel,
+) -> None:
+    babbling = FreePolicy(make_policy(make_model), GenerateOptions(max_new_tokens=4))
+    states = simulated_situations("extraction", 3)
+    for state, decision in zip(states, babbling.decide_batch(states), strict=True):
+        assert decision.action == RulesPolicy(EXTRACTION).decide(state).action
+        assert decision.fallback_reason is not None
+        assert "extraction response: " in decision.fallback_reason
+
+
+def test_a_free_policy_takes_what_it_writes(writer: LanguageModelPolicy) -> None:
+    policy = FreePolicy(writer)
+    decision = policy.decide(STATE)
+    assert policy.name == f"free:{writer.name}"
+    assert decision.action == writer.generate_action(STATE)
+    assert decision.fallback_reason is None
+    index = writer.kind.actions().index(decision.action)
+    written = np.exp(writer.action_log_probs([STATE])[0, index])
+    assert decision.confidence == pytest.approx(written, rel=1e-4)
+
+
+def test_beliefs_are_the_chances_whether_or_not_one_draws(writer: LanguageModelPolicy) -> None:
+    decision = writer.decide(STATE)
+    assert decision.probabilities is None
+    assert decision.beliefs == pytest.approx(writer.action_chances([STATE])[0])
+
+
 def test_nothing_is_written_for_no_state(make_model: MakeModel) -> None:
     with pytest.raises(InputError, match="there are no states to generate actions for"):
         make_policy(make_model).generate_actions([])
@@ -301,8 +329,10 @@ def test_a_policy_folder_gives_the_same_chances_back(make_model: MakeModel, tmp_
     assert policy.name == str(folder)
     assert policy.action_chances(states) == pytest.approx(original.action_chances(states), abs=1e-6)
     assert load_policy(str(folder), kind).decide(states[0]) == policy.decide(states[0])
-    drawing = LanguageModelPolicy.load(folder, seed=0)
-    assert drawing.decide(states[0]).probabilities is not None
+    assert load_policy(f"draw:{folder}", kind).decide(states[0]).probabilities is not None
+    free = load_policy(f"free:{folder}", kind)
+    assert free.name == f"free:{folder}"
+    assert free.decide(states[0]).fallback_reason is not None  # of random weights
 
 
 @pytest.mark.parametrize(
@@ -327,6 +357,17 @@ def test_a_model_that_is_no_policy_is_refused(make_model: MakeModel, tmp_path: P
     (folder / "retrieval_metadata.json").unlink()
     with pytest.raises(InputError, match=r"no trained policy: .*_metadata.json, found 0"):
         LanguageModelPolicy.load(folder)
+
+
+def test_folders_beside_the_policy_name_it(tmp_path: Path) -> None:
+    (tmp_path / "dpo" / "model").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"holds a whole training: its policy is .*dpo/model"):
+        LanguageModelPolicy.load(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "extraction_examples_eval.jsonl").touch()
+    with pytest.raises(InputError, match="is a data set, no policy"):
+        LanguageModelPolicy.load(data)
 
 
 def test_a_data_set_is_no_policy(tmp_path: Path) -> None:

@@ -70,6 +70,29 @@ def test_estimates_by_hand() -> None:
     assert found.reward_std_dev == pytest.approx(0.0)
 
 
+def test_unequal_weights_a_cut_one_and_a_model_by_hand() -> None:
+    # arm a always: 98 weights of 1.25, one of 20 that is cut at sqrt(100), one of 0
+    expected = np.tile([0.3, 0.1, 0.0], (100, 1))
+    log = _log([0] * 99 + [1], [0.5] * 98 + [-1.0, 0.25], [0.8] * 98 + [0.05, 0.2], expected)
+    found = estimate_value(log, np.array([[1.0, 0.0, 0.0]] * 100), FEW)
+    assert found.ips is not None
+    assert found.snips is not None
+    assert found.doubly_robust is not None
+    weights, rewards = 98 * 1.25 + 10.0, 98 * 1.25 * 0.5 - 10.0
+    assert found.largest_weight == pytest.approx(20.0)
+    assert found.cut_share == 0.01
+    assert found.coverage == 1.0
+    assert found.effective_sample_size == pytest.approx(weights**2 / (98 * 1.25**2 + 100))
+    assert found.direct == pytest.approx(0.3)
+    assert found.ips.mean == pytest.approx(rewards / 100)
+    assert found.snips.mean == pytest.approx(rewards / weights)
+    errors = 98 * 1.25 * (0.5 - 0.3) + 10 * (-1.0 - 0.3)
+    assert found.doubly_robust.mean == pytest.approx(0.3 + errors / weights)
+    around = rewards / weights
+    squares = 98 * 1.25 * (0.5 - around) ** 2 + 10 * (-1.0 - around) ** 2
+    assert found.reward_std_dev == pytest.approx(np.sqrt(squares / weights))
+
+
 def test_doubly_robust_value_by_hand() -> None:
     # direct .2 and .3; where the log took the same arm, reward .5 against .2 in the model; the
     # weight of 2 is cut at sqrt(2)
@@ -181,6 +204,31 @@ def test_chances_are_those_of_the_decisions() -> None:
     assert chances.sum(axis=1).tolist() == pytest.approx([1.0, 1.0])
     assert chances[0, :25].tolist() == pytest.approx([1 / 25] * 25)
     assert chances[1, log.arms.index("other")] == 1.0
+
+
+def test_weighting_alone_is_not_given_where_propensities_are_estimated() -> None:
+    examples = _examples("extraction", 400, 0, keep=False)
+    log = make_log(examples, EXTRACTION, [each.session_id for each in examples])
+    rules = RulesPolicy(EXTRACTION)
+    chances = policy_chances(log, [rules.decide(each.state) for each in examples])
+    found = estimate_value(log, chances, FEW)
+    assert found.doubly_robust is not None
+    assert found.ips is None
+    assert found.snips is None
+    found = estimate_value(replace(log, propensity_source="logged"), chances, FEW)
+    assert found.ips is not None
+
+
+def test_estimated_chances_of_rare_actions_are_not_too_small() -> None:
+    """An overfitted model of the log gave actions that it rarely took 1.6 times their weight."""
+    examples = _examples("extraction", 2000, 1000)
+    logged = np.array([each.propensity for each in examples], dtype=np.float64)
+    bare = [replace(each, propensity=None) for each in examples]
+    log = make_log(bare, EXTRACTION, [each.session_id for each in bare])
+    ratios = logged / log.propensities
+    is_rare = logged < 0.1
+    assert 0.85 < ratios[is_rare].mean() < 1.15
+    assert 0.85 < ratios[~is_rare].mean() < 1.3
 
 
 def test_one_missing_propensity_makes_all_of_them_estimates() -> None:

@@ -1,6 +1,8 @@
 """Reward accuracy, margin, calibration and length control of scored pairs."""
 
+import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def _write(path: Path, rows: list[Any]) -> Path:
 
 def _pairs(margins: list[float], longer: list[float]) -> ScoredPairs:
     ids = tuple(map(str, range(len(margins))))
-    return ScoredPairs(ids, np.array(margins), np.array(longer))
+    return ScoredPairs(ids, np.array(margins), np.array(longer), np.full(len(ids), np.nan), ids)
 
 
 def _random_pairs(shift: float, seed: int, count: int = 200) -> ScoredPairs:
@@ -59,6 +61,7 @@ def test_a_model_without_an_opinion_has_log_loss_ln_2() -> None:
     assert found.metrics["log_loss"].mean == pytest.approx(np.log(2))
     assert found.metrics["reward_accuracy"].mean == 0.5
     assert found.metrics["calibration_error"].mean == 0.0
+    assert found.metrics["brier"].mean == 0.25  # a coin that says 0.5
 
 
 def test_liking_the_longer_answer_is_worth_half_under_length_control() -> None:
@@ -93,7 +96,8 @@ def test_scores_are_read(tmp_path: Path) -> None:
 def test_scores_without_lengths_have_no_length_control(tmp_path: Path) -> None:
     path = _write(tmp_path / "s.jsonl", [_row("x", 1.0, 0.5), _row("y", 1.0, 0.5)])
     found = evaluate_pairs(read_scores(path), FEW)
-    assert set(found.metrics) == set(PAIR_METRICS) - {"length_controlled_accuracy"}
+    absent = {"length_controlled_accuracy", "chosen_likelier"}
+    assert set(found.metrics) == set(PAIR_METRICS) - absent
     assert found.chosen_is_longer is None
     assert "the longer one" not in format_pair_report(found)
 
@@ -108,7 +112,7 @@ def test_the_report_names_every_metric() -> None:
 
 def test_training_that_helps_is_seen_in_paired_differences() -> None:
     before = _random_pairs(0.0, 0)
-    after = ScoredPairs(before.ids, before.margins + 0.4, before.longer)
+    after = replace(before, margins=before.margins + 0.4)
     found = compare_pairs(before, after, FEW)
     assert found.winner == "B"
     assert found.differences["margin"].interval.mean == pytest.approx(0.4)
@@ -121,12 +125,46 @@ def test_training_that_helps_is_seen_in_paired_differences() -> None:
 def test_pairs_are_matched_by_id() -> None:
     before = _random_pairs(0.0, 0)
     order = np.random.default_rng(1).permutation(200)
-    shuffled = ScoredPairs(
-        tuple(before.ids[i] for i in order), before.margins[order], before.longer[order]
+    shuffled = replace(
+        before,
+        ids=tuple(before.ids[i] for i in order),
+        margins=before.margins[order],
+        longer=before.longer[order],
     )
     found = compare_pairs(before, shuffled, FEW)
     assert found.winner == "tie"
     assert found.differences["margin"].interval.standard_error == 0.0
+
+
+def test_pairs_of_one_prompt_are_one_unit(tmp_path: Path) -> None:
+    """Ten prompts with twenty pairs that say the same: as uncertain as ten pairs."""
+    generator = np.random.default_rng(0)
+    rewards = generator.normal(0.0, 1.0, 10)
+    rows = [
+        _row(f"{prompt}-{pair}", rewards[prompt], 0.0, prompt_hash=f"p{prompt}")
+        for prompt in range(10)
+        for pair in range(20)
+    ]
+    pairs = read_scores(_write(tmp_path / "s.jsonl", rows))
+    alone = replace(pairs, prompts=pairs.ids)
+    found, narrow = (evaluate_pairs(each).metrics["margin"] for each in (pairs, alone))
+    assert (found.units, narrow.units) == (10, 200)
+    assert found.standard_error > 3 * narrow.standard_error
+    compared = compare_pairs(pairs, replace(pairs, margins=pairs.margins + rewards.repeat(20)))
+    assert compared.differences["margin"].interval.units == 10
+
+
+def test_the_likelier_answer_is_counted_where_log_probs_are_there(tmp_path: Path) -> None:
+    rows = [
+        _row(number, 1.0, 0.0, chosen_log_prob=-float(number), rejected_log_prob=-1.0)
+        for number in range(4)
+    ]
+    found = evaluate_pairs(read_scores(_write(tmp_path / "s.jsonl", rows)), FEW)
+    assert found.metrics["chosen_likelier"].mean == (1 + 0.5) / 4
+    bare = read_scores(_write(tmp_path / "bare.jsonl", [_row(number, 1, 0) for number in (0, 1)]))
+    assert "chosen_likelier" not in evaluate_pairs(bare, FEW).metrics
+    with pytest.raises(InputError, match="chosen_likelier needs chosen_log_prob and rejected_log"):
+        compare_pairs(bare, bare, FEW, metric="chosen_likelier")
 
 
 def test_other_pairs_are_refused() -> None:
@@ -160,6 +198,7 @@ def test_length_control_of_one_side_only_is_refused() -> None:
         ([_row("x", 1.0, 1.0)] * 2, "the id 'x' occurs more than once"),
         ([], "holds no scored pairs: there is nothing to evaluate"),
         ([_row("x", True, 1.0)] * 7, "and 2 more"),
+        ([_row("x", 10**400, 1.0)], "chosen_reward must be a finite number, got 1000"),
     ],
 )
 def test_files_that_hold_no_scores_are_refused(
@@ -172,10 +211,19 @@ def test_files_that_hold_no_scores_are_refused(
 def test_lines_that_are_not_json_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_text("{\n")
-    with pytest.raises(InputError, match=r"s\.jsonl:1: not a scored pair: Expecting property name"):
+    with pytest.raises(InputError, match=r"s\.jsonl:1: not a scored pair: malformed JSON"):
         read_scores(path)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; expected the scores that dpo score writes"):
         read_scores(tmp_path / "none.jsonl")
+
+
+def test_gzip_is_read_and_other_bytes_are_refused(tmp_path: Path) -> None:
+    lines = "".join(f"{json.dumps(_row(f'a{chr(0x2028)}{n}', 1.0, 0.0))}\n" for n in range(3))
+    (tmp_path / "s.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert len(read_scores(tmp_path / "s.jsonl.gz").ids) == 3
+    (tmp_path / "s.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"s\.jsonl:1: not a scored pair: not UTF-8"):
+        read_scores(tmp_path / "s.jsonl")
