@@ -59,10 +59,13 @@ def test_the_commands_run(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_training_run(folder: Path) -> None:
-    _run(COMMANDS[1])
-    outputs = [_run(command) for command in TRAINING_COMMANDS]
-    assert "model   policy/dpo/model" in outputs[0]
-    assert "policy/sft/model" in outputs[1]
+    commands = "\n".join(TRAINING_COMMANDS).replace("\\\n", "").splitlines()
+    assert "--decisions 20000 --situations 2500" in commands[0]
+    commands[0] = commands[0].replace("20000", "2000").replace("2500", "250")
+    outputs = [_run(command) for command in commands]
+    assert "model   policy/dpo/model" in outputs[2]
+    assert "decides, held out" in outputs[2]
+    assert "policy/sft/model" in outputs[3]
     assert (folder / "policy" / "dpo" / "report.html").is_file()
 
 
