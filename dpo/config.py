@@ -25,7 +25,9 @@ NONE = "none"  # TOML has no null: an optional value that is off is this word
 class LossConfig:
     """The loss and its own options, which are checked when it is built."""
 
-    name: Annotated[str, "Name of a loss, or package.module:function of your own."] = "sigmoid"
+    name: Annotated[
+        str, "Name of a loss, a mixture (sigmoid:0.8,sft:0.2), or package.module:function."
+    ] = "sigmoid"
     options: Mapping[str, float | str] = field(default_factory=dict)
 
     def build(self) -> "Loss":

@@ -779,3 +779,63 @@ def test_function_that_does_not_return_a_value_per_pair_is_refused(
     loss = CustomLoss(function=function, name="mine")
     with pytest.raises(InputError, match=rf"the loss mine must return .* shape \(2,\), {found}"):
         loss(pairs)
+
+
+# Mixtures
+
+
+def test_a_mixture_is_the_weighted_sum(pairs: PairLogProbs) -> None:
+    mixture = make_loss("sigmoid:0.8,hinge:0.2,sft:1", beta=0.2)
+    parts = (make_loss("sigmoid", beta=0.2), make_loss("hinge", beta=0.2), make_loss("sft"))
+    expected = sum(c * part(pairs) for c, part in zip((0.8, 0.2, 1.0), parts, strict=True))
+    assert isinstance(expected, Tensor)
+    assert mixture(pairs).tolist() == pytest.approx(expected.tolist())
+    assert mixture.rewards(pairs)[0].tolist() == parts[0].rewards(pairs)[0].tolist()
+    assert mixture.pair_weights(pairs) is pairs.weight
+    assert mixture.at_reference(pairs).tolist() == pytest.approx(
+        sum(c * part.at_reference(pairs) for c, part in zip((0.8, 0.2, 1.0), parts, strict=True))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "needs_reference", "reads"),
+    [
+        ("sft:1,simpo:0.5", False, {"margin", "label_prob"}),
+        ("sft:1,hinge:1", True, {"margin"}),
+        ("sigmoid:1,sft:1e-1", True, {"margin", "label_prob"}),
+    ],
+)
+def test_a_mixture_needs_and_reads_what_its_terms_do(
+    name: str, needs_reference: bool, reads: set[str]
+) -> None:
+    mixture = make_loss(name)
+    assert mixture.needs_reference == needs_reference
+    assert mixture.reads == reads
+
+
+def test_a_mixture_refuses_columns_as_its_terms_do() -> None:
+    half, one, zero = (np.full(2, value, np.float32) for value in (0.5, 1.0, 0.0))
+    make_loss("sigmoid:1,hinge:1").check(margins=half, label_probs=half)
+    with pytest.raises(InputError, match="pairs have a label_prob"):
+        make_loss("hinge:1,sft:1").check(margins=half, label_probs=half)
+    smoothed = make_loss("sigmoid:1,sft:1", label_smoothing=0.1)
+    smoothed.check(margins=zero, label_probs=one)
+    with pytest.raises(InputError, match="both say how far to trust a label"):
+        smoothed.check(margins=zero, label_probs=half)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sigmoid:0.8", {}, "a mixture of losses has two terms or more, got 1"),
+        ("sigmoid:1,sft:0", {}, "must be above 0, got 0.0"),
+        ("sigmoid:1,sft:-1", {}, "must be above 0, got -1.0"),
+        ("sigmoid:1,sft:1.1.1", {}, "the coefficient of sft is no number: '1.1.1'"),
+        ("sigmoid:1,sigmoid:1", {}, "names the loss sigmoid twice"),
+        ("sigmoid:1,stf:1", {}, "unknown loss 'stf'; did you mean 'sft'"),
+        ("hinge:1,sft:1", {"label_smoothing": 0.1}, "has no option 'label_smoothing'"),
+    ],
+)
+def test_a_wrong_mixture_is_refused(name: str, options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_loss(name, **options)

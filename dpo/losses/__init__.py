@@ -18,6 +18,7 @@ values in ``tests/test_losses.py``, whose other tests then cover it by name.
 import difflib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -34,6 +35,7 @@ from dpo.losses.base import (
     bradley_terry,
     negative_log_likelihood,
 )
+from dpo.losses.mixture import Mixture
 from dpo.losses.reference_free import AlphaPo, Cpo, Orpo, ReferenceFree, Sft, Simper, SimPo, SlicHf
 from dpo.losses.with_reference import (
     ApoDown,
@@ -61,6 +63,7 @@ __all__ = [
     "LOSSES",
     "CustomLoss",
     "Loss",
+    "Mixture",
     "PairLogProbs",
     "ReferenceFreeLoss",
     "ReferenceLoss",
@@ -136,6 +139,8 @@ LOSSES: dict[str, type[Loss]] = {
 def make_loss(loss: str | Loss | type[Loss] | Callable[..., Tensor], /, **options: Option) -> Loss:
     """Build a loss from its name in ``LOSSES``, from ``"package.module:function"`` or an object.
 
+    ``"sigmoid:0.8,sft:0.2"`` is a `Mixture`; an option goes to every term that has it.
+
     The object, given or imported, is a ``Loss``, a subclass of it, or a function of
     ``PairLogProbs``, whose further parameters are its options.
 
@@ -144,13 +149,44 @@ def make_loss(loss: str | Loss | type[Loss] | Callable[..., Tensor], /, **option
     """
     if not isinstance(loss, str):
         return _wrap(loss, getattr(loss, "__name__", type(loss).__name__), options)
+    if _MIXTURE.fullmatch(loss):
+        return _mixed(loss, options)
     if ":" in loss:
         return _wrap(_imported(loss), loss, options)
-    if loss not in LOSSES:
-        nearest = difflib.get_close_matches(loss, LOSSES, n=1)
+    return _build(_entry(loss), loss, options)
+
+
+_TERM = r"\w+:[-+.\d][-+.\de]*"
+_MIXTURE = re.compile(rf"{_TERM}(?:,{_TERM})*")  # a name and a number, not a module
+
+
+def _mixed(text: str, options: Mapping[str, Option]) -> Mixture:
+    """Build a mixture from ``name:coefficient,...``."""
+    terms: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.partition(":")
+        if name in terms:
+            raise InputError(f"the mixture {text!r} names the loss {name} twice")
+        try:
+            terms[name] = float(number)
+        except ValueError as error:
+            raise InputError(f"the coefficient of {name} is no number: {number!r}") from error
+    known = {name: {item.name for item in fields(_entry(name))} for name in terms}
+    _refuse_unknown(text, options, sorted(set().union(*known.values())))
+    return Mixture(
+        tuple(
+            (make_loss(name, **{key: options[key] for key in options if key in known[name]}), share)
+            for name, share in terms.items()
+        )
+    )
+
+
+def _entry(name: str) -> type[Loss]:
+    if name not in LOSSES:
+        nearest = difflib.get_close_matches(name, LOSSES, n=1)
         hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-        raise InputError(f"unknown loss {loss!r}; {hint}There are: {', '.join(LOSSES)}")
-    return _build(LOSSES[loss], loss, options)
+        raise InputError(f"unknown loss {name!r}; {hint}There are: {', '.join(LOSSES)}")
+    return LOSSES[name]
 
 
 def _build(entry: type[Loss], name: str, options: Mapping[str, Option]) -> Loss:
