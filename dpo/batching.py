@@ -9,6 +9,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +110,8 @@ def collate(
         pairs: the pairs of the micro-batch.
         rows: their row numbers, for messages; 0, 1, ... if not given.
         reference: per-token reference log-probs (chosen, rejected) of each pair.
-        share_prefix: the prompt once per pair instead of once per answer; the result is the same.
+        share_prefix: each prompt and each answer of it once, however many pairs have them, instead
+            of once per answer; the result is the same.
         multiple_of: fill the stream with tokens nobody attends to up to a multiple of this, because
             matrix products of odd sizes are slow on tensor cores and AMX.
     """
@@ -138,19 +141,31 @@ def collate_answers(
 ) -> AnswerBatch:
     """Put prompts with any number of answers each into one stream; see ``collate``.
 
+    Equal prompts become one root, equal answers to it one child, which is scored for each of them.
+
     Raises:
         ValueError: a prompt or an answer is empty, or there is no answer.
     """
-    if not share_prefix:
-        trees = [(prompt, (answer,)) for prompt, answers in trees for answer in answers]
     ids: list[TokenIds] = []
     parents: list[int | None] = []
     scored: list[int] = []
+    place: dict[tuple[int | None, bytes], int] = {}  # of a segment, by its parent and tokens
+
+    def put(parent: int | None, tokens: TokenIds) -> int:
+        key = (parent, tokens.tobytes())
+        if key in place and share_prefix:
+            return place[key]
+        place[key] = len(ids)
+        ids.append(tokens)
+        parents.append(parent)
+        return place[key]
+
     for prompt, answers in trees:
-        root = len(ids)
-        ids += [prompt, *answers]
-        parents += [None, *[root] * len(answers)]
-        scored += range(root + 1, len(ids))
+        root = put(None, prompt)
+        for number, answer in enumerate(answers):
+            if number and not share_prefix:
+                root = put(None, prompt)
+            scored.append(put(root, answer))
     return collate_forest(ids, parents, scored, multiple_of=multiple_of)
 
 
@@ -270,6 +285,43 @@ class StepSampler:
         return [
             permuted(index, self.pairs, seed=(self.seed, epoch)) for index in range(first, last)
         ]
+
+
+@dataclass(frozen=True)
+class GroupSampler:
+    """Like ``StepSampler``, but rows of one group follow each other.
+
+    Each epoch is a permutation of the groups, cut into steps of ``batch_size`` rows, so that a step
+    holds whole groups except at its ends. An epoch's order follows from the seed and the epoch.
+
+    Attributes:
+        groups: (P,) number of each row's group, from 0.
+    """
+
+    groups: NDArray[np.int64]
+    batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return math.ceil(len(self.groups) / self.batch_size)
+
+    def rows(self, step: int) -> list[int]:
+        """Rows of optimizer step ``step``, counted from 0 over all epochs."""
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        if self._cached.get("epoch") != epoch:
+            count = int(self.groups.max()) + 1
+            places = [permuted(group, count, seed=(self.seed, epoch)) for group in range(count)]
+            order = np.argsort(np.array(places)[self.groups], kind="stable")
+            self._cached.update(epoch=epoch, order=order)
+        first = step_of_epoch * self.batch_size
+        found: list[int] = self._cached["order"][first : first + self.batch_size].tolist()
+        return found
+
+    @cached_property
+    def _cached(self) -> dict[str, Any]:
+        return {}
 
 
 def permuted(index: int, size: int, *, seed: tuple[int, ...]) -> int:

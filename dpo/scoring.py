@@ -31,7 +31,7 @@ class MicroBatches:
         reference: its reference log-probs, or None.
         micro_batch_size: pairs in a micro-batch; or
         tokens_per_micro_batch: tokens in a micro-batch. A pair that is longer stands alone.
-        share_prefix: compute a prompt once per pair.
+        share_prefix: compute a prompt once for all pairs of a micro-batch that have it.
     """
 
     pairs: TokenizedPairs
@@ -46,18 +46,47 @@ class MicroBatches:
             size = self.micro_batch_size
             return [list(rows[first : first + size]) for first in range(0, len(rows), size)]
         assert self.tokens_per_micro_batch is not None
-        prompt_copies = 1 if self.share_prefix else 2
-        lengths = self.pairs.lengths()[list(rows)]  # (rows, 3): prompt, chosen, rejected
-        sizes = (lengths @ np.array([prompt_copies, 1, 1])).tolist()
+        units, sizes = self._units(rows, capacity=self.tokens_per_micro_batch)
         bins = pack(sizes, capacity=self.tokens_per_micro_batch)
-        return [[rows[item] for item in items] for items in bins]
+        return [[row for unit in items for row in units[unit]] for items in bins]
 
     def split_sorted(self, rows: Sequence[int]) -> list[list[int]]:
-        """Divide any number of ``rows`` over micro-batches of similar lengths, longest first."""
-        by_length = np.argsort(-self.pairs.lengths()[list(rows)].sum(axis=1), kind="stable")
-        ordered = [rows[index] for index in by_length]
+        """Divide any number of ``rows`` over micro-batches of similar lengths, longest first.
+
+        Rows of one prompt stay together.
+        """
+        index = np.array(rows, dtype=np.int64)
+        lengths, groups = self.pairs.lengths()[index].sum(axis=1), self.pairs.prompt_groups[index]
+        longest = np.zeros(len(self.pairs), dtype=np.int64)  # of each prompt
+        np.maximum.at(longest, groups, lengths)
+        ordered = index[np.lexsort((groups, -longest[groups]))].tolist()
         windows = [ordered[first : first + _WINDOW] for first in range(0, len(ordered), _WINDOW)]
         return [batch for window in windows for batch in self.split(window)]
+
+    def _units(self, rows: Sequence[int], *, capacity: int) -> tuple[list[list[int]], list[int]]:
+        """Put rows of one prompt together, up to ``capacity`` tokens; return them and the tokens.
+
+        Answers that are equal are counted each, so a size is an upper bound.
+        """
+        lengths = self.pairs.lengths()[list(rows)]  # (rows, 3): prompt, chosen, rejected
+        answers = lengths[:, 1:].sum(axis=1).tolist()
+        prompts = lengths[:, 0].tolist()
+        if not self.share_prefix:
+            sizes = [2 * prompt + both for prompt, both in zip(prompts, answers, strict=True)]
+            return [[row] for row in rows], sizes
+        units: list[list[int]] = []
+        sizes = []
+        open_unit: dict[int, int] = {}
+        groups = self.pairs.prompt_groups[list(rows)].tolist()
+        for row, group, prompt, both in zip(rows, groups, prompts, answers, strict=True):
+            unit = open_unit.get(group)
+            if unit is None or sizes[unit] + both > capacity:
+                unit = open_unit[group] = len(units)
+                units.append([])
+                sizes.append(prompt)
+            units[unit].append(row)
+            sizes[unit] += both
+        return units, sizes
 
     def collate(self, rows: Sequence[int]) -> PairBatch:
         """Put ``rows`` into one micro-batch."""

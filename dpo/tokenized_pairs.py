@@ -131,6 +131,17 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         return np.diff(self.offsets).reshape(-1, 3)
 
     @cached_property
+    def prompt_groups(self) -> NDArray[np.int64]:
+        """Number the different prompts from 0 in order of appearance: (P,) int64."""
+        numbers: dict[bytes, int] = {}
+        starts, ends = self.offsets[:-1:3].tolist(), self.offsets[1::3].tolist()
+        digests = (
+            hashlib.blake2b(self.tokens[start:end].tobytes(), digest_size=16).digest()
+            for start, end in zip(starts, ends, strict=True)
+        )
+        return np.array([numbers.setdefault(key, len(numbers)) for key in digests], dtype=np.int64)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all columns, in hexadecimal: equal for equal content, whatever holds it."""
         digest = hashlib.sha256()

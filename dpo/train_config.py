@@ -98,7 +98,12 @@ class TrainConfig:
     activation_checkpointing: Annotated[
         bool, "Keep no activations inside layers: less memory, a third more arithmetic."
     ] = False
-    share_prefix: Annotated[bool, "Compute a prompt once for both of its answers."] = True
+    share_prefix: Annotated[
+        bool, "Compute a prompt once for all answers to it in a micro-batch."
+    ] = True
+    group_prompts: Annotated[
+        bool, "Put the pairs of a prompt into the same step, which computes it once."
+    ] = False
 
     seed: Annotated[int, "Seed of the order of pairs and of every random draw, in [0, 2^63)."] = 0
     eval_every: Annotated[
@@ -154,6 +159,8 @@ class TrainConfig:
             yield "train.early_stopping needs train.eval_every: it counts evaluations"
         if self.keep_best and self.eval_every is None:
             yield "train.keep_best needs train.eval_every: it compares evaluations"
+        if self.group_prompts and not self.share_prefix:
+            yield "train.group_prompts needs train.share_prefix: prompts are not shared without it"
         if self.dtype == "fp16-mixed" and self.device == "cpu":
             yield "train.dtype = fp16-mixed needs a GPU, train.device is cpu"
         if self.tf32 and self.device == "cpu":

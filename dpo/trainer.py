@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.batching import StepSampler
+from dpo.batching import GroupSampler, StepSampler
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
@@ -135,7 +135,11 @@ class Trainer:
         self.eval_batches = (
             None if eval_pairs is None else self._batches(eval_pairs, eval_reference)
         )
-        self.sampler = StepSampler(len(pairs), self.config.batch_size, self.config.seed)
+        self.sampler: StepSampler | GroupSampler = (
+            GroupSampler(pairs.prompt_groups, self.config.batch_size, self.config.seed)
+            if self.config.group_prompts
+            else StepSampler(len(pairs), self.config.batch_size, self.config.seed)
+        )
         self.total_steps = self.config.total_steps(len(pairs))
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
         self.optimizer = adamw(

@@ -1,4 +1,4 @@
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.batching import (
+    GroupSampler,
     StepSampler,
     collate,
     collate_answers,
@@ -83,6 +84,16 @@ def test_three_answers_of_one_prompt_share_it() -> None:
     assert texts.stream.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
     assert texts.answers.tolist() == [0, 1, 1, 2]
     assert texts.predictors.tolist() == [1, 1, 3, 1]
+
+
+def test_pairs_of_one_prompt_share_it_and_its_answers() -> None:
+    """Three answers ranked: best against each other one, and those against each other."""
+    pairs = [pair([1, 2], [3], [4, 5]), pair([1, 2], [3], [6]), pair([1, 2], [4, 5], [6])]
+    texts = collate([*pairs, pair([7], [3], [8])], multiple_of=1).texts
+    assert texts.stream.input_ids.tolist() == [1, 2, 3, 7, 3, 4, 5, 6, 8]
+    assert texts.targets.tolist() == [3, 4, 5, 3, 6, 4, 5, 6, 3, 8]
+    assert texts.answers.tolist() == [0, 1, 1, 2, 3, 4, 4, 5, 6, 7]
+    assert texts.predictors.tolist() == [1, 1, 5, 1, 1, 1, 5, 1, 3, 3]
 
 
 def test_worked_example_of_a_forest() -> None:
@@ -193,6 +204,29 @@ def test_steps_of_an_epoch_cover_the_rows_once(pairs: int, batch_size: int) -> N
     assert sorted(chain.from_iterable(steps)) == list(range(pairs))
     assert all(len(rows) == batch_size for rows in steps[:-1])
     assert set(sampler.rows(sampler.steps_per_epoch)) <= set(range(pairs))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=50), st.integers(1, 20), st.integers(0, 3))
+def test_grouped_steps_cover_the_rows_once_and_cut_few_groups(
+    keys: list[int], batch_size: int, epoch: int
+) -> None:
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    groups = np.array([numbers[key] for key in keys])
+    sampler = GroupSampler(groups, batch_size, seed=3)
+    first = epoch * sampler.steps_per_epoch
+    steps = [sampler.rows(step) for step in range(first, first + sampler.steps_per_epoch)]
+    order = list(chain.from_iterable(steps))
+    assert sorted(order) == list(range(len(keys)))
+    assert all(len(rows) == batch_size for rows in steps[:-1])
+    changes = sum(groups[one] != groups[other] for one, other in pairwise(order))
+    assert changes == len(numbers) - 1  # the rows of a group follow each other
+    again = GroupSampler(groups, batch_size, seed=3)
+    assert again.rows(first + len(steps) - 1) == steps[-1]  # without replaying
+
+
+def test_grouped_epochs_differ() -> None:
+    sampler = GroupSampler(np.arange(30), 30, seed=0)
+    assert sampler.rows(0) != sampler.rows(1)
 
 
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60))

@@ -61,8 +61,18 @@ def one_step(
     return weights(model), step.metrics
 
 
+def with_shared_prompts(pairs: TokenizedPairs, different: int) -> TokenizedPairs:
+    """Give the pairs so many different prompts, and some pairs of a prompt the same answers."""
+    changed = []
+    for row, pair in enumerate(pairs):
+        first = pairs[row % different]
+        chosen = first.rejected_ids if row % 3 == 2 else pair.chosen_ids
+        changed.append(replace(pair, prompt_ids=first.prompt_ids, chosen_ids=chosen))
+    return columns_of(changed)
+
+
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     seed=st.integers(0, 5),
@@ -70,6 +80,8 @@ def one_step(
     micro_batch_size=st.one_of(st.none(), st.integers(1, 8)),
     tokens=st.integers(1, 120),
     share_prefix=st.booleans(),
+    group_prompts=st.booleans(),
+    different_prompts=st.integers(1, 8),
 )
 def test_step_does_not_depend_on_how_it_is_split(
     make_model: MakeModel,
@@ -79,13 +91,18 @@ def test_step_does_not_depend_on_how_it_is_split(
     micro_batch_size: int | None,
     tokens: int,
     share_prefix: bool,
+    group_prompts: bool,
+    different_prompts: int,
 ) -> None:
-    pairs = make_pairs(8, seed=seed)
+    pairs = with_shared_prompts(make_pairs(8, seed=seed), different_prompts)
+    sharing = {"share_prefix": share_prefix, "group_prompts": share_prefix and group_prompts}
     split = {"micro_batch_size": micro_batch_size}
     if micro_batch_size is None:
         split = {"tokens_per_micro_batch": tokens}
-    expected_weights, expected = one_step(make_model, pairs, loss, micro_batch_size=8)
-    found_weights, found = one_step(make_model, pairs, loss, share_prefix=share_prefix, **split)
+    expected_weights, expected = one_step(
+        make_model, pairs, loss, micro_batch_size=8, share_prefix=False
+    )
+    found_weights, found = one_step(make_model, pairs, loss, **sharing, **split)
     for name, weight in expected_weights.items():
         torch.testing.assert_close(found_weights[name], weight, rtol=0, atol=1e-10)
     for name, value in expected.items():
@@ -517,7 +534,7 @@ def test_transformers_model_trains_like_ours(make_pairs: MakePairs, tmp_path: An
     theirs.save_pretrained(tmp_path)
     losses = []
     for policy in (load_model(tmp_path), TransformersPolicy(theirs)):
-        trainer = Trainer(policy, make_pairs(), PLAIN)
+        trainer = Trainer(policy, with_shared_prompts(make_pairs(), 3), PLAIN)
         losses.append([step.metrics["loss"] for step in trainer if step.metrics is not None])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
