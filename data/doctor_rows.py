@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dpo.data.texts import json_line
 from dpo.errors import InputError
 from dpo.pair import PreferencePair
-from dpo.pair_rows import parse_row
+from dpo.pair_rows import parse_rows
 from dpo.preferences import file_rows
 
 _ASSISTANT_TURN = "\n\nAssistant:"
@@ -57,7 +57,7 @@ class FaultyRow:
 
 
 def read_rows(path: Path, columns: Mapping[str, str]) -> Iterator[PairRow | FaultyRow]:
-    """Yield every row of a file.
+    """Yield every row of a file; a row that ranks answers is yielded once for each pair of them.
 
     Args:
         path: JSON Lines, a JSON array, either also gzipped, or Parquet.
@@ -67,21 +67,22 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> Iterator[PairRow | Faul
         InputError: the file is absent, of another type, or damaged as a whole.
     """
     if path.is_dir():
-        found = ", ".join(sorted(each.name for each in path.glob("*.jsonl*"))) or "none"
-        raise InputError(f"{path} is a folder: name its files of pairs; it has {found}")
+        names = ", ".join(sorted(each.name for each in path.glob("*.jsonl*"))) or "none"
+        raise InputError(f"{path} is a folder: name its files of pairs; it has {names}")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     for number, row in enumerate(file_rows([path])):
         content, place = row.content, row.place
         try:
             content = row.decode()
-            pair = parse_row(content, columns=columns, default_id=str(number)).pair
+            found = parse_rows(content, columns=columns, default_id=str(number))
         except InputError as error:
             check = _check_of_fault(content, columns)
             yield FaultyRow(path, number, place, check, str(error))
             continue
-        texts = Texts(*(plain_text(text) for text in (pair.prompt, pair.chosen, pair.rejected)))
-        yield PairRow(path, number, place, pair, texts)
+        for pair in (each.pair for each in found):
+            texts = Texts(*map(plain_text, (pair.prompt, pair.chosen, pair.rejected)))
+            yield PairRow(path, number, place, pair, texts)
 
 
 def raw_lines(path: Path) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from dpo.errors import InputError
+from dpo.pair_rows import RankedPairs
 from dpo.tokenize_config import TokenizeOptions
 from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
 
@@ -79,6 +80,11 @@ class RunConfig:
     columns: Annotated[
         Mapping[str, str], "Columns under other names: prompt=question,chosen=response_a,..."
     ] = field(default_factory=dict)
+    ranked: Annotated[
+        RankedPairs | None,
+        "Of rows that rank answers by scores: all two of them make a pair, or the best with each "
+        "worse one; all unless given.",
+    ] = None
     on_bad_row: Annotated[OnBadRow, "At a faulty row: stop, or skip and count it."] = "error"
     tokenize: TokenizeOptions = field(default_factory=TokenizeOptions)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -95,6 +101,8 @@ class RunConfig:
                 yield f"{name} must not be empty"
         if self.eval_split is not None and not 0 < self.eval_split < 1:
             yield f"eval_split must be in (0, 1), got {self.eval_split}"
+        if self.ranked not in (None, *get_args(RankedPairs)):
+            yield f"ranked must be one of {', '.join(get_args(RankedPairs))}, got {self.ranked!r}"
         if self.on_bad_row not in get_args(OnBadRow):
             yield (
                 f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, "

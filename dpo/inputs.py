@@ -15,6 +15,7 @@ from dpo.fingerprint import weights_fingerprint
 from dpo.hub import commit_of, fetch_model
 from dpo.models import ModelConfig, read_config
 from dpo.models.weights import weight_files
+from dpo.pair_rows import RANKED_LAYOUT
 from dpo.preferences import LoadedPairs, PreferencePair, Text, load_pairs
 from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
@@ -222,7 +223,10 @@ def _read(
         revision=revision,
         split=split,
         on_bad_row=config.on_bad_row,
+        ranked=config.ranked or "all",
     )
+    if config.ranked is not None and source == config.data and loaded.format != RANKED_LAYOUT:
+        raise InputError(f"ranked has no effect: {source} holds {loaded.format}")
     console.say(f"{source}: {len(loaded.pairs):,} pairs, {loaded.format}")
     if loaded.ignored_columns:
         console.say(f"{source}: columns that are not read: {', '.join(loaded.ignored_columns)}")

@@ -17,11 +17,17 @@ none      text                  the text both share, up to the last "\n\nAssista
 OpenAI's ``input.messages, preferred_output, non_preferred_output`` are other names for the second,
 and LLaMA-Factory's ``conversations`` for its prompt.
 To add a layout, add a case to ``_split``.
+
+A row can also rank several answers: ``prompt``, ``answers`` (each in a form that ``chosen`` may
+have) and ``scores``, a number for each. Every two answers of different scores are then a pair, or
+the best against each other one (`parse_rows`).
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from itertools import combinations
+from typing import Literal, NamedTuple, TypeAlias
 
 from dpo.errors import InputError
 from dpo.files import JSON
@@ -29,6 +35,9 @@ from dpo.pair import Message, PreferencePair, Text, kind
 
 REQUIRED = ("prompt", "chosen", "rejected")
 OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools")
+RANKED = ("answers", "scores")
+RANKED_LAYOUT = "ranked answers"
+RankedPairs = Literal["all", "best"]
 
 _Conversation: TypeAlias = tuple[Message, ...]
 _HUMAN_TURN, _ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
@@ -47,6 +56,68 @@ class _Split(NamedTuple):
     prompt: Text
     chosen: Text
     rejected: Text
+
+
+def parse_rows(
+    row: JSON, *, columns: Mapping[str, str], default_id: str, ranked: RankedPairs = "all"
+) -> list[ParsedRow]:
+    """Turn one decoded row into its pair, or into the pairs of the answers that it ranks.
+
+    The pair of the answers i and j of a ranked row, counted from 0, has the id ``<row>/<i>-<j>``.
+
+    Args:
+        row: as for ``parse_row``.
+        columns: as for ``parse_row``; for a ranked row also of ``answers`` and ``scores``.
+        default_id: as for ``parse_row``.
+        ranked: which answers of a ranked row make a pair: "all" of different scores, or the "best"
+            (the first of several) with each worse one.
+
+    Raises:
+        InputError: the row is no pair, or ranks nothing; says what was found and expected.
+    """
+    names = {name: columns.get(name, name) for name in RANKED}
+    if not (isinstance(row, Mapping) and row.keys() >= set(names.values())):
+        plain = {name: column for name, column in columns.items() if name not in RANKED}
+        return [parse_row(row, columns=plain, default_id=default_id)]
+    answers, scores = (row[column] for column in names.values())
+    order = _ranking(answers, scores)
+    assert isinstance(answers, Sequence)
+    rest = {name: value for name, value in row.items() if name not in names.values()}
+    others = {name: column for name, column in columns.items() if name not in RANKED}
+    name = _name("id", rest.pop(others.pop("id", "id"), None)) or default_id
+    pairs = []
+    for (better, i), (worse, j) in combinations(order, 2):
+        if better == worse or (ranked == "best" and i != order[0][1]):
+            continue
+        content = {**rest, "id": f"{name}/{i}-{j}", "chosen": answers[i], "rejected": answers[j]}
+        pair = parse_row(content, columns=others, default_id="").pair
+        pairs.append(ParsedRow(RANKED_LAYOUT, pair))
+    return pairs
+
+
+def _ranking(answers: JSON, scores: JSON) -> list[tuple[float, int]]:
+    """Return score and place of each answer, the best first, of equal ones the earlier first."""
+    for name, value in (("answers", answers), ("scores", scores)):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise InputError(f"{name} must be a list, found {kind(value)}")
+    assert isinstance(answers, Sequence)
+    assert isinstance(scores, Sequence)
+    if len(answers) != len(scores) or len(answers) < 2:
+        raise InputError(
+            f"{len(answers)} answers and {len(scores)} scores: expected a score for each of two "
+            "answers or more"
+        )
+    numbers = [_number(f"scores[{place}]", score) for place, score in enumerate(scores)]
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"scores must be finite, found {numbers}")
+    if len(set(numbers)) == 1:
+        raise InputError(f"all {len(numbers)} answers have the score {numbers[0]}: none is better")
+    return sorted(((score, place) for place, score in enumerate(numbers)), key=_best_first)
+
+
+def _best_first(ranked: tuple[float, int]) -> tuple[float, int]:
+    score, place = ranked
+    return -score, place
 
 
 def parse_row(row: JSON, *, columns: Mapping[str, str], default_id: str) -> ParsedRow:
@@ -90,10 +161,10 @@ def check_columns(columns: Mapping[str, str]) -> None:
     Raises:
         InputError: names the unknown fields and those that there are.
     """
-    if unknown := columns.keys() - {*REQUIRED, *OPTIONAL}:
+    if unknown := columns.keys() - {*REQUIRED, *OPTIONAL, *RANKED}:
         raise InputError(
             f"columns: a pair has no {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(REQUIRED + OPTIONAL)}"
+            f"{', '.join(REQUIRED + OPTIONAL)}, and a row of ranked answers {' and '.join(RANKED)}"
         )
 
 

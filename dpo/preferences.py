@@ -12,13 +12,23 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, get_args
 
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_write
 from dpo.hub import commit_of, fetch_dataset_files, is_dataset_id, split_files
 from dpo.pair import Message, PreferencePair, Text, plain_json
-from dpo.pair_rows import OPTIONAL, REQUIRED, ParsedRow, check_columns, pair_to_row, parse_row
+from dpo.pair_rows import (
+    OPTIONAL,
+    RANKED,
+    RANKED_LAYOUT,
+    REQUIRED,
+    ParsedRow,
+    RankedPairs,
+    check_columns,
+    pair_to_row,
+    parse_rows,
+)
 
 __all__ = [
     "JSON", "LoadedPairs", "Message", "PreferencePair", "Text", "load_pairs", "read_pairs",
@@ -76,10 +86,16 @@ def read_pairs(
     revision: str | None = None,
     split: str | None = None,
     on_bad_row: str = "error",
+    ranked: RankedPairs = "all",
 ) -> list[PreferencePair]:
     """Return the pairs of ``load_pairs``, which takes the same arguments."""
     return load_pairs(
-        source, columns=columns, revision=revision, split=split, on_bad_row=on_bad_row
+        source,
+        columns=columns,
+        revision=revision,
+        split=split,
+        on_bad_row=on_bad_row,
+        ranked=ranked,
     ).pairs
 
 
@@ -90,6 +106,7 @@ def load_pairs(
     revision: str | None = None,
     split: str | None = None,
     on_bad_row: str = "error",
+    ranked: RankedPairs = "all",
 ) -> LoadedPairs:
     """Read every pair of a file, a folder of files, or a data set of the Hub.
 
@@ -102,6 +119,8 @@ def load_pairs(
         revision: branch, tag or commit of a Hub data set.
         split: which of the splits that a folder's or a data set's file names tell; "train" if None.
         on_bad_row: "error" refuses the source if any row is faulty, "skip" leaves such rows out.
+        ranked: of rows that rank several answers: "all" two of different scores make a pair, or the
+            "best" with each worse one.
 
     Raises:
         InputError: the source is not found, unreadable, or has faulty rows: 20 are listed.
@@ -110,8 +129,10 @@ def load_pairs(
     check_columns(columns)
     if on_bad_row not in ("error", "skip"):
         raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
+    if ranked not in get_args(RankedPairs):
+        raise InputError(f"ranked must be 'all' or 'best', got {ranked!r}")
     files = _locate(source, revision=revision, split=split)
-    reading = _Reading(columns)
+    reading = _Reading(columns, ranked)
     for row in file_rows(files):
         reading.add(row)
     return reading.result(str(source), on_bad_row, commit_of(files[0]))
@@ -164,8 +185,9 @@ def list_faults(source: str, faults: Sequence[str]) -> str:
 class _Reading:
     """What has been found while going through the rows of a source."""
 
-    def __init__(self, columns: Mapping[str, str]) -> None:
+    def __init__(self, columns: Mapping[str, str], ranked: RankedPairs) -> None:
         self.columns = columns
+        self.ranked: RankedPairs = ranked
         self.pairs: list[PreferencePair] = []
         self.faults: list[str] = []
         self.layout: str | None = None
@@ -173,15 +195,21 @@ class _Reading:
         self.seen_columns: dict[str, None] = {}
 
     def add(self, row: FileRow) -> None:
-        """Keep the pair of a row, or its fault."""
+        """Keep the pairs of a row, or its fault."""
         try:
             content = row.decode()
-            parsed = parse_row(content, columns=self.columns, default_id=f"row-{row.number}")
-            self._check(parsed, row.place)
+            found = parse_rows(
+                content,
+                columns=self.columns,
+                default_id=f"row-{row.number}",
+                ranked=self.ranked,
+            )
+            for parsed in found:
+                self._check(parsed, row.place)
         except InputError as error:
             self.faults.append(f"{row.place}: {error}")
             return
-        self.pairs.append(parsed.pair)
+        self.pairs += [parsed.pair for parsed in found]
         if isinstance(content, Mapping):
             self.seen_columns |= dict.fromkeys(content)
 
@@ -203,6 +231,7 @@ class _Reading:
             raise InputError(f"{source}: no rows; expected at least one preference pair")
         used = {*REQUIRED, *OPTIONAL, *self.columns.values()}
         used |= set() if "prompt" in self.seen_columns else {"conversations"}
+        used |= set(RANKED) if self.layout == RANKED_LAYOUT else set()
         if self.layout == "OpenAI preference":
             used |= {"input", "preferred_output", "non_preferred_output"}
         ignored = tuple(column for column in self.seen_columns if column not in used)

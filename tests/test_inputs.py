@@ -21,6 +21,7 @@ from dpo.inputs import (
     pin_revisions,
     split_pairs,
 )  # fmt: skip
+from dpo.pair_rows import RankedPairs
 from dpo.preferences import PreferencePair
 from dpo.progress import Console
 from dpo.tokenize_config import TokenizeOptions
@@ -148,6 +149,21 @@ def test_columns_that_mean_nothing_are_named(tmp_path: Path, config: RunConfig) 
     data = write_rows(tmp_path / "more.jsonl", [{**row, "score": 1, "note": ""} for row in ROWS])
     _, said = loaded(replace(config, data=data))
     assert f"{data}: columns that are not read: score, note" in said
+
+
+def test_ranked_answers_become_pairs_and_a_choice_without_them_is_refused(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    ranked: list[dict[str, object]] = [
+        {"prompt": f"a{n}", "answers": ["b", "c", "d"], "scores": [1, 2, 3]} for n in (1, 2)
+    ]
+    choices: list[tuple[RankedPairs | None, int]] = [(None, 6), ("all", 6), ("best", 4)]
+    data = write_rows(tmp_path / "ranked.jsonl", ranked)
+    for choice, pairs in choices:
+        _, said = loaded(replace(config, data=data, ranked=choice))
+        assert f"{data}: {pairs} pairs, ranked answers" in said
+    with pytest.raises(InputError, match=r"ranked has no effect: .* holds prompt and answers as"):
+        loaded(replace(config, ranked="best"))
 
 
 def test_rows_left_out_are_told_even_when_quiet(tmp_path: Path, config: RunConfig) -> None:

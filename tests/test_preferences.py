@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -485,3 +486,71 @@ def test_pair_made_in_code_is_checked_too(fields: dict[str, JSON], fault: str) -
     values: dict[str, JSON] = {"prompt": "p", "chosen": "c", "rejected": "r", **fields}
     with pytest.raises(InputError, match=fault):
         PreferencePair(**values)  # type: ignore[arg-type]  # wrong types are what is tested
+
+
+class TestRankedAnswers:
+    ROW: ClassVar[dict[str, Any]] = {
+        "prompt": "2+2=",
+        "answers": ["5", "4", "four", "22"],
+        "scores": [1, 3, 3, 0.5],
+        "weight": 2,
+        "id": "q",
+    }
+
+    def test_every_two_answers_of_different_scores_are_a_pair(self, tmp_path: Path) -> None:
+        loaded = load_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW))
+        assert loaded.format == "ranked answers"
+        assert loaded.ignored_columns == ()
+        assert [(pair.id, pair.chosen, pair.rejected) for pair in loaded.pairs] == [
+            ("q/1-0", "4", "5"), ("q/1-3", "4", "22"), ("q/2-0", "four", "5"),
+            ("q/2-3", "four", "22"), ("q/0-3", "5", "22"),
+        ]  # fmt: skip
+        assert {pair.weight for pair in loaded.pairs} == {2.0}
+
+    def test_the_best_against_each_worse_one(self, tmp_path: Path) -> None:
+        pairs = read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW), ranked="best")
+        assert [(pair.chosen, pair.rejected) for pair in pairs] == [("4", "5"), ("4", "22")]
+
+    def test_other_names_of_columns(self, tmp_path: Path) -> None:
+        row: dict[str, Any] = {"question": "q", "completions": ["a", "b"], "ratings": [0, 1]}
+        columns = {"prompt": "question", "answers": "completions", "scores": "ratings"}
+        (pair,) = read_pairs(write_rows(tmp_path / "ranked.jsonl", row), columns=columns)
+        assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "b", "a")
+        assert pair.id == "row-1/1-0"
+
+    def test_answers_may_be_messages(self, tmp_path: Path) -> None:
+        answers = [[{"role": "assistant", "content": text}] for text in ("a", "b")]
+        row: dict[str, Any] = {
+            "prompt": [{"role": "user", "content": "q"}],
+            "answers": answers,
+            "scores": [2, 1],
+        }
+        (pair,) = read_pairs(write_rows(tmp_path / "ranked.jsonl", row))
+        assert pair.chosen == ({"role": "assistant", "content": "a"},)
+
+    @pytest.mark.parametrize(
+        ("changes", "fault"),
+        [
+            ({"scores": [1, 2]}, "4 answers and 2 scores: expected a score for each"),
+            ({"answers": ["a"], "scores": [1]}, "1 answers and 1 scores"),
+            ({"scores": [1, 1, 1, 1]}, "all 4 answers have the score 1.0: none is better"),
+            ({"scores": [1, True, 1, 1]}, r"scores\[1\] must be a number, found a boolean"),
+            ({"scores": "high"}, "scores must be a list, found text"),
+            ({"answers": ["a", "b", "", "d"]}, "is empty"),
+            ({"answers": ["a", "b", "b", "a"]}, "chosen and rejected are identical"),
+        ],
+    )
+    def test_faulty_rankings_are_refused(
+        self, changes: dict[str, Any], fault: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(InputError, match=fault):
+            read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW | changes))
+
+    def test_pairs_and_rankings_do_not_mix(self, tmp_path: Path) -> None:
+        pair = {"prompt": "p", "chosen": "c", "rejected": "r"}
+        with pytest.raises(InputError, match="layout 'prompt and answers as text', but the rows"):
+            read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW, pair))
+
+    def test_an_unknown_choice_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="ranked must be 'all' or 'best', got 'worst'"):
+            read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW), ranked=cast("Any", "worst"))

@@ -463,3 +463,9 @@ def test_first_unreadable_row_tells_why_and_names_its_columns(tmp_path: Path) ->
     assert "missing chosen and rejected; the row has question, good, bad" in said
     assert "--columns prompt=...,chosen=..." in said
     assert "No row can be trained on" in said
+
+
+def test_ranked_answers_are_examined_pair_by_pair(tmp_path: Path) -> None:
+    row = {"prompt": "p", "answers": ["a good one", "A good one.", "bad"], "scores": [3, 2, 1]}
+    assert found(write(tmp_path / "ranked.jsonl", row)) == [("near-identical", 0)]
+    assert found(write(tmp_path / "none.jsonl", row | {"scores": [1, 1, 1]})) == [("unreadable", 0)]
