@@ -34,6 +34,7 @@ def training_identity(
         "loss": repr(loss),
         "batch_size": config.batch_size,
         "seed": config.seed,
+        "group_prompts": config.group_prompts,
         "dtype": config.dtype,
         "tf32": config.tf32,
         "learning_rate": config.learning_rate,

@@ -175,19 +175,21 @@ def test_policy_that_does_not_start_at_its_reference_is_refused(
         Trainer(make_model(seed=0), pairs, PLAIN, reference=other).train()
 
 
+@pytest.mark.parametrize("group_prompts", [False, True])
 def test_resumed_run_equals_unbroken_run_bit_for_bit(
-    make_model: MakeModel, make_pairs: MakePairs
+    make_model: MakeModel, make_pairs: MakePairs, group_prompts: bool
 ) -> None:
-    pairs = make_pairs(10)
-    whole = Trainer(make_model(), pairs, PLAIN)
+    pairs = with_shared_prompts(make_pairs(10), 4)
+    config = replace(PLAIN, group_prompts=group_prompts)
+    whole = Trainer(make_model(), pairs, config)
     whole.train()
-    first = Trainer(make_model(), pairs, PLAIN)
+    first = Trainer(make_model(), pairs, config)
     for step in first:
         if step.number == 2:
             break
     tensors = {stem: {k: v.clone() for k, v in t.items()} for stem, t in first.tensors().items()}
     state = first.state()
-    second = Trainer(make_model(), pairs, PLAIN)
+    second = Trainer(make_model(), pairs, config)
     second.restore(tensors, state)
     second.train()
     for name, weight in weights(whole.module).items():
@@ -198,6 +200,7 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(
 OTHER_MATHEMATICS: dict[str, tuple[Any, str]] = {
     "batch_size": (2, "batch_size was 4 and is 2; total_steps was 4 and is 8"),
     "seed": (7, "seed was 0 and is 7"),
+    "group_prompts": (True, "group_prompts was False and is True"),
     "dtype": ("bf16-mixed", "dtype was 'float32' and is 'bf16-mixed'"),
     "tf32": (True, "tf32 was False and is True"),
     "learning_rate": (0.02, "learning_rate was 0.01 and is 0.02"),

@@ -51,6 +51,10 @@ COMMANDS = {
         "dpo.eval.cli:compare",
         "Compare two POLICIES on the same decisions, or rank several; or compare two scored files.",
     ),
+    "doctor": Entry(
+        "dpo.cli.doctor:doctor",
+        "Say what is installed, which devices there are, and train for a moment on each.",
+    ),
     "bench": Entry(
         "dpo.bench.cli:bench", "Time optimizer steps of real model shapes on this machine."
     ),
