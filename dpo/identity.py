@@ -37,6 +37,7 @@ def training_identity(
         "group_prompts": config.group_prompts,
         "dtype": config.dtype,
         "tf32": config.tf32,
+        "optimizer": config.optimizer,
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
         "total_steps": config.total_steps(len(pairs)) if config.schedule != "constant" else None,

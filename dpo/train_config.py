@@ -4,12 +4,13 @@ The text beside each field is its documentation and its line in ``dpo train --he
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from dpo.errors import InputError
 
+Optimizer = Literal["adamw", "adafactor", "lion"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Dtype = Literal["float32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -46,7 +47,18 @@ _RANGES: dict[str, _Range] = {
     "early_stopping": _AT_LEAST_ONE,
     "log_every": _AT_LEAST_ONE,
 }
-_CHOICES = {"schedule": Schedule, "dtype": Dtype, "device": Device, "on_nonfinite": OnNonfinite}
+_OPTIMIZER_DEFAULTS: Mapping[str, Mapping[str, float]] = {  # of torch, and of the Lion paper
+    "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+    "adafactor": {},
+    "lion": {"beta1": 0.9, "beta2": 0.99},
+}
+_CHOICES = {
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "dtype": Dtype,
+    "device": Device,
+    "on_nonfinite": OnNonfinite,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +94,16 @@ class TrainConfig:
     max_grad_norm: Annotated[
         float | None, "L2 norm to which gradients are clipped, > 0; none leaves them."
     ] = 1.0
-    beta1: Annotated[float, "AdamW's decay of the gradient mean, in [0, 1)."] = 0.9
-    beta2: Annotated[float, "AdamW's decay of the squared gradient mean, in [0, 1)."] = 0.999
-    epsilon: Annotated[float, "AdamW's term in the denominator, > 0."] = 1e-8
+    optimizer: Annotated[
+        Optimizer, "lion keeps one state where adamw keeps two, adafactor next to none."
+    ] = "adamw"
+    beta1: Annotated[
+        float | None, "Of adamw and lion, in [0, 1): decay of the gradient mean; 0.9."
+    ] = None
+    beta2: Annotated[
+        float | None, "In [0, 1): adamw's decay of the squares, 0.999; lion's of its state, 0.99."
+    ] = None
+    epsilon: Annotated[float | None, "AdamW's term in the denominator, > 0; 1e-8."] = None
 
     dtype: Annotated[Dtype, "Numerics of weights and arithmetic; -mixed keeps float32 weights."] = (
         "float32"
@@ -132,6 +151,9 @@ class TrainConfig:
             object.__setattr__(self, "tokens_per_micro_batch", 8192)
         if self.epochs is None and self.steps is None:
             object.__setattr__(self, "epochs", 1)
+        for name, value in _OPTIMIZER_DEFAULTS[self.optimizer].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         if self.decay_share is None and self.schedule == "wsd":
             object.__setattr__(self, "decay_share", 0.2)
 
@@ -153,6 +175,10 @@ class TrainConfig:
             yield "train.micro_batch_size and train.tokens_per_micro_batch: give one, not both"
         if self.epochs is not None and self.steps is not None:
             yield "train.epochs and train.steps: give one, not both"
+        read = _OPTIMIZER_DEFAULTS.get(self.optimizer, {})
+        for name in ("beta1", "beta2", "epsilon"):
+            if getattr(self, name) is not None and name not in read:
+                yield f"train.{name} has no meaning for train.optimizer = {self.optimizer}"
         if self.decay_share is not None and self.schedule != "wsd":
             yield f"train.decay_share is for train.schedule = wsd, which is {self.schedule}"
         if self.early_stopping is not None and self.eval_every is None:

@@ -23,7 +23,13 @@ from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.losses import Loss, PairLogProbs, make_loss
 from dpo.metrics import ALWAYS_LOGGED, MetricSums
-from dpo.optim import adamw, clip_gradients, make_schedule, parameter_groups, set_learning_rate
+from dpo.optim import (
+    clip_gradients,
+    make_optimizer,
+    make_schedule,
+    parameter_groups,
+    set_learning_rate,
+)
 from dpo.policy import Policy
 from dpo.precision import precision_of
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
@@ -142,7 +148,8 @@ class Trainer:
         )
         self.total_steps = self.config.total_steps(len(pairs))
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
-        self.optimizer = adamw(
+        self.optimizer = make_optimizer(
+            self.config.optimizer,
             parameter_groups(policy, self.config.weight_decay),
             learning_rate=self.config.learning_rate,
             beta1=self.config.beta1,

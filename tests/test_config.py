@@ -229,6 +229,18 @@ def test_config_file_is_refused_by_key_found_and_expected(
             "train.micro_batch_size and train.tokens_per_micro_batch: give one, not both",
         ),
         (
+            {"train__optimizer": "lion", "train__epsilon": "1e-6"},
+            "train.epsilon has no meaning for train.optimizer = lion",
+        ),
+        (
+            {"train__optimizer": "adafactor", "train__beta1": "0.8"},
+            "train.beta1 has no meaning for train.optimizer = adafactor",
+        ),
+        (
+            {"train__group_prompts": "true", "train__share_prefix": "false"},
+            "train.group_prompts needs train.share_prefix",
+        ),
+        (
             {"train__decay_share": "0.1"},
             "train.decay_share is for train.schedule = wsd, which is linear",
         ),
@@ -333,6 +345,8 @@ def test_wsd_decays_over_a_fifth_unless_a_share_is_given() -> None:
     assert TrainConfig(schedule="wsd").decay_share == 0.2
     assert TrainConfig(schedule="wsd", decay_share=0.1).decay_share == 0.1
     assert TrainConfig().decay_share is None
+    assert (TrainConfig().beta2, TrainConfig(optimizer="lion").beta2) == (0.999, 0.99)
+    assert TrainConfig(optimizer="adafactor").beta1 is None
 
 
 def test_a_resolved_train_config_can_be_replaced_in_part() -> None:

@@ -1,6 +1,7 @@
 """Oracles: torch's own AdamW and norms, transformers' schedules."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -10,14 +11,17 @@ from torch import Tensor, nn
 from transformers import optimization
 
 from dpo.optim import (
+    OPTIMIZERS,
     SCHEDULES,
     adamw,
     clip_gradients,
+    make_optimizer,
     make_schedule,
     parameter_groups,
     set_learning_rate,
     warmup_stable_decay,
 )
+from dpo.train_config import Optimizer
 
 steps = st.tuples(
     st.integers(min_value=0, max_value=50), st.integers(min_value=1, max_value=200)
@@ -135,6 +139,52 @@ class TestAdamW:
             optimizer.step()
         for here, there in zip(cpu, cuda, strict=True):
             torch.testing.assert_close(here, there.cpu())
+
+
+class TestOtherOptimizers:
+    def test_update_of_lion_equals_its_program(self, generator: torch.Generator) -> None:
+        """p -= lr (sign(b1 m + (1 - b1) g) + decay p), m = b2 m + (1 - b2) g."""
+        rate, decay, beta1, beta2 = 0.01, 0.1, 0.8, 0.95
+        parameter = nn.Parameter(torch.randn(4, 5, dtype=torch.float64, generator=generator))
+        expected = parameter.detach().clone()
+        groups = [{"params": [parameter], "weight_decay": decay}]
+        optimizer = make_optimizer(
+            "lion", groups, learning_rate=rate, beta1=beta1, beta2=beta2, epsilon=None
+        )
+        momentum = torch.zeros_like(expected)
+        for _ in range(5):
+            gradient = torch.randn(4, 5, dtype=torch.float64, generator=generator)
+            parameter.grad = gradient.clone()
+            optimizer.step()
+            direction = (beta1 * momentum + (1 - beta1) * gradient).sign()
+            expected -= rate * (direction + decay * expected)
+            momentum = beta2 * momentum + (1 - beta2) * gradient
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-12, atol=1e-12)
+
+    def test_adafactor_is_torchs(self, generator: torch.Generator) -> None:
+        parameters = parameters_with_gradients(generator)
+        copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+        for parameter, copy in zip(parameters, copies, strict=True):
+            copy.grad = parameter.grad
+        make_optimizer("adafactor", [{"params": parameters}], learning_rate=0.01).step()
+        torch.optim.Adafactor(copies, lr=0.01).step()
+        for parameter, copy in zip(parameters, copies, strict=True):
+            assert torch.equal(parameter, copy)
+
+    @pytest.mark.parametrize(("name", "most"), [("adamw", 2.1), ("lion", 1.0), ("adafactor", 0.5)])
+    def test_states_are_as_large_as_promised(self, name: str, most: float) -> None:
+        parameter = nn.Parameter(torch.ones(64, 64))
+        optimizer = make_optimizer(
+            name, [{"params": [parameter]}], learning_rate=0.1,
+            **({} if name == "adafactor" else {"beta1": 0.9, "beta2": 0.99}),
+        )  # fmt: skip
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        kept = sum(value.numel() for value in optimizer.state[parameter].values())
+        assert kept <= most * parameter.numel()
+
+    def test_every_name_of_the_config_is_there(self) -> None:
+        assert tuple(OPTIMIZERS) == get_args(Optimizer)
 
 
 class TestClipGradients:

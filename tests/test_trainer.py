@@ -175,12 +175,15 @@ def test_policy_that_does_not_start_at_its_reference_is_refused(
         Trainer(make_model(seed=0), pairs, PLAIN, reference=other).train()
 
 
-@pytest.mark.parametrize("group_prompts", [False, True])
+@pytest.mark.parametrize("options", [{}, {"group_prompts": True}, {"optimizer": "adafactor"},
+                                     {"optimizer": "lion"}])  # fmt: skip
 def test_resumed_run_equals_unbroken_run_bit_for_bit(
-    make_model: MakeModel, make_pairs: MakePairs, group_prompts: bool
+    make_model: MakeModel, make_pairs: MakePairs, options: dict[str, Any]
 ) -> None:
     pairs = with_shared_prompts(make_pairs(10), 4)
-    config = replace(PLAIN, group_prompts=group_prompts)
+    config = TrainConfig(
+        **{"batch_size": 4, "learning_rate": 1e-2, "schedule": "constant", "steps": 5, **options}
+    )
     whole = Trainer(make_model(), pairs, config)
     whole.train()
     first = Trainer(make_model(), pairs, config)
