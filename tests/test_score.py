@@ -83,6 +83,18 @@ def test_line_has_the_names_that_scripts_rely_on(config: RunConfig) -> None:
     assert line["margin"] == pytest.approx(line["chosen_reward"] - line["rejected_reward"])
 
 
+def test_pairs_of_one_prompt_have_one_hash(tmp_path: Path, config: RunConfig) -> None:
+    """Answers play no part in it."""
+    rows = [
+        {"prompt": f"say {n % 2}", "chosen": f" yes {n % 3}", "rejected": " no"} for n in range(6)
+    ]
+    data = tmp_path / "shared.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    hashes = [line["prompt_hash"] for line in scores(replace(config, data=str(data)))]
+    assert hashes == [hashes[0], hashes[1]] * 3
+    assert hashes[0] != hashes[1]
+
+
 @pytest.mark.parametrize(
     "loss",
     [

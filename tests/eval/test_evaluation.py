@@ -130,6 +130,28 @@ class _Imitator:
         return PolicyDecision(answer, 0.75)
 
 
+class _Believer:
+    """Always stores a tool, holding each of the actions to be as likely as any other."""
+
+    kind: PolicyKind = EXTRACTION
+    name = "believer"
+
+    def decide(self, state: Any) -> PolicyDecision:
+        actions = EXTRACTION.actions()
+        beliefs = (1 / len(actions),) * len(actions)
+        return PolicyDecision(actions[2], beliefs[2], beliefs=beliefs)
+
+
+def test_calibration_is_about_the_class_so_beliefs_of_a_class_add_up() -> None:
+    examples = _examples()
+    evaluation = evaluate_policy(_Believer(), examples, FEW)
+    (only,) = evaluation.calibration.bins
+    assert only.confidence == pytest.approx(23 / 25)  # 23 of the 25 actions store
+    right = np.mean([each.expected_action.decision == "store" for each in examples])
+    expected = abs(right - 23 / 25)
+    assert evaluation.calibration.expected_error.mean == pytest.approx(expected)
+
+
 def test_failures_are_counted_by_reason_and_noted() -> None:
     examples = _examples()
     evaluation = evaluate_policy(_Imitator(examples, fails=3), examples, FEW)
