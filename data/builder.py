@@ -130,14 +130,14 @@ def _read(
             if refusal is not None:
                 refused[refusal] += 1
                 continue
-            where = f"{store}: decision {decision.id!r}"
+            where = f"decision {decision.id!r}"
             try:
                 if faults:
                     check_decision(decision, kind, where)
                 else:
                     table.append_decision(decision, where)
             except InputError as error:
-                faults.append(f"{store.place(decision.id)}{str(error).removeprefix(str(store))}")
+                faults.append(f"{store.place(decision.id)}: {error}")
                 if len(faults) == _FAULTS_SHOWN:
                     faults.append("... and perhaps more")
                     break

@@ -139,6 +139,7 @@ class DatasetMetadata:
     stats: DatasetStats
     options: BuildOptions
     pair_options: PairOptions
+    created_at: str
 
 
 def read_metadata(folder: str | Path) -> DatasetMetadata:
@@ -160,6 +161,7 @@ def read_metadata(folder: str | Path) -> DatasetMetadata:
         RecordSchema(DatasetStats).parse(content.get("dataset"), f"{path}: dataset"),
         RecordSchema(BuildOptions).parse(content.get("config"), f"{path}: config"),
         RecordSchema(PairOptions).parse(pair_config, f"{path}: pairConfig"),
+        str(content.get("createdAt")),
     )
 
 

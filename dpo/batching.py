@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -287,7 +285,7 @@ class StepSampler:
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class GroupSampler:
     """Like ``StepSampler``, but rows of one group follow each other.
 
@@ -301,6 +299,8 @@ class GroupSampler:
     groups: NDArray[np.int64]
     batch_size: int
     seed: int
+    _epoch: int = field(default=-1, init=False, repr=False)
+    _order: list[int] = field(default_factory=list, init=False, repr=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -310,18 +310,17 @@ class GroupSampler:
     def rows(self, step: int) -> list[int]:
         """Rows of optimizer step ``step``, counted from 0 over all epochs."""
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        if self._cached.get("epoch") != epoch:
-            count = int(self.groups.max()) + 1
-            places = [permuted(group, count, seed=(self.seed, epoch)) for group in range(count)]
-            order = np.argsort(np.array(places)[self.groups], kind="stable")
-            self._cached.update(epoch=epoch, order=order)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
         first = step_of_epoch * self.batch_size
-        found: list[int] = self._cached["order"][first : first + self.batch_size].tolist()
-        return found
+        return self._order[first : first + self.batch_size]
 
-    @cached_property
-    def _cached(self) -> dict[str, Any]:
-        return {}
+    def _shuffled(self, epoch: int) -> list[int]:
+        """Return all rows in the order of an epoch."""
+        count = int(self.groups.max()) + 1
+        places = [permuted(group, count, seed=(self.seed, epoch)) for group in range(count)]
+        order: list[int] = np.argsort(np.array(places)[self.groups], kind="stable").tolist()
+        return order
 
 
 def permuted(index: int, size: int, *, seed: tuple[int, ...]) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from dpo.errors import RunError
 from dpo.inputs import cache_folder
-from dpo.models import Decoder, init_model, parse_config
+from dpo.models.tiny import make_tiny_model
 from dpo.preferences import PreferencePair
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, byte_tokenizer
@@ -122,28 +122,12 @@ def _train(device: str, dtype: Dtype) -> SelfTest:
     config = TrainConfig(
         batch_size=4, steps=STEPS, learning_rate=1e-2, schedule="constant", dtype=dtype
     )
-    policy = _tiny_model(tokenizer).to(device)
+    policy = make_tiny_model(tokenizer, seed=0).to(device)
     trainer = Trainer(policy, _pairs(tokenizer), config)
     losses = [step.metrics["loss"] for step in trainer if step.metrics is not None]
     if len(losses) < STEPS:
         raise RunError(f"self-test on {device} in {dtype}: only {len(losses)} of {STEPS} steps")
     return SelfTest(device, dtype, losses[0], losses[-1], time.perf_counter() - started)
-
-
-def _tiny_model(tokenizer: Tokenizer) -> Decoder:
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": tokenizer.vocab_size,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    }
-    return init_model(parse_config(config), seed=0)
 
 
 def _pairs(tokenizer: Tokenizer) -> TokenizedPairs:

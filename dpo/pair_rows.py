@@ -76,14 +76,13 @@ def parse_rows(
         InputError: the row is no pair, or ranks nothing; says what was found and expected.
     """
     names = {name: columns.get(name, name) for name in RANKED}
+    others = {name: column for name, column in columns.items() if name not in RANKED}
     if not (isinstance(row, Mapping) and row.keys() >= set(names.values())):
-        plain = {name: column for name, column in columns.items() if name not in RANKED}
-        return [parse_row(row, columns=plain, default_id=default_id)]
+        return [parse_row(row, columns=others, default_id=default_id)]
     answers, scores = (row[column] for column in names.values())
     order = _ranking(answers, scores)
     assert isinstance(answers, Sequence)
     rest = {name: value for name, value in row.items() if name not in names.values()}
-    others = {name: column for name, column in columns.items() if name not in RANKED}
     name = _name("id", rest.pop(others.pop("id", "id"), None)) or default_id
     pairs = []
     for (better, i), (worse, j) in combinations(order, 2):
@@ -112,12 +111,8 @@ def _ranking(answers: JSON, scores: JSON) -> list[tuple[float, int]]:
         raise InputError(f"scores must be finite, found {numbers}")
     if len(set(numbers)) == 1:
         raise InputError(f"all {len(numbers)} answers have the score {numbers[0]}: none is better")
-    return sorted(((score, place) for place, score in enumerate(numbers)), key=_best_first)
-
-
-def _best_first(ranked: tuple[float, int]) -> tuple[float, int]:
-    score, place = ranked
-    return -score, place
+    order = sorted(range(len(numbers)), key=lambda place: -numbers[place])
+    return [(numbers[place], place) for place in order]
 
 
 def parse_row(row: JSON, *, columns: Mapping[str, str], default_id: str) -> ParsedRow:

@@ -76,12 +76,12 @@ class MicroBatches:
             return [[row] for row in rows], sizes
         units: list[list[int]] = []
         sizes = []
-        open_unit: dict[int, int] = {}
-        groups = self.pairs.prompt_groups[list(rows)].tolist()
-        for row, group, prompt, both in zip(rows, groups, prompts, answers, strict=True):
-            unit = open_unit.get(group)
+        open_unit: dict[bytes, int] = {}
+        for row, prompt, both in zip(rows, prompts, answers, strict=True):
+            key = self.pairs[row].prompt_ids.tobytes()
+            unit = open_unit.get(key)
             if unit is None or sizes[unit] + both > capacity:
-                unit = open_unit[group] = len(units)
+                unit = open_unit[key] = len(units)
                 units.append([])
                 sizes.append(prompt)
             units[unit].append(row)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo.data.dataset import Dataset
-from dpo.data.dataset_files import MIN_PAIRS, check_enough_pairs, find_metadata, load_dataset
+from dpo.data.dataset_files import MIN_PAIRS, check_enough_pairs, load_dataset, read_metadata
 from dpo.data.examples import Example
 from dpo.data.kinds import PolicyKind
 from dpo.data.kinds.schema import to_json
 from dpo.data.pairs import form_pairs
 from dpo.errors import InputError
-from dpo.files import JSON, read_json
+from dpo.files import JSON
 from dpo.preferences import PreferencePair, read_pairs
 
 
@@ -71,16 +71,16 @@ def read_policy_pairs(folder: str | Path, kind: PolicyKind) -> PolicyPairs:
     Raises:
         InputError: the folder holds no data set, one of another kind, or damaged pairs.
     """
-    path = find_metadata(folder)
-    metadata = read_json(path)
-    found = metadata.get("policy") if isinstance(metadata, Mapping) else None
-    if not isinstance(metadata, Mapping) or found != kind.name:
-        raise InputError(f"{path}: expected a data set of the policy {kind.name}, got {found!r}")
-    files = {side: path.with_name(f"{kind.name}_dpo_{side}.jsonl") for side in ("train", "eval")}
-    missing = [str(file) for file in files.values() if not file.is_file()]
+    metadata = read_metadata(folder)
+    if metadata.policy != kind.name:
+        raise InputError(
+            f"{folder}: expected a data set of the policy {kind.name}, got {metadata.policy!r}"
+        )
+    files = [Path(folder) / f"{kind.name}_dpo_{side}.jsonl" for side in ("train", "eval")]
+    missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise InputError(f"{folder}: no data set: missing {', '.join(missing)}")
-    train, held_out = (read_side(file) for file in files.values())
+    train, held_out = map(read_side, files)
     dataset = load_dataset(folder, kind)
     return PolicyPairs(
         kind=kind,
@@ -88,8 +88,8 @@ def read_policy_pairs(folder: str | Path, kind: PolicyKind) -> PolicyPairs:
         train=train,
         eval=held_out,
         situations=_situations(dataset.eval),
-        dataset=metadata.get("dataset"),
-        created_at=str(metadata.get("createdAt")),
+        dataset=to_json(metadata.stats),
+        created_at=metadata.created_at,
     )
 
 

@@ -36,9 +36,10 @@ from dpo.eval.held_out import HeldOut, measure_held_out, summarize
 from dpo.eval.language_model import LanguageModelPolicy
 from dpo.eval.policies import Policy, RulesPolicy, decide_all
 from dpo.eval.policy_pairs import PolicyPairs, pairs_of_dataset, read_side
-from dpo.eval.tiny import make_tiny_model, make_tiny_tokenizer
+from dpo.eval.tiny import make_tiny_tokenizer
 from dpo.files import JSON, atomic_directory, write_json
 from dpo.models import save_model
+from dpo.models.tiny import make_tiny_model
 from dpo.preferences import PreferencePair, write_pairs
 from dpo.progress import Console
 from dpo.report import write_report

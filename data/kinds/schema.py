@@ -59,10 +59,10 @@ class RecordSchema(Generic[Record]):
     def __init__(self, record: type[Record]) -> None:
         self._make: Callable[..., Record] = record
         hints = typing.get_type_hints(record, include_extras=True)
-        self._fields = tuple(
+        self.fields = tuple(
             _field(field, hints[field.name]) for field in dataclasses.fields(record)
         )
-        self._json_names = {field.json_name for field in self._fields}
+        self._json_names = {field.json_name for field in self.fields}
 
     def parse(self, value: object, where: str) -> Record:
         """Return the record that decoded JSON holds.
@@ -82,7 +82,7 @@ class RecordSchema(Generic[Record]):
         if not isinstance(value, dict | Mapping):
             raise ValueError
         values: dict[str, object] = {}
-        for name, json_name, is_required, convert, _ in self._fields:
+        for name, json_name, is_required, convert, _ in self.fields:
             item = value.get(json_name)
             if item is not None:
                 values[name] = convert(item)
@@ -98,7 +98,7 @@ class RecordSchema(Generic[Record]):
             yield f"{path or 'the record'} must be an object, got {_shown(value)}"
             return
         prefix = f"{path}." if path else ""
-        for _, json_name, is_required, _, faults in self._fields:
+        for _, json_name, is_required, _, faults in self.fields:
             item = value.get(json_name)
             if item is not None:
                 yield from faults(item, prefix + json_name)
@@ -129,19 +129,18 @@ def check_fields(record: DataclassInstance) -> None:
     Raises:
         InputError: every field whose value is of another type or out of range, by its name.
     """
-    hints = typing.get_type_hints(type(record), include_extras=True)
-    faults: list[str] = []
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
+    found: list[str] = []
+    schema = RecordSchema(type(record))
+    for field, item in zip(dataclasses.fields(record), schema.fields, strict=True):
+        value = getattr(record, item.name)
         if value is None and field.default is None:
             continue
-        schema = _field(field, hints[field.name])
-        found = list(schema.faults(value, field.name))
-        if not found:
-            object.__setattr__(record, field.name, schema.convert(value))
-        faults += found
-    if faults:
-        raise InputError("; ".join(faults))
+        of_field = list(item.faults(value, item.name))
+        if not of_field:
+            object.__setattr__(record, item.name, item.convert(value))
+        found += of_field
+    if found:
+        raise InputError("; ".join(found))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """A weighted sum of losses on the same pairs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ class Mixture(Loss):
         InputError: there are fewer than two terms, or a coefficient is not above 0 and finite.
     """
 
-    terms: tuple[tuple[Loss, float], ...] = field(default=())
+    terms: tuple[tuple[Loss, float], ...]
 
     def __post_init__(self) -> None:
         """Check the coefficients, and take over what the terms need and read."""

@@ -16,8 +16,9 @@ from dpo.data.simulate import simulate, simulated_situations
 from dpo.eval.bootstrap import METHODS
 from dpo.eval.cli import compare, evaluate
 from dpo.eval.off_policy import ARMS
-from dpo.eval.tiny import make_tiny_model, make_tiny_tokenizer
+from dpo.eval.tiny import make_tiny_tokenizer
 from dpo.models import save_model
+from dpo.models.tiny import make_tiny_model
 
 
 @pytest.fixture
