@@ -20,7 +20,6 @@ from typing import Any, get_args
 
 import torch
 
-from dpo.batching import StepSampler
 from dpo.bench.machine import commit
 from dpo.losses import make_loss
 from dpo.models import Decoder, load_model
@@ -28,6 +27,7 @@ from dpo.models.transforms import checkpoint_activations
 from dpo.precision import PRECISIONS
 from dpo.preferences import read_pairs
 from dpo.reference import ReferenceLogProbs, reference_in_memory
+from dpo.sampling import StepSampler
 from dpo.scoring import (
     MicroBatches,
     ScoredPairs,
@@ -61,10 +61,10 @@ class LiveReferenceTrainer(Trainer):
 
     reference_model: Decoder | None = None
 
-    def _score(self, rows: Sequence[int], batches: MicroBatches) -> ScoredPairs:
+    def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
         if self.reference_model is None:
-            return super()._score(rows, batches)
-        batch = batches.collate(rows).to(self.device)
+            return super()._score(rows, batches, step)
+        batch = batches.collate(rows, step=step).to(self.device)
         with self.precision.context(self.device):
             with torch.no_grad():
                 reference = score_batch(self.reference_model, batch).tokens.log_probs

@@ -73,11 +73,11 @@ class SplitTrainer(Trainer):
         with self._part("step"):
             super().train_step()
 
-    def _score(self, rows: Sequence[int], batches: MicroBatches) -> ScoredPairs:
+    def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
         with self._part("data"):
-            batch = batches.collate(rows).to(self.device)
+            batch = batches.collate(rows, step=step).to(self.device)
         with self._part("forward"), self.precision.context(self.device):
-            return score_batch(self.policy, batch)
+            return score_batch(self.policy, batch, self.loss)
 
     def _update(self, norm: torch.Tensor) -> None:
         with self._part("optimizer"):

@@ -1,14 +1,12 @@
-"""From tokenized pairs to micro-batches: the flat stream, and which pairs make up which step.
+"""From tokenized pairs to micro-batches: the flat stream, and how rows are packed.
 
 Shapes: N tokens in the stream, P pairs, A = 2 P answers, K answer tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,8 +15,6 @@ from torch import Tensor
 
 from dpo.segments import Segments, TokenStream, move, plan_attention
 from dpo.tokenized_pairs import TokenIds, TokenizedPair
-
-_ROUNDS = 8  # of the Feistel network: four leave a bias that 3,000 shuffles of seven rows show
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,23 @@ class AnswerBatch:
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Uniform random numbers in [0, 1), float32, for the losses that draw.
+
+    Attributes:
+        pairs: (P,), one for each pair.
+        tokens: (K,), one for each answer token.
+    """
+
+    pairs: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class PairBatch:
     """P pairs for the model. Answer ``2 i`` is the chosen one of pair i, ``2 i + 1`` the rejected.
+
+    An unpaired row has one of them alone.
 
     Attributes:
         texts: the pairs as prompts with two answers each.
@@ -65,6 +76,8 @@ class PairBatch:
         margin: (P,) float32.
         label_prob: (P,) float32.
         rows: the pairs' row numbers in the data.
+        draws: random numbers, where a loss asks for them.
+        chain: (P,) int64, ``TokenizedPairs.chains``, where a loss asks for them.
     """
 
     texts: AnswerBatch
@@ -73,6 +86,8 @@ class PairBatch:
     margin: Tensor
     label_prob: Tensor
     rows: tuple[int, ...]
+    draws: Draws | None = None
+    chain: Tensor | None = None
 
     def to(self, device: torch.device) -> PairBatch:
         """Return the same batch on ``device``."""
@@ -83,6 +98,10 @@ class PairBatch:
             weight=move(self.weight, device),
             margin=move(self.margin, device),
             label_prob=move(self.label_prob, device),
+            draws=None
+            if self.draws is None
+            else Draws(move(self.draws.pairs, device), move(self.draws.tokens, device)),
+            chain=None if self.chain is None else move(self.chain, device),
         )
 
 
@@ -140,13 +159,14 @@ def collate_answers(
     """Put prompts with any number of answers each into one stream; see ``collate``.
 
     Equal prompts become one root, equal answers to it one child, which is scored for each of them.
+    An answer without tokens is counted and takes no place.
 
     Raises:
-        ValueError: a prompt or an answer is empty, or there is no answer.
+        ValueError: a prompt is empty, or there is no answer.
     """
     ids: list[TokenIds] = []
     parents: list[int | None] = []
-    scored: list[int] = []
+    scored: list[int | None] = []
     place: dict[tuple[int | None, bytes], int] = {}  # of a segment, by its parent and tokens
 
     def put(parent: int | None, tokens: TokenIds) -> int:
@@ -163,14 +183,14 @@ def collate_answers(
         for number, answer in enumerate(answers):
             if number and not share_prefix:
                 root = put(None, prompt)
-            scored.append(put(root, answer))
+            scored.append(put(root, answer) if len(answer) else None)
     return collate_forest(ids, parents, scored, multiple_of=multiple_of)
 
 
 def collate_forest(
     ids: Sequence[TokenIds],
     parents: Sequence[int | None],
-    scored: Sequence[int],
+    scored: Sequence[int | None],
     *,
     multiple_of: int = 16,
 ) -> AnswerBatch:
@@ -190,16 +210,18 @@ def collate_forest(
     Args:
         ids: the tokens of each segment.
         parents: for each segment the index of an earlier one, or None for a root.
-        scored: the segments that are answers, counted in this order; none is a root.
+        scored: the segments that are answers, counted in this order; none is a root. None stands
+            for an answer that is missing.
         multiple_of: as for ``collate``.
 
     Raises:
         ValueError: a segment is empty, a parent does not come before its child, a root is to be
             scored, or nothing is.
     """
-    if not scored:
+    present = [segment for segment in scored if segment is not None]
+    if not present:
         raise ValueError("no segment is to be scored")
-    roots = [segment for segment in scored if parents[segment] is None]
+    roots = [segment for segment in present if parents[segment] is None]
     if roots:
         raise ValueError(f"segment {roots[0]} is a root: nothing predicts its first token")
     order = _in_runs(Segments(tuple(map(len, ids)), tuple(parents)))
@@ -213,7 +235,8 @@ def collate_forest(
         tuple(map(len, laid_ids)),
         tuple(None if parent is None else place[parent] for parent in laid_parents),
     )
-    return _index_answers(laid_ids, segments, [place[segment] for segment in scored])
+    lengths = [0 if segment is None else len(ids[segment]) for segment in scored]
+    return _index_answers(laid_ids, segments, [place[segment] for segment in present], lengths)
 
 
 def _in_runs(segments: Segments) -> list[int]:
@@ -234,16 +257,18 @@ def _in_runs(segments: Segments) -> list[int]:
 
 
 def _index_answers(
-    ids: list[TokenIds], segments: Segments, answer_segments: list[int]
+    ids: list[TokenIds], segments: Segments, answer_segments: list[int], lengths: list[int]
 ) -> AnswerBatch:
-    """Build the stream of segments ``ids`` and the indexes of the tokens of ``answer_segments``."""
+    """Build the stream of segments ``ids`` and the indexes of the tokens of ``answer_segments``.
+
+    ``lengths`` are those of all answers, 0 for one without a segment.
+    """
     predictors = []
     for segment in answer_segments:
         *_, prompt, _ = segments.path(segment)
         last_of_prompt = segments.starts[prompt] + segments.lengths[prompt] - 1
         predictors.append(np.concatenate([[last_of_prompt], segments.tokens([segment])[:-1]]))
     targets = np.concatenate([ids[segment] for segment in answer_segments])
-    lengths = [len(ids[segment]) for segment in answer_segments]
     return AnswerBatch(
         stream=TokenStream(
             input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
@@ -257,96 +282,25 @@ def _index_answers(
     )
 
 
-@dataclass(frozen=True)
-class StepSampler:
-    """Which rows make up which optimizer step, computed from the step number alone.
+def draw(rows: Sequence[int], tokens: Sequence[int], *, seed: int, step: int) -> Draws:
+    """Draw random numbers for pairs that follow from seed, step and row alone.
 
-    Each epoch is a permutation of all rows, cut into steps of ``batch_size``; the last step of an
-    epoch takes what is left. Nothing is stored and nothing is replayed: a resumed run asks for the
-    next step.
+    Args:
+        rows: P row numbers.
+        tokens: the answer tokens of each.
+        seed: of the run, in [0, 2^63).
+        step: of the optimizer.
     """
-
-    pairs: int
-    batch_size: int
-    seed: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
-        return math.ceil(self.pairs / self.batch_size)
-
-    def rows(self, step: int) -> list[int]:
-        """Rows of optimizer step ``step``, counted from 0 over all epochs."""
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        first = step_of_epoch * self.batch_size
-        last = min(first + self.batch_size, self.pairs)
-        return [
-            permuted(index, self.pairs, seed=(self.seed, epoch)) for index in range(first, last)
-        ]
-
-
-@dataclass(eq=False)
-class GroupSampler:
-    """Like ``StepSampler``, but rows of one group follow each other.
-
-    Each epoch is a permutation of the groups, cut into steps of ``batch_size`` rows, so that a step
-    holds whole groups except at its ends. An epoch's order follows from the seed and the epoch.
-
-    Attributes:
-        groups: (P,) number of each row's group, from 0.
-    """
-
-    groups: NDArray[np.int64]
-    batch_size: int
-    seed: int
-    _epoch: int = field(default=-1, init=False, repr=False)
-    _order: list[int] = field(default_factory=list, init=False, repr=False)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
-        return math.ceil(len(self.groups) / self.batch_size)
-
-    def rows(self, step: int) -> list[int]:
-        """Rows of optimizer step ``step``, counted from 0 over all epochs."""
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._shuffled(epoch)
-        first = step_of_epoch * self.batch_size
-        return self._order[first : first + self.batch_size]
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        """Return all rows in the order of an epoch."""
-        count = int(self.groups.max()) + 1
-        places = [permuted(group, count, seed=(self.seed, epoch)) for group in range(count)]
-        order: list[int] = np.argsort(np.array(places)[self.groups], kind="stable").tolist()
-        return order
-
-
-def permuted(index: int, size: int, *, seed: tuple[int, ...]) -> int:
-    """Return where a seeded permutation of ``range(size)`` sends ``index``, in O(1) memory.
-
-    A Feistel network permutes the next power of four; walking its cycle until it lands below
-    ``size`` permutes the range (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
-    """
-    half_bits = max(1, math.ceil(math.log2(max(size, 2)) / 2))
-    low = (1 << half_bits) - 1
-    key = hashlib.blake2b(repr(seed).encode(), digest_size=8 * _ROUNDS).digest()
-    keys = [int.from_bytes(key[first : first + 8]) for first in range(0, len(key), 8)]
-    while True:
-        left, right = index >> half_bits, index & low
-        for round_key in keys:
-            left, right = right, left ^ (_mixed(right ^ round_key) & low)
-        index = left << half_bits | right
-        if index < size:
-            return index
-
-
-def _mixed(value: int) -> int:
-    """Scramble 64 bits (the finaliser of SplitMix64, Steele et al. 2014)."""
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
-    return value ^ value >> 31
+    numbers = [
+        np.random.Generator(np.random.Philox(key=[seed, step], counter=[0, 0, 0, row])).random(
+            1 + count, dtype=np.float32
+        )
+        for row, count in zip(rows, tokens, strict=True)
+    ]
+    return Draws(
+        torch.from_numpy(np.array([of_row[0] for of_row in numbers])),
+        torch.from_numpy(np.concatenate([of_row[1:] for of_row in numbers])),
+    )
 
 
 def pack(sizes: Sequence[int], *, capacity: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo.errors import InputError
 from dpo.losses import Loss
+from dpo.sampling import make_sampler
 from dpo.tokenized_pairs import TokenizedPairs
 from dpo.train_config import TrainConfig
 
@@ -27,6 +28,7 @@ def training_identity(
     The length of the run matters where the schedule decays over it, the held-out pairs where they
     decide when it ends or what is kept.
     """
+    steps = make_sampler(loss, pairs, config).steps_per_epoch
     compares_evaluations = config.keep_best or config.early_stopping is not None
     return {
         "data": pairs.fingerprint,
@@ -35,12 +37,14 @@ def training_identity(
         "batch_size": config.batch_size,
         "seed": config.seed,
         "group_prompts": config.group_prompts,
+        "reference_sync_every": config.reference_sync_every,
+        "reference_sync_share": config.reference_sync_share,
         "dtype": config.dtype,
         "tf32": config.tf32,
         "optimizer": config.optimizer,
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
-        "total_steps": config.total_steps(len(pairs)) if config.schedule != "constant" else None,
+        "total_steps": None if config.schedule == "constant" else config.total_steps(steps),
         "decay_share": config.decay_share,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,

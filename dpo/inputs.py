@@ -13,6 +13,7 @@ from dpo.config import RunConfig
 from dpo.errors import InputError
 from dpo.fingerprint import weights_fingerprint
 from dpo.hub import commit_of, fetch_model
+from dpo.mismatch import mismatched_rows
 from dpo.models import ModelConfig, read_config
 from dpo.models.weights import weight_files
 from dpo.pair_rows import RANKED_LAYOUT
@@ -81,6 +82,13 @@ class Inputs:
     eval_pairs: TokenizedPairs | None = None
     commit: str | None = None
     eval_commit: str | None = None
+
+    def mismatched(self, *, seed: int) -> Inputs:
+        """Return the prompts of both with answers to other prompts (``mismatched_rows``)."""
+        return Inputs(
+            mismatched_rows(self.pairs, seed=seed),
+            None if self.eval_pairs is None else mismatched_rows(self.eval_pairs, seed=seed),
+        )
 
 
 def find_models(config: RunConfig) -> Models:

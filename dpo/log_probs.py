@@ -33,11 +33,27 @@ class TokenLogProbs:
         log_probs: (K,) float32 (float64 from float64 models), nats, differentiable.
         entropy: (K,) of the distribution each token was drawn from, nats, no gradient.
         is_top: (K,) bool, is the token the most likely one?
+        log_square: (K,) log of the sum of squared probabilities, no gradient, if asked for.
     """
 
     log_probs: Tensor
     entropy: Tensor
     is_top: Tensor
+    log_square: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Next-token distributions at K places, as hidden states (K, D) and the way to logits."""
+
+    hidden: Tensor
+    head: OutputHead
+
+
+def predict_answers(policy: Policy, texts: AnswerBatch) -> Predictions:
+    """Run ``policy`` over ``texts``; return what it predicts at each answer token."""
+    hidden = policy(texts.stream).index_select(0, texts.predictors)  # (K, D)
+    return Predictions(hidden, policy.output_head())
 
 
 def completion_log_probs(
@@ -47,12 +63,17 @@ def completion_log_probs(
 
     Equals gathering the targets from the log-softmax of the full (N, V) logits.
     """
-    hidden = policy(texts.stream).index_select(0, texts.predictors)  # (K, D)
-    return token_log_probs(hidden, texts.targets, policy.output_head(), tile_bytes=tile_bytes)
+    predicted = predict_answers(policy, texts)
+    return token_log_probs(predicted.hidden, texts.targets, predicted.head, tile_bytes=tile_bytes)
 
 
 def token_log_probs(
-    hidden: Tensor, targets: Tensor, head: OutputHead, *, tile_bytes: int | None = None
+    hidden: Tensor,
+    targets: Tensor,
+    head: OutputHead,
+    *,
+    tile_bytes: int | None = None,
+    with_square: bool = False,
 ) -> TokenLogProbs:
     """Log-probs of ``targets`` (K,) int64 from ``hidden`` (K, D).
 
@@ -65,13 +86,24 @@ def token_log_probs(
         head: the output projection.
         tile_bytes: memory for one tile of logits; None: ``CPU_TILE_BYTES`` on a CPU, else
             ``TILE_BYTES``.
+        with_square: compute ``log_square`` too.
     """
-    if tile_bytes is None:
-        tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else TILE_BYTES
-    log_probs, entropy, is_top = _TiledLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, tile_bytes
+    results = _TiledLogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden,
+        head.weight,
+        head.bias,
+        targets,
+        head.scale,
+        head.softcap,
+        tile_bytes or default_tile_bytes(hidden.device),
+        with_square,
     )
-    return TokenLogProbs(log_probs, entropy, is_top)
+    return TokenLogProbs(*results)
+
+
+def default_tile_bytes(device: torch.device) -> int:
+    """Return the memory for one tile of logits on a kind of device."""
+    return CPU_TILE_BYTES if device.type == "cpu" else TILE_BYTES
 
 
 class _TiledLogProbs(torch.autograd.Function):
@@ -87,12 +119,14 @@ class _TiledLogProbs(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         tile_bytes: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        head = _TileMaker(hidden, weight, bias, scale, softcap, tile_bytes)
+        with_square: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        head = TileMaker(hidden, weight, bias, scale, softcap, tile_bytes)
         rows = len(hidden)
         top = hidden.new_full((rows,), -torch.inf, dtype=head.wide)  # running max of z
         total = torch.zeros_like(top)  # sum of e^(z - top)
         total_z = torch.zeros_like(top)  # sum of z e^(z - top)
+        total_square = torch.zeros_like(top)  # sum of e^2(z - top)
         argmax = torch.zeros_like(targets)
         for start, tile in head.tiles():
             tile_top, tile_argmax = tile.max(dim=1)
@@ -102,6 +136,8 @@ class _TiledLogProbs(torch.autograd.Function):
             exps = (tile - new_top[:, None]).exp_()  # (K, C)
             total = total * shrink + exps.sum(dim=1)
             total_z = total_z * shrink + torch.linalg.vecdot(exps, tile)
+            if with_square:
+                total_square = total_square * shrink.square() + torch.linalg.vecdot(exps, exps)
             top = new_top
         log_normalizer = top + total.log()
         log_probs = head.target_logits(targets) - log_normalizer
@@ -109,49 +145,76 @@ class _TiledLogProbs(torch.autograd.Function):
         ctx.options = (scale, softcap, tile_bytes, head.narrow)
         entropy, is_top = log_normalizer - total_z / total, argmax == targets
         ctx.mark_non_differentiable(entropy, is_top)
-        return log_probs, entropy, is_top
+        if not with_square:
+            return log_probs, entropy, is_top, None
+        log_square = total_square.log() - 2 * total.log()
+        ctx.mark_non_differentiable(entropy, is_top, log_square)
+        return log_probs, entropy, is_top, log_square
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grads[0]  # (K,); entropy and is_top have none
+        grad = grads[0]  # (K,); the others have none
         hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
         scale, softcap, tile_bytes, narrow = ctx.options
-        head = _TileMaker(hidden, weight, bias, scale, softcap, tile_bytes, narrow)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if wants_hidden else None
-        grad_weight = torch.empty_like(weight) if wants_weight else None
-        grad_bias = torch.empty_like(bias) if wants_bias else None
-        narrow_hidden = hidden.to(narrow)
+        head = TileMaker(hidden, weight, bias, scale, softcap, tile_bytes, narrow)
+        gradients = HeadGradients(head, *ctx.needs_input_grad[:3])
 
         # d log_prob / d z = 1[target] - softmax(z): first the softmax, tile by tile
         for start, tile in head.tiles():
-            stop = start + tile.shape[1]
             slope = head.slope(tile)
             tile.sub_(log_normalizer[:, None]).exp_().mul_(-grad[:, None])
-            if slope is not None:
-                tile.mul_(slope)
-            grad_logits = tile.to(narrow)  # (K, C)
-            if grad_hidden is not None:
-                grad_hidden += grad_logits @ weight[start:stop].to(narrow)
-            if grad_weight is not None:
-                grad_weight[start:stop] = grad_logits.T @ narrow_hidden
-            if grad_bias is not None:
-                grad_bias[start:stop] = tile.sum(dim=0)
+            gradients.add_tile(start, tile if slope is None else tile.mul_(slope))
 
         # then the ones, exactly, where the targets are
         slope = head.slope(head.target_logits(targets))
-        ones = grad if slope is None else grad * slope  # (K,)
-        if grad_hidden is not None:
-            grad_hidden += ones[:, None] * weight.index_select(0, targets)
-        if grad_weight is not None:
-            grad_weight.index_add_(0, targets, (ones[:, None] * hidden).to(weight.dtype))
-        if grad_bias is not None:
-            grad_bias.index_add_(0, targets, ones.to(grad_bias.dtype))
-        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        gradients.add_targets(targets, grad if slope is None else grad * slope)
+        return *gradients.result(), None, None, None, None, None
 
 
-class _TileMaker:
+class HeadGradients:
+    """Gradients of hidden states (K, D), weight (V, D) and bias (V,) from those of the logits.
+
+    Those that are not wanted are None.
+    """
+
+    def __init__(
+        self, head: TileMaker, wants_hidden: bool, wants_weight: bool, wants_bias: bool
+    ) -> None:
+        """Begin; every tile of the vocabulary must be added once."""
+        self.head, self.narrow_hidden = head, head.hidden.to(head.narrow)
+        hidden, weight, bias = head.hidden, head.weight, head.bias
+        self.hidden = torch.zeros_like(hidden, dtype=head.wide) if wants_hidden else None
+        self.weight = torch.empty_like(weight) if wants_weight else None
+        self.bias = torch.empty_like(bias) if wants_bias and bias is not None else None
+
+    def add_tile(self, start: int, tile: Tensor) -> None:
+        """Add the gradient of the (K, C) raw products from vocabulary index ``start`` on."""
+        stop = start + tile.shape[1]
+        narrow = tile.to(self.head.narrow)  # (K, C)
+        if self.hidden is not None:
+            self.hidden += narrow @ self.head.weight[start:stop].to(self.head.narrow)
+        if self.weight is not None:
+            self.weight[start:stop] = narrow.T @ self.narrow_hidden
+        if self.bias is not None:
+            self.bias[start:stop] = tile.sum(dim=0)
+
+    def add_targets(self, targets: Tensor, gradient: Tensor) -> None:
+        """Add the (K,) gradient of the raw product of each row's target; after all tiles."""
+        if self.hidden is not None:
+            self.hidden += gradient[:, None] * self.head.weight.index_select(0, targets)
+        if self.weight is not None:
+            of_rows = (gradient[:, None] * self.head.hidden).to(self.weight.dtype)
+            self.weight.index_add_(0, targets, of_rows)
+        if self.bias is not None:
+            self.bias.index_add_(0, targets, gradient.to(self.bias.dtype))
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the gradients in the dtypes of what they are of."""
+        hidden = None if self.hidden is None else self.hidden.to(self.head.hidden.dtype)
+        return hidden, self.weight, self.bias
+
+
+class TileMaker:
     """Makes (K, C) tiles of the logits of one batch.
 
     ``narrow`` is the dtype of the products, ``wide`` that of everything after them.

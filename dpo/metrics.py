@@ -49,9 +49,11 @@ displacement/chosen              mean u: below 0 where the chosen answers became
 displacement/share_u_negative    share of u < 0
 ================================ ===================================================================
 
-The ``kl`` metrics are estimates over given answers, not over the policy's own: gauges of drift. A
-metric whose denominator is 0 is left out; those of ``ALWAYS_LOGGED`` stand in every line of
-``metrics.jsonl`` about a step, as null where the step was skipped.
+Of rows with one answer, the metrics of an answer count those that have it; the metrics of gaps and
+of differences count no such row. The ``kl`` metrics are estimates over given answers, not over the
+policy's own: gauges of drift. A metric whose denominator is 0 is left out; those of
+``ALWAYS_LOGGED`` stand in every line of ``metrics.jsonl`` about a step, as null where the step was
+skipped.
 
 Shapes: P pairs, K tokens, C columns, M sums.
 
@@ -61,14 +63,14 @@ To add a metric: its numerator and denominator in one of the ``_*_quotients``, o
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
 from dpo.losses import Loss, PairLogProbs
-from dpo.losses.base import MAX_EXPONENT
+from dpo.losses.base import MAX_EXPONENT, PAIR_COLUMNS
 
 if TYPE_CHECKING:
     from dpo.scoring import ScoredPairs
@@ -127,7 +129,8 @@ class MetricSums:
                 chosen_is_top=tokens.is_top & is_chosen,
                 k3=None if reference is None else k3_estimate(tokens.log_probs, reference),
             )
-            weights, rewards = loss.pair_weights(pairs), loss.rewards(pairs)
+            weights = loss.pair_weights(scored.loss_pairs)
+            rewards = loss.rewards(scored.loss_pairs)
         has_reference = reference is not None
         self.update(pairs, losses, weights, rewards, statistics, has_reference=has_reference)
 
@@ -153,10 +156,16 @@ class MetricSums:
             has_reference: if not, the window has no metrics against a reference.
         """
         self._has_reference &= has_reference
-        of_pairs = [getattr(pairs, field.name) for field in fields(pairs)]
+        of_pairs = [getattr(pairs, name) for name in PAIR_COLUMNS]
         self._columns.append(torch.stack([*of_pairs, losses, weights, *rewards]))
         if tokens is not None:
             self._token_sums.append(_token_sums(pairs, tokens))
+
+    def assign_losses(self, losses: Tensor) -> None:
+        """Replace the losses of all pairs added so far by (P,) others, in the same order."""
+        parts = losses.split([columns.shape[1] for columns in self._columns])
+        for columns, part in zip(self._columns, parts, strict=True):
+            columns[len(PAIR_COLUMNS)] = part
 
     def merge(self, other: "MetricSums") -> None:
         """Add the window of ``other`` to this one."""
@@ -173,7 +182,7 @@ class MetricSums:
         token_sums = torch.stack([gap.new_zeros(2, len(_TOKEN_METRICS)), *self._token_sums])
         sums = torch.cat([_summed(quotients), token_sums.sum(dim=0)], dim=1)  # (2, M)
         levels = torch.tensor(list(_QUANTILES.values()), dtype=gap.dtype, device=gap.device)
-        values = torch.cat([sums.flatten(), gap.quantile(levels)]).tolist()
+        values = torch.cat([sums.flatten(), gap.nanquantile(levels)]).tolist()
 
         names = [*quotients, *_TOKEN_METRICS]
         numerators, denominators = values[: len(names)], values[len(names) : 2 * len(names)]
@@ -183,6 +192,8 @@ class MetricSums:
             if denominator
         }
         quantiles = dict(zip(_QUANTILES, values[2 * len(names) :], strict=True))
+        if "_gap" not in ratios:
+            quantiles = {}  # no row has two answers
         metrics = {**ratios, **quantiles, **_derived(ratios)}
         return {name: value for name, value in metrics.items() if self._is_public(name)}
 
@@ -200,38 +211,43 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _pair_quotients(columns: Tensor) -> tuple[Quotients, Tensor]:
-    """Return all quotients over pairs, and the gaps, of (C, P) columns."""
+    """Return all quotients over pairs, and the gaps, NaN without two answers, of (C, P) columns."""
     *of_pairs, losses, weights, chosen, rejected = columns
     pairs, gap = PairLogProbs(*of_pairs), chosen - rejected
-    quotients = {
-        "loss": (weights * losses, weights),
-        "rewards/chosen": (pairs.weight * chosen, pairs.weight),
-        "rewards/rejected": (pairs.weight * rejected, pairs.weight),
+    of_chosen, of_rejected = pairs.weight * pairs.has_chosen, pairs.weight * pairs.has_rejected
+    of_gaps = {
         "rewards/margin": (pairs.weight * gap, pairs.weight),
-        **_log_prob_quotients(pairs),
         **_gap_quotients(pairs, gap),
         **_calibration_quotients(pairs, gap),
     }
-    return quotients, gap
+    is_pair = pairs.has_chosen * pairs.has_rejected
+    quotients = {
+        "loss": (weights * losses, weights),
+        "rewards/chosen": (of_chosen * chosen, of_chosen),
+        "rewards/rejected": (of_rejected * rejected, of_rejected),
+        **_log_prob_quotients(pairs),
+        **{name: (above * is_pair, below * is_pair) for name, (above, below) in of_gaps.items()},
+    }
+    return quotients, gap.masked_fill(is_pair == 0, torch.nan)
 
 
 def _log_prob_quotients(pairs: PairLogProbs) -> Quotients:
     """Return what the log-probs and the lengths say; (P,) each."""
-    one = torch.ones_like(pairs.chosen)
+    has_chosen, has_rejected = pairs.has_chosen, pairs.has_rejected
     u, v = pairs.chosen_log_ratio, pairs.rejected_log_ratio
     return {
-        "logps/chosen": (pairs.chosen, one),
-        "logps/rejected": (pairs.rejected, one),
+        "logps/chosen": (pairs.chosen, has_chosen),
+        "logps/rejected": (pairs.rejected, has_rejected),
         "logps_tok/chosen": (pairs.chosen, pairs.chosen_tokens),
         "logps_tok/rejected": (pairs.rejected, pairs.rejected_tokens),
         "nll/chosen": (-pairs.chosen, pairs.chosen_tokens),
-        "kl/k1_seq_chosen": (u, one),
-        "kl/k1_seq_rejected": (v, one),
+        "kl/k1_seq_chosen": (u, has_chosen),
+        "kl/k1_seq_rejected": (v, has_rejected),
         "kl/k1_tok": (u + v, pairs.chosen_tokens + pairs.rejected_tokens),
-        "displacement/chosen": (u, one),
-        "displacement/share_u_negative": ((u < 0).to(u.dtype), one),
-        "length/chosen": (pairs.chosen_tokens, one),
-        "length/rejected": (pairs.rejected_tokens, one),
+        "displacement/chosen": (u, has_chosen),
+        "displacement/share_u_negative": ((u < 0).to(u.dtype), has_chosen),
+        "length/chosen": (pairs.chosen_tokens, has_chosen),
+        "length/rejected": (pairs.rejected_tokens, has_rejected),
     }
 
 
@@ -286,13 +302,16 @@ def _token_sums(pairs: PairLogProbs, tokens: TokenStatistics) -> Tensor:
 
 def _derived(ratios: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics that are functions of several quotients."""
+    derived = {}
+    if ratios.get("nll/chosen", math.inf) < math.log(1e300):
+        derived["ppl"] = math.exp(ratios["nll/chosen"])
+    if "_gap" not in ratios:
+        return derived
     strata = [ratios[name] for name in ("_longer", "_equal", "_shorter") if name in ratios]
-    derived = {
+    derived |= {
         "accuracy_len_controlled": sum(strata) / len(strata),
         "calibration/ece": sum(abs(ratios[f"_bin{index}"]) for index in range(_BINS)),
     }
-    if ratios.get("nll/chosen", math.inf) < math.log(1e300):
-        derived["ppl"] = math.exp(ratios["nll/chosen"])
     gap, diff = ratios["_gap"], ratios["length/diff"]
     gap_variance = ratios["_gap^2"] - gap**2
     diff_variance = ratios["_diff^2"] - diff**2

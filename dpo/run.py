@@ -24,7 +24,7 @@ from dpo.device import choose_device, explained_lack_of_memory
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import refuse_another_run, training_identity
-from dpo.inputs import Inputs, Models, find_models, load_inputs, pin_revisions
+from dpo.inputs import Inputs, ModelFolder, Models, find_models, load_inputs, pin_revisions
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, load_model, save_model
 from dpo.models.transforms import checkpoint_activations, compile_blocks
@@ -33,7 +33,7 @@ from dpo.progress import Console
 from dpo.reference_pass import References, obtain_references
 from dpo.report import write_report
 from dpo.run_folder import CHECKPOINTS, RunLog, find_checkpoint, go_on_from, write_reproduction
-from dpo.trainer import Metrics, NonFiniteError, Trainer
+from dpo.trainer import Metrics, NonFiniteError, Trainer, uses_live_reference
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -128,14 +128,24 @@ def _make_trainer(
     loss, is_own_reference = config.loss.build(), models.reference is models.policy
     for pairs in (inputs.pairs, inputs.eval_pairs):
         if pairs is not None:  # the trainer asks the same, but after the reference is computed
-            loss.check(margins=pairs.margins, label_probs=pairs.label_probs)
+            loss.check(pairs)
     # A policy that is its own reference is scored as it lies on disk: this comes before a resumed
     # run restores it. Another reference leaves the memory before the policy is loaded.
-    policy = _load_policy(config, models, device) if is_own_reference else None
-    references = References()
-    if loss.needs_reference:
+    policy = _load_policy(config, models.policy, device) if is_own_reference else None
+    references = mismatched = References()
+    reference_weights = None
+    if uses_live_reference(loss, config.train):
+        if not is_own_reference:
+            model = _load_policy(config, models.reference, device)
+            reference_weights = dict(model.named_parameters())
+    elif loss.needs_reference:
         references = obtain_references(config, models, inputs, console, device=device, model=policy)
-    policy = policy or _load_policy(config, models, device)
+        if loss.needs_mismatch:
+            beside = inputs.mismatched(seed=config.train.seed)
+            mismatched = obtain_references(
+                config, models, beside, console, device=device, model=policy
+            )
+    policy = policy or _load_policy(config, models.policy, device)
     if config.train.activation_checkpointing:
         checkpoint_activations(policy)
     if config.train.compile:
@@ -153,13 +163,16 @@ def _make_trainer(
         reference=references.pairs,
         eval_pairs=inputs.eval_pairs,
         eval_reference=references.eval_pairs,
+        mismatched_reference=mismatched.pairs,
+        eval_mismatched_reference=mismatched.eval_pairs,
+        reference_weights=reference_weights,
         starts_at_reference=is_own_reference,
     )
 
 
-def _load_policy(config: RunConfig, models: Models, device: torch.device) -> Decoder:
+def _load_policy(config: RunConfig, folder: ModelFolder, device: torch.device) -> Decoder:
     dtype = precision_of(config.train).parameters
-    return load_model(models.policy.path, dtype=dtype, device=device)
+    return load_model(folder.path, dtype=dtype, device=device)
 
 
 class _Run:

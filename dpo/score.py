@@ -83,7 +83,12 @@ def score_pairs(
     loss = make_loss(loss)
     if loss.needs_reference and reference is None:
         raise InputError(f"the loss {loss} needs the reference log-probs of the pairs")
-    batches = MicroBatches(pairs, reference, tokens_per_micro_batch=tokens_per_micro_batch)
+    batches = MicroBatches(
+        pairs,
+        reference,
+        tokens_per_micro_batch=tokens_per_micro_batch,
+        draw_seed=0 if loss.draws else None,
+    )
     was_training = policy.training
     policy.eval()
     try:
@@ -120,6 +125,7 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
             micro_batch_size=config.train.micro_batch_size,
             tokens_per_micro_batch=config.train.tokens_per_micro_batch,
             share_prefix=config.train.share_prefix,
+            draw_seed=config.train.seed if loss.draws else None,
         )
         with console.bar("score", len(inputs.pairs), unit="pairs") as bar:
             scores = _score(policy, batches, loss, precision, device, progress=bar.update)
@@ -139,8 +145,9 @@ def _score(
 ) -> list[PairScore]:
     scores: dict[int, PairScore] = {}
     for rows in batches.split_sorted(range(len(batches.pairs))):
-        pairs = score_rows(policy, batches, rows, precision=precision, device=device).pairs
-        chosen_reward, rejected_reward = loss.rewards(pairs)
+        scored = score_rows(policy, batches, rows, precision=precision, device=device, loss=loss)
+        pairs = scored.pairs
+        chosen_reward, rejected_reward = loss.rewards(scored.loss_pairs)
         columns = [
             pairs.chosen,
             pairs.rejected,

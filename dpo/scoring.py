@@ -6,14 +6,19 @@ Shapes: P pairs, K answer tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dpo.batching import PairBatch, collate, pack
-from dpo.log_probs import TokenLogProbs, completion_log_probs
-from dpo.losses import PairLogProbs
+from dpo.batching import PairBatch, collate, draw, pack
+from dpo.divergence import reference_kl
+from dpo.live_reference import LiveReference
+from dpo.log_probs import TokenLogProbs, predict_answers, token_log_probs
+from dpo.losses import Loss, PairLogProbs, TokenLoss
+from dpo.losses.base import NOT_GIVEN
+from dpo.losses.token_level import AnswerTokens
 from dpo.policy import Policy
 from dpo.precision import Precision
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs
@@ -32,6 +37,8 @@ class MicroBatches:
         micro_batch_size: pairs in a micro-batch; or
         tokens_per_micro_batch: tokens in a micro-batch. A pair that is longer stands alone.
         share_prefix: compute a prompt once for all pairs of a micro-batch that have it.
+        draw_seed: of the random numbers that go with each row, or None for none.
+        with_chains: whether ``TokenizedPairs.chains`` go with the rows.
     """
 
     pairs: TokenizedPairs
@@ -39,6 +46,8 @@ class MicroBatches:
     micro_batch_size: int | None = None
     tokens_per_micro_batch: int | None = 8192
     share_prefix: bool = True
+    draw_seed: int | None = None
+    with_chains: bool = False
 
     def split(self, rows: Sequence[int]) -> list[list[int]]:
         """Divide ``rows``, in any order, over micro-batches."""
@@ -88,15 +97,21 @@ class MicroBatches:
             sizes[unit] += both
         return units, sizes
 
-    def collate(self, rows: Sequence[int]) -> PairBatch:
-        """Put ``rows`` into one micro-batch."""
+    def collate(self, rows: Sequence[int], *, step: int = 0) -> PairBatch:
+        """Put ``rows`` into one micro-batch; ``step`` decides on random numbers."""
         reference = self.reference
-        return collate(
+        batch = collate(
             [self.pairs[row] for row in rows],
             rows=rows,
             reference=None if reference is None else [reference[row] for row in rows],
             share_prefix=self.share_prefix,
         )
+        if self.draw_seed is not None:
+            tokens = self.pairs.lengths()[list(rows), 1:].sum(axis=1).tolist()
+            batch = replace(batch, draws=draw(rows, tokens, seed=self.draw_seed, step=step))
+        if self.with_chains:
+            batch = replace(batch, chain=torch.from_numpy(self.pairs.chains[list(rows)]))
+        return batch
 
 
 @dataclass(frozen=True)
@@ -104,29 +119,68 @@ class ScoredPairs:
     """A micro-batch under a policy.
 
     Attributes:
-        batch: the micro-batch.
+        batch: the micro-batch; its reference is that of a live one if there is one.
         tokens: its answer tokens, (K,) each.
         pairs: the same summed over each answer, (P,) each; a missing reference is zero.
+        loss_pairs: what the loss sees: ``pairs`` with what it asks for, and its own log-probs.
     """
 
     batch: PairBatch
     tokens: TokenLogProbs
     pairs: PairLogProbs
+    loss_pairs: PairLogProbs
 
 
-def score_batch(policy: Policy, batch: PairBatch) -> ScoredPairs:
-    """Run ``policy`` over ``batch``, differentiably."""
-    tokens = completion_log_probs(policy, batch.texts)
-    log_probs = tokens.log_probs
-    chosen, rejected = batch.texts.sum_per_answer(log_probs).view(-1, 2).unbind(1)
-    chosen_tokens, rejected_tokens = (
-        batch.texts.sum_per_answer(torch.ones_like(log_probs)).view(-1, 2).unbind(1)
+def score_batch(
+    policy: Policy,
+    batch: PairBatch,
+    loss: Loss | None = None,
+    live_reference: LiveReference | None = None,
+) -> ScoredPairs:
+    """Run ``policy`` over ``batch``, differentiably.
+
+    Args:
+        policy: the model.
+        batch: with the reference log-probs, unless the reference is live.
+        loss: what it asks for is put into ``loss_pairs``; the log-probs alone if None.
+        live_reference: run first, without gradient.
+    """
+    statistic = None if loss is None else loss.token_statistic
+    of_reference = None
+    if live_reference is not None:
+        of_reference = live_reference.predict(policy, batch.texts)
+        found = token_log_probs(of_reference.hidden, batch.texts.targets, of_reference.head)
+        batch = replace(batch, reference=found.log_probs.detach())
+    predicted = predict_answers(policy, batch.texts)
+    tokens = token_log_probs(
+        predicted.hidden,
+        batch.texts.targets,
+        predicted.head,
+        with_square=statistic == "typicality",
     )
-    reference = torch.zeros_like(log_probs) if batch.reference is None else batch.reference
-    reference_chosen, reference_rejected = (
-        batch.texts.sum_per_answer(reference.to(log_probs.dtype)).view(-1, 2).unbind(1)
-    )
-    pairs = PairLogProbs(
+    reference = tokens.log_probs.new_zeros(())
+    if batch.reference is not None:
+        reference = batch.reference.to(tokens.log_probs.dtype)
+    reference = reference.expand_as(tokens.log_probs)
+    pairs = _pairs(batch, tokens.log_probs, reference)
+    loss_pairs = pairs
+    if isinstance(loss, TokenLoss):
+        adjusted = loss.adjust(_answer_tokens(batch, pairs, tokens.log_probs, reference))
+        loss_pairs = _pairs(batch, adjusted.log_probs, adjusted.reference)
+    if tokens.log_square is not None:
+        typicality = tokens.log_probs.detach() - tokens.log_square
+        loss_pairs = _with_statistic(loss_pairs, batch, typicality)
+    if statistic == "reference_kl" and of_reference is not None:
+        loss_pairs = _with_statistic(loss_pairs, batch, reference_kl(predicted, of_reference))
+    return ScoredPairs(batch, tokens, pairs, _with_extras(loss_pairs, batch))
+
+
+def _pairs(batch: PairBatch, log_probs: Tensor, reference: Tensor) -> PairLogProbs:
+    """Sum (K,) log-probs over the answers."""
+    chosen, rejected = _per_pair(batch, log_probs)
+    reference_chosen, reference_rejected = _per_pair(batch, reference)
+    chosen_tokens, rejected_tokens = _per_pair(batch, torch.ones_like(log_probs))
+    return PairLogProbs(
         chosen=chosen,
         rejected=rejected,
         reference_chosen=reference_chosen,
@@ -137,7 +191,41 @@ def score_batch(policy: Policy, batch: PairBatch) -> ScoredPairs:
         margin=batch.margin.to(log_probs.dtype),
         label_prob=batch.label_prob.to(log_probs.dtype),
     )
-    return ScoredPairs(batch, tokens, pairs)
+
+
+def _per_pair(batch: PairBatch, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum (K,) values over the chosen and the rejected answers, (P,) each."""
+    chosen, rejected = batch.texts.sum_per_answer(values).view(-1, 2).unbind(1)
+    return chosen, rejected
+
+
+def _answer_tokens(
+    batch: PairBatch, pairs: PairLogProbs, log_probs: Tensor, reference: Tensor
+) -> AnswerTokens:
+    answers = batch.texts.answers
+    counts = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens], dim=1).long().flatten()
+    first = (counts.cumsum(0) - counts).index_select(0, answers)  # (K,)
+    shorter = torch.minimum(pairs.chosen_tokens, pairs.rejected_tokens).long()
+    return AnswerTokens(
+        log_probs,
+        reference,
+        answer=answers,
+        place=torch.arange(len(answers), device=answers.device) - first,
+        shorter=shorter.index_select(0, answers // 2),
+        draw=NOT_GIVEN if batch.draws is None else batch.draws.tokens,
+    )
+
+
+def _with_statistic(pairs: PairLogProbs, batch: PairBatch, values: Tensor) -> PairLogProbs:
+    chosen, rejected = _per_pair(batch, values)
+    return replace(pairs, chosen_statistic=chosen, rejected_statistic=rejected)
+
+
+def _with_extras(pairs: PairLogProbs, batch: PairBatch) -> PairLogProbs:
+    """Add what comes with the batch."""
+    if batch.draws is not None:
+        pairs = replace(pairs, draw=batch.draws.pairs.to(pairs.chosen.dtype))
+    return pairs if batch.chain is None else replace(pairs, chain=batch.chain)
 
 
 @torch.no_grad()
@@ -148,10 +236,11 @@ def score_rows(
     *,
     precision: Precision,
     device: torch.device,
+    loss: Loss | None = None,
 ) -> ScoredPairs:
     """Score ``rows`` as one micro-batch, without gradient."""
     with precision.context(device):
-        return score_batch(policy, batches.collate(rows).to(device))
+        return score_batch(policy, batches.collate(rows).to(device), loss)
 
 
 def answer_log_probs(scored: ScoredPairs) -> list[AnswerLogProbs]:

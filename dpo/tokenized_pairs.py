@@ -86,10 +86,11 @@ class TokenizedPairs(Sequence[TokenizedPair]):
                 f"{len(offsets)} offsets need {(len(offsets) - 1) / 3} rows in every column, found "
                 f"{[len(column) for column in columns]}"
             )
-        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 1).any():
-            raise ValueError(
-                f"offsets must rise from 0 to {len(tokens)}, by at least one token each"
-            )
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 0).any():
+            raise ValueError(f"offsets must rise from 0 to {len(tokens)}")
+        prompt, chosen, rejected = np.diff(offsets).reshape(-1, 3).T
+        if (prompt < 1).any() or (chosen + rejected < 1).any():
+            raise ValueError("a pair needs a token of its prompt and of an answer")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -140,6 +141,21 @@ class TokenizedPairs(Sequence[TokenizedPair]):
             for start, end in zip(starts, ends, strict=True)
         )
         return np.array([numbers.setdefault(key, len(numbers)) for key in digests], dtype=np.int64)
+
+    @cached_property
+    def chains(self) -> NDArray[np.int64]:
+        """Number the chains of pairs from 0 in order: (P,) int64.
+
+        A pair is of the chain of the one before if it has its prompt and, as the chosen answer, the
+        rejected answer of that one: the pairs of a list of answers, ranked from the best.
+        """
+        starts = self.offsets.tolist()
+        texts = [self.tokens[start:end].tobytes() for start, end in pairwise(starts)]
+        goes_on = [
+            texts[3 * row] == texts[3 * row - 3] and texts[3 * row + 1] == texts[3 * row - 1]
+            for row in range(1, len(self))
+        ]
+        return np.cumsum([0, *(not same for same in goes_on)])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -39,6 +39,8 @@ _RANGES: dict[str, _Range] = {
     "beta1": _FRACTION,
     "beta2": _FRACTION,
     "epsilon": _ABOVE_ZERO,
+    "reference_sync_every": _AT_LEAST_ONE,
+    "reference_sync_share": ("in (0, 1]", lambda value: 0 < value <= 1),
     "threads": ("in [1, 1024]", lambda value: 1 <= value <= 1024),
     "seed": ("in [0, 2^63)", lambda value: 0 <= value < 2**63),
     "eval_every": _AT_LEAST_ONE,
@@ -68,7 +70,7 @@ class TrainConfig:
     The defaults of the optimizer are those of ``torch.optim.AdamW``, without weight decay; the
     learning rate is that of Rafailov et al. 2023 (arXiv 2305.18290, appendix B); the linear decay
     and the clipping at 1 are TRL's; the share that wsd decays over is that of Hägele et al. 2024
-    (arXiv 2405.18392).
+    (arXiv 2405.18392), and that by which a reference moves of TR-DPO (arXiv 2404.09656).
 
     Raises:
         InputError: values are out of range or options contradict each other; names all faults.
@@ -124,6 +126,13 @@ class TrainConfig:
         bool, "Put the pairs of a prompt into the same step, which computes it once."
     ] = False
 
+    reference_sync_every: Annotated[
+        int | None, "Move the reference towards the policy every so many steps, >= 1; none: never."
+    ] = None
+    reference_sync_share: Annotated[
+        float | None, "How far it moves, in (0, 1]: 1 copies the policy; 0.6 (TR-DPO's alpha)."
+    ] = None
+
     seed: Annotated[int, "Seed of the order of pairs and of every random draw, in [0, 2^63)."] = 0
     eval_every: Annotated[
         int | None, "Evaluate every so many steps, >= 1; none: before the first and after the last."
@@ -154,12 +163,14 @@ class TrainConfig:
         for name, value in _OPTIMIZER_DEFAULTS[self.optimizer].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.reference_sync_share is None and self.reference_sync_every is not None:
+            object.__setattr__(self, "reference_sync_share", 0.6)
         if self.decay_share is None and self.schedule == "wsd":
             object.__setattr__(self, "decay_share", 0.2)
 
-    def total_steps(self, pairs: int) -> int:
-        """Return the optimizer steps of a run over so many pairs."""
-        return self.steps or math.ceil(pairs / self.batch_size) * (self.epochs or 1)
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the optimizer steps of a run with so many steps per pass over the data."""
+        return self.steps or steps_per_epoch * (self.epochs or 1)
 
     def _faults(self) -> Iterator[str]:
         for name, (expected, holds) in _RANGES.items():
@@ -181,6 +192,8 @@ class TrainConfig:
                 yield f"train.{name} has no meaning for train.optimizer = {self.optimizer}"
         if self.decay_share is not None and self.schedule != "wsd":
             yield f"train.decay_share is for train.schedule = wsd, which is {self.schedule}"
+        if self.reference_sync_share is not None and self.reference_sync_every is None:
+            yield "train.reference_sync_share needs train.reference_sync_every"
         if self.early_stopping is not None and self.eval_every is None:
             yield "train.early_stopping needs train.eval_every: it counts evaluations"
         if self.keep_best and self.eval_every is None:

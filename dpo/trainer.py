@@ -12,17 +12,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo.batching import GroupSampler, StepSampler
+from dpo.accumulation import StepResult, differentiate, evaluate, mean_log_ratio
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
+from dpo.live_reference import LiveReference
 from dpo.losses import Loss, PairLogProbs, make_loss
 from dpo.metrics import ALWAYS_LOGGED, MetricSums
+from dpo.mismatch import mismatched_rows
 from dpo.optim import (
     clip_gradients,
     make_optimizer,
@@ -33,6 +36,7 @@ from dpo.optim import (
 from dpo.policy import Policy
 from dpo.precision import precision_of
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
+from dpo.sampling import make_sampler
 from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
 from dpo.throughput import Throughput, peak_memory_mib
 from dpo.tokenization import TokenizedPairs
@@ -40,6 +44,11 @@ from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
 
 Metrics = Mapping[str, float]
 Callback = Callable[["Trainer", Metrics], None]
+
+
+def uses_live_reference(loss: Loss, config: TrainConfig) -> bool:
+    """Say whether the reference is held in memory: it moves, or the loss reads all of it."""
+    return loss.token_statistic == "reference_kl" or config.reference_sync_every is not None
 
 
 class NonFiniteError(RunError):
@@ -98,6 +107,9 @@ class Trainer:
         reference: ReferenceLogProbs | None = None,
         eval_pairs: TokenizedPairs | None = None,
         eval_reference: ReferenceLogProbs | None = None,
+        mismatched_reference: ReferenceLogProbs | None = None,
+        eval_mismatched_reference: ReferenceLogProbs | None = None,
+        reference_weights: Mapping[str, Tensor] | None = None,
         starts_at_reference: bool = True,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -112,6 +124,11 @@ class Trainer:
             reference: reference log-probs of ``pairs``; the policy's own at the start if not given.
             eval_pairs: what to evaluate on.
             eval_reference: reference log-probs of ``eval_pairs``.
+            mismatched_reference: those of ``mismatched_rows(pairs, seed=config.seed)``, for a loss
+                with ``needs_mismatch``.
+            eval_mismatched_reference: the same of ``eval_pairs``.
+            reference_weights: a reference of the policy's architecture, by parameter name, where
+                the reference is live (`uses_live_reference`); else the policy as it starts.
             starts_at_reference: the policy is its own reference, so the first loss is known and
                 checked.
             callbacks: called with the trainer and each line of metrics.
@@ -137,16 +154,20 @@ class Trainer:
         self.device = next(policy.parameters()).device
         self.callbacks = list(callbacks)
         self.starts_at_reference = starts_at_reference
+        self.live_reference = (
+            LiveReference(policy, reference_weights)
+            if uses_live_reference(self.loss, self.config)
+            else None
+        )
+        self.running = torch.tensor(self.loss.running_start, device=self.device)  # (S,)
         self.batches = self._batches(pairs, reference)
-        self.eval_batches = (
-            None if eval_pairs is None else self._batches(eval_pairs, eval_reference)
-        )
-        self.sampler: StepSampler | GroupSampler = (
-            GroupSampler(pairs.prompt_groups, self.config.batch_size, self.config.seed)
-            if self.config.group_prompts
-            else StepSampler(len(pairs), self.config.batch_size, self.config.seed)
-        )
-        self.total_steps = self.config.total_steps(len(pairs))
+        self.mismatched = self._mismatched(pairs, mismatched_reference)
+        self.eval_batches = self.eval_mismatched = None
+        if eval_pairs is not None:
+            self.eval_batches = self._batches(eval_pairs, eval_reference)
+            self.eval_mismatched = self._mismatched(eval_pairs, eval_mismatched_reference)
+        self.sampler = make_sampler(self.loss, pairs, self.config)
+        self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
         self.optimizer = make_optimizer(
             self.config.optimizer,
@@ -170,15 +191,32 @@ class Trainer:
     def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
         if not len(pairs):
             raise InputError("there are no pairs to train or evaluate on")
-        self.loss.check(margins=pairs.margins, label_probs=pairs.label_probs)
-        batches = MicroBatches(
-            pairs,
-            reference,
-            micro_batch_size=self.config.micro_batch_size,
-            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
-            share_prefix=self.config.share_prefix,
+        self.loss.check(pairs)
+        return self._with_reference(
+            MicroBatches(
+                pairs,
+                reference,
+                micro_batch_size=self.config.micro_batch_size,
+                tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+                share_prefix=self.config.share_prefix,
+                draw_seed=self.config.seed if self.loss.draws else None,
+                with_chains=self.loss.sees_chains,
+            )
         )
-        if reference is not None or not self.loss.needs_reference:
+
+    def _mismatched(
+        self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None
+    ) -> MicroBatches | None:
+        if not self.loss.needs_mismatch:
+            return None
+        rows = mismatched_rows(pairs, seed=self.config.seed)
+        return self._with_reference(replace(self.batches, pairs=rows, reference=reference))
+
+    def _with_reference(self, batches: MicroBatches) -> MicroBatches:
+        """Compute the reference log-probs, if they are needed, not given and not live."""
+        if batches.reference is not None or not self.loss.needs_reference:
+            return batches
+        if self.live_reference is not None:
             return batches
         return replace(batches, reference=self._own_reference(batches))
 
@@ -237,31 +275,43 @@ class Trainer:
         """
         started = time.perf_counter()
         rows = self.sampler.rows(self.step)
-        total_weight = self._total_weight(rows)
-        sums = MetricSums()
-        values = []
-        for batch_rows in self.batches.split(rows):
-            scored = self._score(batch_rows, self.batches)
-            loss, weight = self.loss(scored.pairs), self.loss.pair_weights(scored.pairs)
-            self.scaler.scale((weight * loss).sum() / total_weight).backward()
-            sums.add(self.loss, scored, loss.detach())
-            values.append(loss.detach())
+        result = self._differentiate(rows, self._total_weight(rows))
         set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm)
-        if self._is_finite(norm, torch.cat(values)):
+        if self._is_finite(norm, result.losses):
             self._update(norm)
-            self._window.merge(sums)
+            self.running = result.running
+            self._window.merge(result.sums)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens = int(self.batches.pairs.lengths()[rows].sum())
         self.tokens_seen += tokens
         self._throughput.add(len(rows), tokens, time.perf_counter() - started)
 
-    def _score(self, rows: Sequence[int], batches: MicroBatches) -> ScoredPairs:
-        batch = batches.collate(rows).to(self.device)
+    def _differentiate(self, rows: Sequence[int], total_weight: float) -> StepResult:
+        """Add the gradient of a step of ``rows`` to that of the parameters."""
+        return differentiate(
+            self.loss,
+            partial(self._score, batches=self.batches, step=self.step + 1),
+            self.batches.split(rows),
+            rows,
+            running=self.running,
+            mismatch=self._mismatch(self.mismatched, rows),
+            total_weight=total_weight,
+            scale=self.scaler.scale,
+        )
+
+    def _mismatch(self, batches: MicroBatches | None, rows: Sequence[int]) -> Tensor:
+        """Return the mean log-ratio of the mismatched answers of ``rows``, 0 if none are needed."""
+        if batches is None:
+            return torch.zeros((), device=self.device)
+        return mean_log_ratio(partial(self._score, batches=batches), batches.split(rows))
+
+    def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
+        batch = batches.collate(rows, step=step).to(self.device)
         with self.precision.context(self.device):
-            return score_batch(self.policy, batch)
+            return score_batch(self.policy, batch, self.loss, self.live_reference)
 
     def _total_weight(self, rows: Sequence[int]) -> float:
         """Sum of the loss's pair weights over a whole step, known before the first forward pass."""
@@ -304,10 +354,9 @@ class Trainer:
         guilty = []
         for row in rows:
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.loss(self._score([row], self.batches).pairs)
-            loss.sum().backward()
+            losses = self._differentiate([row], total_weight=1.0).losses
             norm = clip_gradients(self.module.parameters(), None)
-            if not bool(norm.isfinite() & loss.isfinite().all()):
+            if not bool(norm.isfinite() & losses.isfinite().all()):
                 guilty.append(row)
         return guilty or rows
 
@@ -321,6 +370,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._norms.append(norm)
+        every = self.config.reference_sync_every
+        if every is not None and (self.step + 1) % every == 0:
+            assert self.live_reference is not None
+            assert self.config.reference_sync_share is not None
+            self.live_reference.follow(self.config.reference_sync_share)
 
     @property
     def learning_rate(self) -> float:
@@ -339,19 +393,24 @@ class Trainer:
         """
         if self.batches.reference is None or not self.starts_at_reference:
             return
-        pairs = self._score(self.batches.split(self.sampler.rows(0))[0], self.batches).pairs
+        pairs = self._score(self.batches.split(self.sampler.rows(0))[0], self.batches).loss_pairs
         tokens = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens])
         gaps = torch.stack([pairs.chosen_log_ratio, pairs.rejected_log_ratio]).abs()
         if bool((gaps <= self.precision.noise * tokens.sqrt()).all()):
             return
-        found, expected = self.loss(pairs).mean(), self.loss.at_reference(pairs).mean()
         raise RunError(
             f"the policy does not start at its reference: an answer's log-prob differs by "
-            f"{gaps.max():.4g} nats, the first loss is {found:.6g} and should be {expected:.6g}. "
+            f"{gaps.max():.4g} nats, {self._first_loss(pairs)}. "
             "Likely causes: the reference log-probs are of another model or of other tokens "
             "(template, tokenizer), or the policy has dropout. If another reference is meant, "
             "say starts_at_reference=False"
         )
+
+    def _first_loss(self, pairs: PairLogProbs) -> str:
+        """Say what the loss of the first micro-batch is and what it should be."""
+        pairs = replace(pairs, running=self.running)
+        found, expected = self.loss(pairs).mean(), self.loss.at_reference(pairs).mean()
+        return f"the first loss is {found:.6g} and should be {expected:.6g}"
 
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the held-out pairs; the result does not depend on the batch size.
@@ -360,11 +419,16 @@ class Trainer:
             ``step`` and the metrics under ``eval/``.
         """
         assert self.eval_batches is not None, "the trainer has no eval_pairs"
-        sums = MetricSums()
+        rows = range(len(self.eval_batches.pairs))
         self.module.eval()
-        for rows in self.eval_batches.split_sorted(range(len(self.eval_batches.pairs))):
-            scored = self._score(rows, self.eval_batches)
-            sums.add(self.loss, scored, self.loss(scored.pairs))
+        sums = evaluate(
+            self.loss,
+            partial(self._score, batches=self.eval_batches),
+            self.eval_batches.split_sorted(rows),
+            rows,
+            running=self.running,
+            mismatch=self._mismatch(self.eval_mismatched, rows),
+        )
         self.module.train()
         return {"step": self.step} | {f"eval/{k}": v for k, v in sums.result().items()}
 
@@ -423,6 +487,8 @@ class Trainer:
             "model": {name: p.detach() for name, p in self.module.named_parameters()},
             "optimizer": optimizer_tensors(self.optimizer, self.module),
             "random": {"cpu": torch.get_rng_state()},
+            "loss": {"running": self.running},
+            **({"reference": self.live_reference.weights} if self.live_reference else {}),
         }
 
     def restore(
@@ -439,6 +505,9 @@ class Trainer:
                 parameter.copy_(tensors["model"][name])
         restore_optimizer(self.optimizer, self.module, tensors["optimizer"])
         torch.set_rng_state(tensors["random"]["cpu"])
+        self.running = tensors["loss"]["running"].to(self.device)
+        if self.live_reference is not None:
+            self.live_reference.restore(tensors["reference"])
         self.step = int(state["step"])
         self.skipped_steps = int(state["skipped_steps"])
         self.tokens_seen = int(state["tokens_seen"])

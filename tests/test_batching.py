@@ -6,15 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.batching import (
-    GroupSampler,
-    StepSampler,
-    collate,
-    collate_answers,
-    collate_forest,
-    pack,
-    permuted,
-)
+from dpo.batching import collate, collate_answers, collate_forest, pack
+from dpo.sampling import GroupSampler, StepSampler, permuted
 from dpo.segments import Segments
 from dpo.tokenization import TokenizedPair
 

@@ -50,7 +50,7 @@ def test_log_probs_equal_the_definition_for_any_tile(
 ) -> None:
     hidden, weight, bias, targets = problem()
     head = OutputHead(weight, bias if has_bias else None, *HEADS[head_name])
-    scored = token_log_probs(hidden, targets, head, tile_bytes=tile_bytes)
+    scored = token_log_probs(hidden, targets, head, tile_bytes=tile_bytes, with_square=True)
     log_softmax = naive(hidden, head)
     expected = TokenLogProbs(
         log_softmax[torch.arange(K), targets],
@@ -60,6 +60,9 @@ def test_log_probs_equal_the_definition_for_any_tile(
     torch.testing.assert_close(scored.log_probs, expected.log_probs, rtol=0, atol=1e-12)
     torch.testing.assert_close(scored.entropy, expected.entropy, rtol=0, atol=1e-12)
     assert torch.equal(scored.is_top, expected.is_top)
+    assert scored.log_square is not None
+    log_square = (2 * log_softmax).logsumexp(dim=1)
+    torch.testing.assert_close(scored.log_square, log_square, rtol=0, atol=1e-12)
 
 
 def test_bfloat16_products_keep_float32_sums() -> None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ import dpo.metrics
 from dpo.batching import AnswerBatch, PairBatch
 from dpo.log_probs import TokenLogProbs
 from dpo.losses import PairLogProbs, make_loss
+from dpo.losses.base import PAIR_COLUMNS
 from dpo.metrics import MetricSums, TokenStatistics, k3_estimate
 from dpo.scoring import ScoredPairs
 from dpo.segments import Segments, TokenStream, plan_attention
@@ -24,6 +26,10 @@ SIGMOID = make_loss("sigmoid", beta=0.1)
 
 def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+def changed(pairs: PairLogProbs, change: Callable[[Tensor], Tensor]) -> PairLogProbs:
+    return PairLogProbs(*(change(getattr(pairs, name)) for name in PAIR_COLUMNS))
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Window:
     def rows(self, rows: list[int]) -> "Window":
         k3 = self.tokens.k3
         return Window(
-            PairLogProbs(*(getattr(self.pairs, field.name)[rows] for field in fields(self.pairs))),
+            changed(self.pairs, lambda column: column[rows]),
             self.losses[rows],
             self.weights[rows],
             (self.rewards[0][rows], self.rewards[1][rows]),
@@ -267,7 +273,7 @@ def test_sums_of_float32_columns_keep_float64_digits() -> None:
     """Gaps of 100 with a spread of 0.01: a float32 variance would be round-off alone."""
     window = random_window(0, 1000)
     chosen = (100 + 0.01 * torch.rand(1000, generator=torch.Generator().manual_seed(0))).float()
-    pairs = PairLogProbs(*(getattr(window.pairs, f.name).float() for f in fields(window.pairs)))
+    pairs = changed(window.pairs, Tensor.float)
     sums = MetricSums()
     sums.update(pairs, chosen, pairs.weight, (chosen, torch.zeros(1000)))
     longer = (pairs.chosen_tokens - pairs.rejected_tokens).double()
@@ -361,7 +367,7 @@ def test_loss_that_is_not_a_number_is_reported() -> None:
 def test_adding_never_waits_for_the_device() -> None:
     """Meta tensors have no values: reading one raises."""
     window = random_window(0, 4)
-    pairs = PairLogProbs(*(getattr(window.pairs, f.name).to("meta") for f in fields(window.pairs)))
+    pairs = changed(window.pairs, lambda column: column.to("meta"))
     losses = SIGMOID(pairs)
     tokens = TokenStatistics(losses, losses, k3_estimate(losses, losses))
     sums = MetricSums()
@@ -398,7 +404,7 @@ def test_adding_keeps_no_graph() -> None:
 def test_metrics_on_cuda_equal_the_cpu() -> None:
     window, here, there = random_window(0, 24), MetricSums(), MetricSums()
     window.add_to(here)
-    cuda = PairLogProbs(*(getattr(window.pairs, f.name).cuda() for f in fields(window.pairs)))
+    cuda = changed(window.pairs, Tensor.cuda)
     tokens = [getattr(window.tokens, field.name).cuda() for field in fields(window.tokens)]
     there.update(cuda, SIGMOID(cuda), cuda.weight, SIGMOID.rewards(cuda), TokenStatistics(*tokens))
     assert there.result() == pytest.approx(here.result(), rel=1e-10, abs=1e-10)
@@ -422,6 +428,17 @@ def scored_pairs(*, reference: Tensor | None) -> ScoredPairs:
         answer_count=2,
     )
     one = torch.ones(1)
+    pairs = PairLogProbs(
+        chosen=one * -3,
+        rejected=one * -3,
+        reference_chosen=one * -4,
+        reference_rejected=one * -2,
+        chosen_tokens=one * 2,
+        rejected_tokens=one,
+        weight=one,
+        margin=one * 0,
+        label_prob=one,
+    )
     return ScoredPairs(
         batch=PairBatch(texts, reference, weight=one, margin=one * 0, label_prob=one, rows=(0,)),
         tokens=TokenLogProbs(
@@ -429,17 +446,8 @@ def scored_pairs(*, reference: Tensor | None) -> ScoredPairs:
             entropy=torch.tensor([0.5, 1.0, 1.5]),
             is_top=torch.tensor([True, True, False]),
         ),
-        pairs=PairLogProbs(
-            chosen=one * -3,
-            rejected=one * -3,
-            reference_chosen=one * -4,
-            reference_rejected=one * -2,
-            chosen_tokens=one * 2,
-            rejected_tokens=one,
-            weight=one,
-            margin=one * 0,
-            label_prob=one,
-        ),
+        pairs=pairs,
+        loss_pairs=pairs,
     )
 
 

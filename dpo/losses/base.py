@@ -1,28 +1,34 @@
 """What every loss has in common: its input, its interface and the checks of its options.
 
-Shapes: P pairs.
+Shapes: P pairs, K answer tokens, S running statistics.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, ClassVar, Final, Literal, get_args, get_origin
 
-import numpy as np
+import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo.errors import InputError
+from dpo.tokenized_pairs import TokenizedPairs
 
 MAX_EXPONENT = 80.0  # e^80 = 5.5e34 is finite in float32, with room for a sum over the step
 
 Positive = Annotated[float, "(0, inf)"]
 NonNegative = Annotated[float, "[0, inf)"]
 
+TokenStatistic = Literal["typicality", "reference_kl"]
+NOT_GIVEN: Final = torch.zeros(())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PairLogProbs:
-    """What the losses see of P pairs; every field is (P,), float32 in training.
+    """What the losses see of P pairs; the fields are (P,), float32 in training.
+
+    An unpaired row has one answer: the other has 0 tokens and log-probs of 0. Fields from
+    ``chosen_statistic`` on are there for the losses that ask for them, and 0 for others.
 
     Attributes:
         chosen: sequence log-probs of the chosen answers, in nats.
@@ -34,6 +40,13 @@ class PairLogProbs:
         weight: weight of the row in the step's mean.
         margin: gap in reward that the pair should have.
         label_prob: probability that chosen is the better answer.
+        chosen_statistic: sum over the chosen answer's tokens of ``Loss.token_statistic``.
+        rejected_statistic: the same of the rejected answers.
+        draw: uniform random number in [0, 1) of the pair in this step.
+        chain: int64, equal for neighbouring pairs of which each one's rejected answer is the chosen
+            one of the next: together they rank a list of answers, the best first.
+        mismatch: (), mean log-ratio over the step of answers to other prompts.
+        running: (S,), the loss's running statistics.
     """
 
     chosen: Tensor
@@ -45,6 +58,22 @@ class PairLogProbs:
     weight: Tensor
     margin: Tensor
     label_prob: Tensor
+    chosen_statistic: Tensor = NOT_GIVEN
+    rejected_statistic: Tensor = NOT_GIVEN
+    draw: Tensor = NOT_GIVEN
+    chain: Tensor = NOT_GIVEN
+    mismatch: Tensor = NOT_GIVEN
+    running: Tensor = NOT_GIVEN
+
+    @property
+    def has_chosen(self) -> Tensor:
+        """Return 1 where there is a chosen answer, else 0, (P,)."""
+        return (self.chosen_tokens > 0).to(self.chosen.dtype)
+
+    @property
+    def has_rejected(self) -> Tensor:
+        """Return 1 where there is a rejected answer, else 0, (P,)."""
+        return (self.rejected_tokens > 0).to(self.rejected.dtype)
 
     @property
     def chosen_log_ratio(self) -> Tensor:
@@ -74,6 +103,11 @@ class PairLogProbs:
         )
 
 
+PAIR_COLUMNS: Final = tuple(
+    field.name for field in fields(PairLogProbs) if field.default is not NOT_GIVEN
+)
+
+
 @dataclass(frozen=True)
 class Loss(ABC):
     """One value per pair; the fields of a subclass are its options.
@@ -83,11 +117,28 @@ class Loss(ABC):
 
     Attributes:
         needs_reference: whether the reference's log-probs are read.
+        needs_mismatch: whether ``mismatch`` is read.
         reads: which of the columns ``margin`` and ``label_prob`` are read.
+        takes_unpaired: whether rows with one answer are understood.
+        sees_whole_step: whether a pair's value depends on other pairs of the step: the loss is then
+            called with all of them, in the order of the step.
+        sees_chains: whether ``chain`` is read; a step then holds ``batch_size`` whole chains.
+        draws: whether random numbers are read.
+        token_statistic: what is summed over the tokens of an answer: "typicality", ``log p(token) -
+            log sum p^2`` without gradient, or "reference_kl", the KL divergence of the policy's
+            next-token distribution from the reference's.
+        running_start: the running statistics before the first step, S numbers.
     """
 
     needs_reference: ClassVar[bool] = True
+    needs_mismatch: ClassVar[bool] = False
     reads: ClassVar[frozenset[str]] = frozenset()
+    takes_unpaired: ClassVar[bool] = False
+    sees_whole_step: ClassVar[bool] = False
+    sees_chains: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    token_statistic: ClassVar[TokenStatistic | None] = None
+    running_start: ClassVar[tuple[float, ...]] = ()
 
     def __post_init__(self) -> None:
         """Check each option against its annotation.
@@ -112,28 +163,43 @@ class Loss(ABC):
         """Return the weight of each pair in the step's mean, (P,); depends on the data alone."""
         return pairs.weight
 
+    def update(self, pairs: PairLogProbs) -> Tensor:
+        """Return the running statistics, (S,), from those in ``pairs`` and all pairs of a step."""
+        return pairs.running
+
     def at_reference(self, pairs: PairLogProbs) -> Tensor:
         """Return the loss of each pair if the policy were the reference, (P,)."""
         return self(
             replace(pairs, chosen=pairs.reference_chosen, rejected=pairs.reference_rejected)
         )
 
-    def check(self, *, margins: NDArray[np.float32], label_probs: NDArray[np.float32]) -> None:
+    def check(self, pairs: TokenizedPairs) -> None:
         """Refuse a data set that says something which this loss would ignore.
 
-        Args:
-            margins: the data set's margin column; 0 says nothing.
-            label_probs: the data set's label_prob column; 1 says nothing.
-
         Raises:
-            InputError: a column that the loss does not read says something.
+            InputError: a column that the loss does not read says something, rows lack an answer
+            that the loss compares, or the loss refuses the values of a column.
         """
-        for column, speaks in (("margin", margins != 0), ("label_prob", label_probs != 1)):
+        silence = {"margin": (pairs.margins, 0), "label_prob": (pairs.label_probs, 1)}
+        for column, (values, nothing) in silence.items():
+            speaks = values != nothing
             if column not in self.reads and speaks.any():
                 raise InputError(
                     f"{speaks.sum()} pairs have a {column} (the first is pair {speaks.argmax()}), "
                     f"which {self} does not read: remove the column or choose a loss that reads it"
                 )
+        unpaired = (pairs.lengths() == 0).any(axis=1)
+        if unpaired.any() and not self.takes_unpaired:
+            raise InputError(
+                f"{unpaired.sum()} rows have one answer (the first is row {unpaired.argmax()}), "
+                f"where {self} compares two: choose a loss for unpaired rows, kto or bco"
+            )
+        if faults := self.value_faults(pairs):
+            raise InputError("; ".join(faults))
+
+    def value_faults(self, pairs: TokenizedPairs) -> list[str]:
+        """Return what is wrong with the columns that this loss reads; nothing in general."""
+        return []
 
 
 MARGIN = frozenset({"margin"})

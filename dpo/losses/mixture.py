@@ -1,13 +1,14 @@
 """A weighted sum of losses on the same pairs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from dpo.errors import InputError
 from dpo.losses.base import Loss, PairLogProbs
+from dpo.losses.token_level import TokenLoss
+from dpo.tokenized_pairs import TokenizedPairs
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Mixture(Loss):
         terms: each loss with its coefficient, above 0.
 
     Raises:
-        InputError: there are fewer than two terms, or a coefficient is not above 0 and finite.
+        InputError: there are fewer than two terms, a coefficient is not above 0 and finite, or
+        terms look at single tokens in ways that do not go together.
     """
 
     terms: tuple[tuple[Loss, float], ...]
@@ -34,32 +36,51 @@ class Mixture(Loss):
             if not 0 < coefficient < float("inf"):
                 raise InputError(f"the coefficient of {loss} must be above 0, got {coefficient}")
         losses = [loss for loss, _ in self.terms]
-        # of this mixture, in place of those of the class
-        object.__setattr__(self, "needs_reference", any(loss.needs_reference for loss in losses))
-        object.__setattr__(self, "reads", frozenset().union(*(loss.reads for loss in losses)))
+        for loss in losses:
+            if isinstance(loss, TokenLoss):
+                raise InputError(f"{loss} changes single tokens: it cannot be a term of a mixture")
+        statistics = {loss.token_statistic for loss in losses} - {None}
+        if len(statistics) > 1:
+            raise InputError("wpo and tdpo cannot be terms of one mixture: each sums another thing")
+        self._be(
+            needs_reference=any(loss.needs_reference for loss in losses),
+            needs_mismatch=any(loss.needs_mismatch for loss in losses),
+            reads=frozenset().union(*(loss.reads for loss in losses)),
+            takes_unpaired=all(loss.takes_unpaired for loss in losses),
+            sees_whole_step=any(loss.sees_whole_step for loss in losses),
+            sees_chains=any(loss.sees_chains for loss in losses),
+            draws=any(loss.draws for loss in losses),
+            token_statistic=next(iter(statistics), None),
+            running_start=tuple(value for loss in losses for value in loss.running_start),
+        )
+
+    def _be(self, **traits: object) -> None:
+        """Set the traits of this mixture in place of those of the class."""
+        for name, value in traits.items():
+            object.__setattr__(self, name, value)
+
+    def _parts(self, pairs: PairLogProbs) -> list[PairLogProbs]:
+        """Return for each term the pairs with its own running statistics."""
+        sizes = [len(loss.running_start) for loss, _ in self.terms]
+        if not sum(sizes):
+            return [pairs] * len(sizes)
+        return [replace(pairs, running=part) for part in pairs.running.split(sizes)]
 
     def __call__(self, pairs: PairLogProbs) -> Tensor:
         """Return the weighted sum for each pair, (P,)."""
-        (first, coefficient), *others = self.terms
-        total = coefficient * first(pairs)
-        for loss, coefficient in others:
-            total = total + coefficient * loss(pairs)
-        return total
+        terms = zip(self.terms, self._parts(pairs), strict=True)
+        values = [coefficient * loss(part) for (loss, coefficient), part in terms]
+        return torch.stack(values).sum(dim=0)
+
+    def update(self, pairs: PairLogProbs) -> Tensor:
+        """Return the running statistics of all terms, one after another, (S,)."""
+        parts = zip(self.terms, self._parts(pairs), strict=True)
+        return torch.cat([loss.update(part) for (loss, _), part in parts if loss.running_start])
 
     def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
         """Return the rewards of the first term, (P,) each."""
         return self.terms[0][0].rewards(pairs)
 
-    def check(self, *, margins: NDArray[np.float32], label_probs: NDArray[np.float32]) -> None:
-        """Refuse a column that no term reads, and what a term refuses of those that it reads.
-
-        Raises:
-            InputError: as the terms do.
-        """
-        super().check(margins=margins, label_probs=label_probs)
-        silent = {"margin": np.zeros_like(margins), "label_prob": np.ones_like(label_probs)}
-        for loss, _ in self.terms:
-            loss.check(
-                margins=margins if "margin" in loss.reads else silent["margin"],
-                label_probs=label_probs if "label_prob" in loss.reads else silent["label_prob"],
-            )
+    def value_faults(self, pairs: TokenizedPairs) -> list[str]:
+        """Return the faults that the terms find."""
+        return [fault for loss, _ in self.terms for fault in loss.value_faults(pairs)]

@@ -4,10 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo.errors import InputError
@@ -22,6 +20,7 @@ from dpo.losses.base import (
     bradley_terry,
     negative_log_likelihood,
 )
+from dpo.tokenized_pairs import TokenizedPairs
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Sigmoid(ReferenceLoss):
 
     With ``label_smoothing = e`` it is conservative DPO, ``-(1-e) ls(z) - e ls(-z)`` of the same
     logit ``z``: Mitchell 2023, https://ericmitchell.ai/cdpo.pdf. A row's ``label_prob = p`` is that
-    row's own smoothing, ``e = 1 - p``. ``check`` refuses to be given both.
+    row's own smoothing, ``e = 1 - p``. Both together are refused.
     """
 
     reads = MARGIN_AND_LABEL_PROB
@@ -44,18 +43,14 @@ class Sigmoid(ReferenceLoss):
             )
         return bradley_terry(self.beta * pairs.log_ratio_gap, pairs)
 
-    def check(self, *, margins: NDArray[np.float32], label_probs: NDArray[np.float32]) -> None:
-        """Refuse a data set with label probabilities if the labels are smoothed as well.
-
-        Raises:
-            InputError: both are given.
-        """
-        super().check(margins=margins, label_probs=label_probs)
-        if self.label_smoothing and (label_probs != 1).any():
-            raise InputError(
-                f"loss.label_smoothing={self.label_smoothing} and the data's label_prob column "
-                "both say how far to trust a label: set the option to 0 or remove the column"
-            )
+    def value_faults(self, pairs: TokenizedPairs) -> list[str]:
+        """Return a fault if labels have probabilities and are smoothed as well."""
+        if not self.label_smoothing or (pairs.label_probs == 1).all():
+            return []
+        return [
+            f"loss.label_smoothing={self.label_smoothing} and the data's label_prob column "
+            "both say how far to trust a label: set the option to 0 or remove the column"
+        ]
 
 
 @dataclass(frozen=True)
@@ -286,6 +281,32 @@ class Dpop(ReferenceLoss):
         """Return the loss of each pair, (P,)."""
         gap = pairs.log_ratio_gap - self.penalty * F.relu(-pairs.chosen_log_ratio)
         return bradley_terry(self.beta * gap, pairs)
+
+
+@dataclass(frozen=True)
+class Odpo(ReferenceLoss):
+    """``-ls(beta D - alpha log m)``: DPO with an offset, Amini et al., arXiv:2402.10571.
+
+    ``margin`` holds the gap between the answers' scores, above 0.
+    """
+
+    reads = MARGIN_AND_LABEL_PROB
+    alpha: NonNegative = 1.0
+
+    def __call__(self, pairs: PairLogProbs) -> Tensor:
+        """Return the loss of each pair, (P,)."""
+        offset = self.alpha * pairs.margin.log()
+        return bradley_terry(self.beta * pairs.log_ratio_gap, replace(pairs, margin=offset))
+
+    def value_faults(self, pairs: TokenizedPairs) -> list[str]:
+        """Return a fault if a gap has no logarithm."""
+        faulty = pairs.margins <= 0
+        if not faulty.any():
+            return []
+        return [
+            "odpo takes the logarithm of margin, the gap between the answers' scores: "
+            f"{faulty.sum()} pairs have none above 0 (the first is pair {faulty.argmax()})"
+        ]
 
 
 @dataclass(frozen=True)
