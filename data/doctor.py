@@ -1,6 +1,6 @@
 """The data doctor: goes through files of preference pairs and reports what is odd about which row.
 
-Shapes: N rows that can be trained on.
+Shapes: N rows that can be trained on and have two answers.
 """
 
 import math
@@ -83,7 +83,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Lengths of the answers of all rows that can be trained on, (N,), in ``unit``."""
+    """Lengths of both answers of all rows that can be trained on, (N,), in ``unit``."""
 
     unit: str
     chosen: NDArray[np.int64]
@@ -111,7 +111,7 @@ class Lengths:
     def describe(self) -> str:
         """Return one sentence about both figures."""
         if not len(self.chosen):
-            return "No row can be trained on, so there are no lengths."
+            return "No row can be trained on as a pair, so there are no lengths to compare."
         longer = "longer" if self.mean_difference >= 0 else "shorter"
         return (
             f"Chosen answers are {abs(self.mean_difference):,.1f} {self.unit} {longer} on average; "
@@ -272,7 +272,8 @@ class _Examination:
             if detail := find(row):
                 self._find(name, row, detail)
         if self._tokenizer is None:
-            self._lengths.append((len(row.texts.chosen), len(row.texts.rejected)))
+            if not row.pair.is_unpaired:
+                self._lengths.append((len(row.texts.chosen), len(row.texts.rejected)))
             return
         self._waiting.append(row)
         if len(self._waiting) == TOKENIZED_AT_ONCE:

@@ -86,7 +86,10 @@ def _contradiction(_: frozenset[Path]) -> Finder:
         prompt, chosen, rejected = row.texts
         first.setdefault(_digest(prompt, chosen, rejected), row.place)
         place = first.get(_digest(prompt, rejected, chosen), row.place)
-        return None if place == row.place else f"prefers the other answer than {place}"
+        if place == row.place:
+            return None
+        says = "labels the answer otherwise" if row.pair.is_unpaired else "prefers the other answer"
+        return f"{says} than {place}"
 
     return find
 
@@ -127,7 +130,7 @@ CHECKS: dict[str, Check] = {
     "identical": Check("chosen and rejected are the same", "error"),
     "near-identical": Check("chosen and rejected hardly differ", make=_near_identical),
     "duplicate": Check("an earlier row is the same", make=_duplicate),
-    "contradiction": Check("an earlier row prefers the other answer", make=_contradiction),
+    "contradiction": Check("an earlier row says the opposite", make=_contradiction),
     "leak": Check("an evaluation prompt that training has too", make=_leak),
     "typed-token": Check("a special token typed in the text", make=_typed_token),
     "untokenizable": Check(

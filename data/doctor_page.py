@@ -1,6 +1,6 @@
 """The data doctor's findings as one HTML page, without scripts and without anything from outside.
 
-Shapes: N rows that can be trained on, B bins.
+Shapes: N rows that can be trained on and have two answers, B bins.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ def _table(head: str, rows: str) -> str:
 
 def _lengths(lengths: Lengths) -> str:
     if not len(lengths.chosen):
-        return "<p>No row can be trained on.</p>"
+        return f"<p>{escape(lengths.describe())}</p>"
     return (
         f"<p>{escape(lengths.describe())}</p>"
         "<p class=legend><i class=a></i>chosen <i class=b></i>rejected</p>"

@@ -19,7 +19,7 @@ _ASSISTANT_TURN = "\n\nAssistant:"
 
 
 class Texts(NamedTuple):
-    """Prompt and answers as plain text, to compare and to measure."""
+    """Prompt and answers as plain text, to compare and to measure; a missing answer is empty."""
 
     prompt: str
     chosen: str
@@ -115,6 +115,9 @@ def _check_of_fault(row: object, columns: Mapping[str, str]) -> str:
     if not isinstance(row, Mapping):
         return "unreadable"
     found = [columns.get(name, name if name in row else other) for name, other in names.items()]
+    completion = columns.get("completion", "completion")
+    if row.keys().isdisjoint(found) and completion in row:
+        return "unreadable" if plain_text(row[completion]).strip() else "empty"
     answers = [row.get(column, 0) for column in found]
     if not all(answer is None or isinstance(answer, str | list | Mapping) for answer in answers):
         return "unreadable"

@@ -19,7 +19,7 @@ class TokenFinding(NamedTuple):
 
 
 class TokenView(NamedTuple):
-    """The findings, and the tokens of both answers of each pair that has any."""
+    """The findings, and the tokens of both answers of each row that has both."""
 
     findings: list[TokenFinding]
     answer_lengths: list[tuple[int, int]]
@@ -36,7 +36,8 @@ def view_tokens(
         findings += _reported(tokenization)
         for row in tokenization.pairs:
             findings += _found(row, named[int(row.id)], tokenizer, max_length)
-            lengths.append((len(row.chosen_ids), len(row.rejected_ids)))
+            if not named[int(row.id)].is_unpaired:
+                lengths.append((len(row.chosen_ids), len(row.rejected_ids)))
     return TokenView(sorted(findings), lengths)
 
 
@@ -88,7 +89,7 @@ def _found(
         ("rejected", row.rejected_ids, pair.rejected),
     ):
         count = sum(id_ in tokenizer.eos_ids for id_ in ids.tolist())
-        messages = 1 if isinstance(answer, str) else len(answer)
+        messages = 1 if isinstance(answer, str) else len(answer or ())
         if count > messages:
             ends.append(f"{name} has {count} end tokens where {messages} would do")
     if ends:

@@ -22,7 +22,7 @@ from dpo.data.texts import json_line
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_directory, check_replaceable, write_manifest
 from dpo.pair import Message, PreferencePair, Text
-from dpo.pair_rows import OPTIONAL, REQUIRED, pair_to_row
+from dpo.pair_rows import FIELDS, OPTIONAL, pair_to_row
 from dpo.preferences import load_pairs
 
 
@@ -174,7 +174,7 @@ def _pairs(source: str | Path, columns: Mapping[str, str] | None = None) -> list
 def _chosen(pairs: Mapping[str, Sequence[PreferencePair]]) -> dict[str, list[Demonstration]]:
     """Return the chosen answers; a file of pairs does not say how good they are."""
     return {
-        split: [Demonstration(pair.prompt, pair.chosen) for pair in rows]
+        split: [Demonstration(pair.prompt, pair.chosen) for pair in rows if pair.chosen is not None]
         for split, rows in pairs.items()
     }
 
@@ -223,6 +223,8 @@ def _write_openai(source: ExportSource, folder: Path) -> None:
 
 
 def _openai_row(pair: PreferencePair) -> JSON:
+    if pair.chosen is None or pair.rejected is None:
+        raise InputError("the format openai holds pairs alone, and a row has one answer alone")
     return {
         "input": {
             "messages": _messages(pair.prompt, "user"),
@@ -287,9 +289,9 @@ def _write_parquet(source: ExportSource, folder: Path) -> None:
 
 
 def _columns(source: ExportSource) -> list[str]:
-    """Return the fields that any pair has, in the order of `PreferencePair`."""
+    """Return the fields that any pair has, in the order of `FIELDS`."""
     used = {name for pairs in source.pairs.values() for pair in pairs for name in pair_to_row(pair)}
-    return [name for name in REQUIRED + OPTIONAL if name in used]
+    return [name for name in FIELDS if name in used]
 
 
 _HUGGINGFACE_SPLITS = {"eval": "test"}
@@ -301,7 +303,8 @@ EXPORTERS: dict[str, Exporter] = {
         _write_huggingface,
         keeps=_ALL,
         usage="`datasets.load_dataset(FOLDER)` gives the splits `train` and `test` with the "
-        "columns `prompt`, `chosen` and `rejected`, which TRL's `DPOTrainer` takes as they are.",
+        "columns `prompt`, `chosen` and `rejected`, which TRL's `DPOTrainer` takes as they are, or "
+        "`prompt`, `completion` and `label` of unpaired answers, which `KTOTrainer` takes.",
     ),
     "openai": Exporter(
         _write_openai,
@@ -314,14 +317,15 @@ EXPORTERS: dict[str, Exporter] = {
         keeps=frozenset(),
         usage="One conversation a line, `{messages: [...]}`, for supervised fine-tuning: of a data "
         "set of decisions the best action of each prompt, if its reward is above zero; of a file "
-        "of pairs every chosen answer. Rewards are not in the text.",
+        "of pairs every chosen answer, of unpaired answers those of label true. Rewards are not in "
+        "the text.",
     ),
     "prompt-completion": Exporter(
         _write_prompt_completion,
         keeps=frozenset(),
         usage="One object a line with `prompt` and `completion`, for supervised fine-tuning: of a "
         "data set of decisions the best action of each prompt, if its reward is above zero; of a "
-        "file of pairs every chosen answer.",
+        "file of pairs every chosen answer, of unpaired answers those of label true.",
     ),
     "csv": Exporter(
         _write_csv,

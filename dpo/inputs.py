@@ -235,7 +235,7 @@ def _read(
     )
     if config.ranked is not None and source == config.data and loaded.format != RANKED_LAYOUT:
         raise InputError(f"ranked has no effect: {source} holds {loaded.format}")
-    console.say(f"{source}: {len(loaded.pairs):,} pairs, {loaded.format}")
+    console.say(f"{source}: {_counted(loaded.pairs)}, {loaded.format}")
     if loaded.ignored_columns:
         console.say(f"{source}: columns that are not read: {', '.join(loaded.ignored_columns)}")
     if loaded.skipped:
@@ -243,6 +243,15 @@ def _read(
         for fault in loaded.skipped[:_NAMED_ROWS]:
             console.warn(f"  {fault}")
     return replace(loaded, revision=None) if Path(source).exists() else loaded
+
+
+def _counted(pairs: Sequence[PreferencePair]) -> str:
+    """Count the rows in words."""
+    unpaired = sum(pair.is_unpaired for pair in pairs)
+    if not unpaired:
+        return f"{len(pairs):,} pairs"
+    good = sum(pair.rejected is None for pair in pairs)
+    return f"{len(pairs):,} answers, {good:,} chosen and {unpaired - good:,} rejected"
 
 
 def _tokenize(

@@ -1,6 +1,6 @@
 """A preference pair: what it holds, and what must be true of it.
 
-To add a field: a default, a check in ``__post_init__`` and a line in ``pair_rows.parse_row``.
+To add a field: a default, a check in ``__post_init__`` and a line in ``pair_rows._optional``.
 """
 
 import json
@@ -20,14 +20,17 @@ Text: TypeAlias = str | tuple[Message, ...]  # plain text, or a conversation
 class PreferencePair:
     """One prompt with the answer that was preferred and the one that was not.
 
-    The three texts are all plain text or all conversations. The answers of a conversation
-    hold assistant messages alone and continue the prompt; a prompt whose last message is the
-    assistant's is continued inside that message.
+    The texts are all plain text or all conversations. The answers of a conversation hold assistant
+    messages alone and continue the prompt; a prompt whose last message is the assistant's is
+    continued inside that message.
+
+    One of the two answers may be missing: the pair is then an unpaired row, a single answer that is
+    good (``chosen``) or bad (``rejected``) by itself.
 
     Attributes:
         prompt: what both answers answer.
-        chosen: the preferred answer.
-        rejected: the other answer; differs from ``chosen``.
+        chosen: the preferred answer, or None.
+        rejected: the other answer, or None; differs from ``chosen``.
         weight: of this pair's loss within its step, >= 0.
         margin: by how much the chosen reward should exceed the rejected one, in nats.
         label_prob: probability that the label is right, in [0, 1].
@@ -40,8 +43,8 @@ class PreferencePair:
     """
 
     prompt: Text
-    chosen: Text
-    rejected: Text
+    chosen: Text | None
+    rejected: Text | None
     weight: float = 1.0
     margin: float = 0.0
     label_prob: float = 1.0
@@ -51,14 +54,16 @@ class PreferencePair:
 
     def __post_init__(self) -> None:
         faults = [*_text_faults("prompt", self.prompt)]
-        faults += [
-            *_answer_faults("chosen", self.chosen),
-            *_answer_faults("rejected", self.rejected),
-        ]
+        answers = {"chosen": self.chosen, "rejected": self.rejected}
+        there = {name: answer for name, answer in answers.items() if answer is not None}
+        for name, answer in there.items():
+            faults += _answer_faults(name, answer)
+        if not there:
+            faults += ["chosen and rejected are both missing"]
         if not faults and self.chosen == self.rejected:
             faults += ["chosen and rejected are identical"]
-        if len({isinstance(text, str) for text in (self.prompt, self.chosen, self.rejected)}) > 1:
-            faults += ["prompt, chosen and rejected must all be text or all be messages"]
+        if len({isinstance(text, str) for text in (self.prompt, *there.values())}) > 1:
+            faults += [f"prompt, {', '.join(there)} must all be text or all be messages"]
         faults += _number_faults("weight", self.weight, 0.0, math.inf, "a finite number >= 0")
         faults += _number_faults("margin", self.margin, -math.inf, math.inf, "a finite number")
         faults += _number_faults("label_prob", self.label_prob, 0.0, 1.0, "a number in [0, 1]")
@@ -66,6 +71,11 @@ class PreferencePair:
         faults += _tools_faults(self.tools)
         if faults:
             raise InputError("; ".join(faults))
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether there is one answer alone."""
+        return self.chosen is None or self.rejected is None
 
 
 def kind(value: object) -> str:

@@ -21,21 +21,27 @@ To add a layout, add a case to ``_split``.
 A row can also rank several answers: ``prompt``, ``answers`` (each in a form that ``chosen`` may
 have) and ``scores``, a number for each. Every two answers of different scores are then a pair, or
 the best against each other one (`parse_rows`).
+
+Or it holds a single answer that is good or bad by itself: ``prompt`` and ``completion`` in the
+forms of a prompt and an answer above (without a prompt, the completion's last answer is cut off),
+and ``label``, true or false. Such a row is a pair with one answer missing.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
 from dpo.errors import InputError
 from dpo.files import JSON
 from dpo.pair import Message, PreferencePair, Text, kind
 
-REQUIRED = ("prompt", "chosen", "rejected")
-OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools")
+PAIRED = ("chosen", "rejected")
 RANKED = ("answers", "scores")
+UNPAIRED = ("completion", "label")
+OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools")
+FIELDS = ("prompt", *PAIRED, *RANKED, *UNPAIRED, *OPTIONAL)
 RANKED_LAYOUT = "ranked answers"
 RankedPairs = Literal["all", "best"]
 
@@ -49,6 +55,15 @@ class ParsedRow(NamedTuple):
 
     layout: str
     pair: PreferencePair
+
+
+class _Optional(TypedDict):
+    weight: float
+    margin: float
+    label_prob: float
+    source: str | None
+    id: str | None
+    tools: tuple[JSON, ...] | None
 
 
 class _Split(NamedTuple):
@@ -66,32 +81,76 @@ def parse_rows(
     The pair of the answers i and j of a ranked row, counted from 0, has the id ``<row>/<i>-<j>``.
 
     Args:
-        row: as for ``parse_row``.
-        columns: as for ``parse_row``; for a ranked row also of ``answers`` and ``scores``.
-        default_id: as for ``parse_row``.
+        row: the decoded JSON value.
+        columns: field -> column that holds it; other fields keep their names.
+        default_id: the pair's id if the row has none.
         ranked: which answers of a ranked row make a pair: "all" of different scores, or the "best"
             (the first of several) with each worse one.
 
     Raises:
-        InputError: the row is no pair, or ranks nothing; says what was found and expected.
+        InputError: the row is no pair, or ranks nothing; says which field, what was found and what
+            was expected.
     """
-    names = {name: columns.get(name, name) for name in RANKED}
-    others = {name: column for name, column in columns.items() if name not in RANKED}
-    if not (isinstance(row, Mapping) and row.keys() >= set(names.values())):
-        return [parse_row(row, columns=others, default_id=default_id)]
-    answers, scores = (row[column] for column in names.values())
-    order = _ranking(answers, scores)
+    if not isinstance(row, Mapping):
+        raise InputError(f"expected a JSON object, found {kind(row)}")
+    fields = _fields(row, columns)
+    answers = _answer_fields(fields)
+    if missing := [name for name in answers if name not in fields]:
+        raise InputError(
+            f"missing {' and '.join(missing)}; the row has {', '.join(row) or 'nothing'}"
+        )
+    if unused := columns.keys() - {"prompt", *answers, *OPTIONAL}:
+        raise InputError(
+            f"column {columns[min(unused)]!r} (for {min(unused)}) would not be read: the row has "
+            f"{' and '.join(answers)}"
+        )
+    fields.setdefault("id", default_id)
+    if answers is RANKED:
+        return [ParsedRow(RANKED_LAYOUT, _pair(each).pair) for each in _ranked(fields, ranked)]
+    parsed = _unpaired(fields) if answers is UNPAIRED else _pair(fields)
+    layout = "OpenAI preference" if "preferred_output" in row else parsed.layout
+    return [ParsedRow(layout, parsed.pair)]
+
+
+def _answer_fields(fields: Mapping[str, JSON]) -> tuple[str, str]:
+    """Tell which two fields hold what is said of the answers."""
+    if fields.keys() >= set(RANKED):
+        return RANKED
+    return UNPAIRED if "completion" in fields and fields.keys().isdisjoint(PAIRED) else PAIRED
+
+
+def _pair(fields: Mapping[str, JSON]) -> ParsedRow:
+    """Make the pair of a chosen and a rejected answer."""
+    prompt = _text("prompt", fields["prompt"]) if "prompt" in fields else None
+    split = _split(prompt, _text("chosen", fields["chosen"]), _text("rejected", fields["rejected"]))
+    pair = PreferencePair(split.prompt, split.chosen, split.rejected, **_optional(fields))
+    return ParsedRow(split.layout, pair)
+
+
+def _unpaired(fields: Mapping[str, JSON]) -> ParsedRow:
+    """Make the unpaired row of an answer and whether it is good."""
+    label = fields["label"]
+    if label not in (0, 1):
+        found = label if type(label) in (int, float) else kind(label)
+        raise InputError(f"label must be true or false (or 1 or 0), found {found}")
+    prompt = _text("prompt", fields["prompt"]) if "prompt" in fields else None
+    completion = _text("completion", fields["completion"])
+    split = _split(prompt, completion, completion)
+    chosen, rejected = (split.chosen, None) if label else (None, split.chosen)
+    pair = PreferencePair(split.prompt, chosen, rejected, **_optional(fields))
+    return ParsedRow(f"unpaired, {split.layout}", pair)
+
+
+def _ranked(fields: Mapping[str, JSON], ranked: RankedPairs) -> Iterator[dict[str, JSON]]:
+    """Yield the fields of the pairs of a row that ranks answers."""
+    answers = fields["answers"]
+    order = _ranking(answers, fields["scores"])
     assert isinstance(answers, Sequence)
-    rest = {name: value for name, value in row.items() if name not in names.values()}
-    name = _name("id", rest.pop(others.pop("id", "id"), None)) or default_id
-    pairs = []
+    name = _name("id", fields["id"])
     for (better, i), (worse, j) in combinations(order, 2):
-        if better == worse or (ranked == "best" and i != order[0][1]):
-            continue
-        content = {**rest, "id": f"{name}/{i}-{j}", "chosen": answers[i], "rejected": answers[j]}
-        pair = parse_row(content, columns=others, default_id="").pair
-        pairs.append(ParsedRow(RANKED_LAYOUT, pair))
-    return pairs
+        if better > worse and (ranked == "all" or i == order[0][1]):
+            pair = {"id": f"{name}/{i}-{j}", "chosen": answers[i], "rejected": answers[j]}
+            yield {**fields, **pair}
 
 
 def _ranking(answers: JSON, scores: JSON) -> list[tuple[float, int]]:
@@ -115,57 +174,26 @@ def _ranking(answers: JSON, scores: JSON) -> list[tuple[float, int]]:
     return [(numbers[place], place) for place in order]
 
 
-def parse_row(row: JSON, *, columns: Mapping[str, str], default_id: str) -> ParsedRow:
-    """Turn one decoded row into a pair.
-
-    Args:
-        row: the decoded JSON value.
-        columns: field of the pair -> column that holds it; other fields keep their names.
-        default_id: the pair's id if the row has none.
-
-    Raises:
-        InputError: the row is no pair; says which field, what was found and what was expected.
-    """
-    if not isinstance(row, Mapping):
-        raise InputError(f"expected a JSON object, found {kind(row)}")
-    fields = _fields(row, columns)
-    missing = [name for name in ("chosen", "rejected") if name not in fields]
-    if missing:
-        raise InputError(
-            f"missing {' and '.join(missing)}; the row has {', '.join(row) or 'nothing'}"
-        )
-    prompt = _text("prompt", fields["prompt"]) if "prompt" in fields else None
-    split = _split(prompt, _text("chosen", fields["chosen"]), _text("rejected", fields["rejected"]))
-    pair = PreferencePair(
-        split.prompt,
-        split.chosen,
-        split.rejected,
-        weight=_number("weight", fields.get("weight", 1.0)),
-        margin=_number("margin", fields.get("margin", 0.0)),
-        label_prob=_number("label_prob", fields.get("label_prob", 1.0)),
-        source=_name("source", fields.get("source")),
-        id=_name("id", fields.get("id", default_id)),
-        tools=_tools(fields.get("tools")),
-    )
-    return ParsedRow("OpenAI preference" if "preferred_output" in row else split.layout, pair)
-
-
 def check_columns(columns: Mapping[str, str]) -> None:
     """Refuse names of columns for what is no field of a pair.
 
     Raises:
         InputError: names the unknown fields and those that there are.
     """
-    if unknown := columns.keys() - {*REQUIRED, *OPTIONAL, *RANKED}:
+    if unknown := columns.keys() - set(FIELDS):
         raise InputError(
-            f"columns: a pair has no {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(REQUIRED + OPTIONAL)}, and a row of ranked answers {' and '.join(RANKED)}"
+            f"columns: a pair has no {', '.join(sorted(unknown))}; it has {', '.join(FIELDS)}"
         )
 
 
 def pair_to_row(pair: PreferencePair) -> dict[str, JSON]:
-    """Return the row that ``parse_row`` reads back as the same pair; defaults are left out."""
-    row = {name: getattr(pair, name) for name in REQUIRED}
+    """Return the row that ``parse_rows`` reads back as the same pair; defaults are left out."""
+    row: dict[str, JSON] = {"prompt": pair.prompt}
+    if pair.is_unpaired:
+        is_good = pair.chosen is not None
+        row |= {"completion": pair.chosen if is_good else pair.rejected, "label": is_good}
+    else:
+        row |= {"chosen": pair.chosen, "rejected": pair.rejected}
     defaults = PreferencePair("prompt", "chosen", "rejected")
     for name in OPTIONAL:
         if getattr(pair, name) != getattr(defaults, name):
@@ -174,7 +202,7 @@ def pair_to_row(pair: PreferencePair) -> dict[str, JSON]:
 
 
 def _fields(row: Mapping[str, JSON], columns: Mapping[str, str]) -> dict[str, JSON]:
-    """Name the row's columns as a pair's fields; an optional field that is null is absent."""
+    """Name the row's columns by fields; an optional field that is null is absent."""
     absent = [f"{column!r} (for {name})" for name, column in columns.items() if column not in row]
     if absent:
         raise InputError(f"missing column {', '.join(absent)}; the row has {', '.join(row)}")
@@ -184,8 +212,20 @@ def _fields(row: Mapping[str, JSON], columns: Mapping[str, str]) -> dict[str, JS
     fields |= {name: row[column] for name, column in columns.items()}
     return {
         name: fields[name]
-        for name in REQUIRED + OPTIONAL
-        if name in fields and (name in REQUIRED or fields[name] is not None)
+        for name in FIELDS
+        if name in fields and not (name in OPTIONAL and fields[name] is None)
+    }
+
+
+def _optional(fields: Mapping[str, JSON]) -> _Optional:
+    """Return the fields that any row may have."""
+    return {
+        "weight": _number("weight", fields.get("weight", 1.0)),
+        "margin": _number("margin", fields.get("margin", 0.0)),
+        "label_prob": _number("label_prob", fields.get("label_prob", 1.0)),
+        "source": _name("source", fields.get("source")),
+        "id": _name("id", fields["id"]),
+        "tools": _tools(fields.get("tools")),
     }
 
 
@@ -302,7 +342,7 @@ def _beside_text(
         return _Split(layout, _said("user", prompt), chosen, rejected)
     split = _shared_messages(layout, chosen, rejected)
     if not any(message.get("content") == prompt for message in chosen[: len(split.prompt)]):
-        raise InputError("prompt is none of the messages that chosen and rejected share")
+        raise InputError("prompt is none of the messages that come before the answers")
     return split
 
 
@@ -318,7 +358,7 @@ def _shared_messages(layout: str, chosen: _Conversation, rejected: _Conversation
         if left.get("role") != "assistant":
             size = index + 1
     if not size:
-        raise InputError("chosen and rejected share no messages to be the prompt; give a prompt")
+        raise InputError("the answers share no messages to be the prompt; give a prompt")
     return _Split(layout, chosen[:size], chosen[size:], rejected[size:])
 
 
@@ -331,12 +371,12 @@ def _shared_dialogue(layout: str, chosen: str, rejected: str) -> _Split:
     before, mark, answer = chosen.rpartition(_ASSISTANT_TURN)
     if not mark:
         raise InputError(
-            f"no prompt, and chosen has no {_ASSISTANT_TURN!r} to split at; give a prompt column"
+            f"no prompt, and no {_ASSISTANT_TURN!r} in the answer to split at; give a prompt column"
         )
     prompt = before + mark
     other = rejected.removeprefix(prompt)
     if other == rejected or any(
         turn in text for turn in (_HUMAN_TURN, _ASSISTANT_TURN) for text in (answer, other)
     ):
-        raise InputError("chosen and rejected do not share every turn before the last answer")
+        raise InputError("the answers do not share every turn before the last answer")
     return _Split(layout, prompt, answer, other)

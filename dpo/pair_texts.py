@@ -4,18 +4,18 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dpo.errors import InputError
-from dpo.pair import Message, PreferencePair, text_of
+from dpo.pair import Message, PreferencePair, Text, text_of
 from dpo.templates import ChatTemplate
 
 _SHOWN_CHARACTERS = 40  # of two texts, from where they differ
 
 
 class PairTexts(NamedTuple):
-    """The text up to the answers, and what follows it in each of the two."""
+    """The text up to the answers, and what follows it in each of the two; None: no such answer."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    chosen: str | None
+    rejected: str | None
 
 
 def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts:
@@ -29,26 +29,31 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
         InputError: the template refuses the conversation, or writes it so that no prompt can be set
             apart from the answers.
     """
-    match pair.prompt, pair.chosen, pair.rejected:
-        case str(prompt), str(chosen), str(rejected):
-            return PairTexts(prompt, chosen, rejected)
-        case tuple(prompt), tuple(chosen), tuple(rejected) if template is not None:
-            if prompt[-1]["role"] == "assistant":
-                start = template.render_to_continue(prompt, tools=pair.tools)
-            else:
-                start = template.render(prompt, tools=pair.tools, add_generation_prompt=True)
-            wholes = (
-                template.render(_conversation(prompt, answer), tools=pair.tools)
-                for answer in (chosen, rejected)
-            )
-            return PairTexts(start, *(_rest(whole, start, template.name) for whole in wholes))
-    raise InputError("a conversation needs a chat template")
+    prompt = pair.prompt
+    if isinstance(prompt, str):
+        start = prompt
+    elif template is None:
+        raise InputError("a conversation needs a chat template")
+    elif prompt[-1]["role"] == "assistant":
+        start = template.render_to_continue(prompt, tools=pair.tools)
+    else:
+        start = template.render(prompt, tools=pair.tools, add_generation_prompt=True)
+
+    def write(answer: Text | None) -> str | None:
+        if answer is None or isinstance(answer, str):
+            return answer
+        assert template is not None
+        assert not isinstance(prompt, str)
+        whole = template.render(_conversation(prompt, answer), tools=pair.tools)
+        return _rest(whole, start, template.name)
+
+    return PairTexts(start, write(pair.chosen), write(pair.rejected))
 
 
 def written_texts(pair: PreferencePair) -> Iterator[str]:
     """Yield what people and models have written in a pair, without what a template adds."""
     for text in (pair.prompt, pair.chosen, pair.rejected):
-        yield from [text] if isinstance(text, str) else map(text_of, text)
+        yield from [text] if isinstance(text, str) else map(text_of, text or ())
 
 
 def _conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> Sequence[Message]:

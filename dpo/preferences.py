@@ -20,9 +20,10 @@ from dpo.hub import commit_of, fetch_dataset_files, is_dataset_id, split_files
 from dpo.pair import Message, PreferencePair, Text, plain_json
 from dpo.pair_rows import (
     OPTIONAL,
+    PAIRED,
     RANKED,
     RANKED_LAYOUT,
-    REQUIRED,
+    UNPAIRED,
     ParsedRow,
     RankedPairs,
     check_columns,
@@ -229,9 +230,12 @@ class _Reading:
             raise InputError(list_faults(source, self.faults))
         if not self.pairs or self.layout is None:
             raise InputError(f"{source}: no rows; expected at least one preference pair")
-        used = {*REQUIRED, *OPTIONAL, *self.columns.values()}
+        used = {"prompt", *OPTIONAL, *self.columns.values()}
         used |= set() if "prompt" in self.seen_columns else {"conversations"}
-        used |= set(RANKED) if self.layout == RANKED_LAYOUT else set()
+        if self.layout == RANKED_LAYOUT:
+            used |= set(RANKED)
+        else:
+            used |= set(UNPAIRED if self.pairs[0].is_unpaired else PAIRED)
         if self.layout == "OpenAI preference":
             used |= {"input", "preferred_output", "non_preferred_output"}
         ignored = tuple(column for column in self.seen_columns if column not in used)

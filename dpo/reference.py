@@ -59,7 +59,7 @@ class ReferenceLogProbs(Sequence[AnswerLogProbs]):
     Args:
         values: arrays of log-probs, in memory or mapped.
         places: (2 P, 3) int64, chosen and rejected answer of each pair in turn: which array, and
-            where in it the answer begins and ends.
+            where in it the answer begins and ends, which are the same if it is missing.
     """
 
     def __init__(self, values: Sequence[_Sliceable], places: NDArray[np.int64]) -> None:
@@ -143,12 +143,12 @@ class ReferenceCache:
         keys = answer_keys(pairs)
         self._find(keys)
         known = set(self._answers)
-        rows = []
-        for row in range(len(pairs)):
-            answers = keys[2 * row : 2 * row + 2]
-            if not known.issuperset(answers):
-                known.update(answers)
-                rows.append(row)
+        rows: list[int] = []
+        for row, key in zip(_answer_rows(pairs), keys, strict=True):
+            if key not in known:
+                known.add(key)
+                if rows[-1:] != [row]:
+                    rows.append(row)
         return rows
 
     def append(self, pair: TokenizedPair, log_probs: AnswerLogProbs) -> None:
@@ -161,7 +161,7 @@ class ReferenceCache:
         for answer_ids, values in zip((pair.chosen_ids, pair.rejected_ids), log_probs, strict=True):
             _check(pair, answer_ids, values)
             key = _answer_key(pair.prompt_ids, answer_ids)
-            if key not in self._answers and key not in self._waiting:
+            if len(answer_ids) and key not in self._answers and key not in self._waiting:
                 self._waiting[key] = values.astype(np.float32)
                 self._waiting_tokens += len(values)
         now = time.monotonic()
@@ -189,13 +189,15 @@ class ReferenceCache:
         """
         self.flush()
         answers = self._find(answer_keys(pairs))
-        absent = [index // 2 for index, answer in enumerate(answers) if answer is None]
+        rows = _answer_rows(pairs)
+        absent = [row for row, answer in zip(rows, answers, strict=True) if answer is None]
         if absent:
             raise RunError(
                 f"{self.folder}: {len(absent)} answers have no reference log-probs, the first of "
                 f"pair {pairs[absent[0]].id!r} (row {absent[0]}): compute them before the lookup"
             )
-        places = self._places[np.array(answers, dtype=np.int64)]
+        places = np.zeros((2 * len(pairs), 3), np.int64)
+        places[_has_answer(pairs).ravel()] = self._places[np.array(answers, dtype=np.int64)]
         return ReferenceLogProbs([shard.log_probs for shard in self._shards], places)
 
     def _find(self, keys: Sequence[bytes]) -> list[int | None]:
@@ -369,14 +371,29 @@ def verify_sample(
 
 
 def answer_keys(pairs: TokenizedPairs) -> list[bytes]:
-    """Return the key of each answer: 2 P, the chosen and the rejected one of each pair in turn."""
+    """Return the key of each answer that there is: the chosen, then the rejected one of each pair.
+
+    Those are 2 P keys, or one of an unpaired row.
+    """
     tokens = np.asarray(pairs.tokens)  # a view that is cheaper to slice than a memory map
     texts = [tokens[begin:end] for begin, end in itertools.pairwise(pairs.offsets.tolist())]
     return [
         _answer_key(texts[prompt], texts[prompt + answer])
         for prompt in range(0, len(texts), 3)
         for answer in (1, 2)
+        if len(texts[prompt + answer])
     ]
+
+
+def _has_answer(pairs: TokenizedPairs) -> NDArray[np.bool_]:
+    """Tell which answers there are: (P, 2), chosen and rejected."""
+    return np.stack([pairs.has_chosen, pairs.has_rejected], axis=1)
+
+
+def _answer_rows(pairs: TokenizedPairs) -> list[int]:
+    """Return the pair of each of ``answer_keys``."""
+    rows: list[int] = np.nonzero(_has_answer(pairs))[0].tolist()
+    return rows
 
 
 def _answer_key(prompt_ids: TokenIds, answer_ids: TokenIds) -> bytes:

@@ -75,11 +75,12 @@ def score_pairs(
         The scores in the order of ``pairs``.
 
     Raises:
-        InputError: the policy lacks the protocol, or the loss its reference.
+        InputError: the policy lacks the protocol, the loss its reference, or a row an answer.
         RunError: a log-prob is not finite.
     """
     if not isinstance(policy, Policy):
         raise InputError(f"{type(policy).__name__} is no policy: it has no output_head()")
+    _refuse_unpaired(pairs)
     loss = make_loss(loss)
     if loss.needs_reference and reference is None:
         raise InputError(f"the loss {loss} needs the reference log-probs of the pairs")
@@ -113,6 +114,7 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
     device = choose_device(config.train)
     models = find_models(config)
     inputs = load_all_pairs(config, models, console)
+    _refuse_unpaired(inputs.pairs)
     references = References()
     with explained_lack_of_memory():
         if loss.needs_reference:
@@ -132,6 +134,12 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
     lines = (json.dumps(asdict(score), ensure_ascii=False) + "\n" for score in scores)
     atomic_write(out, "".join(lines))
     return out
+
+
+def _refuse_unpaired(pairs: TokenizedPairs) -> None:
+    if pairs.is_unpaired.any():
+        name = pairs.ids[int(pairs.is_unpaired.argmax())]
+        raise InputError(f"row {name!r} has one answer alone, but scores compare two answers")
 
 
 def _score(

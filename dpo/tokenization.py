@@ -105,7 +105,7 @@ def tokenize_pairs(
 
 
 class _Ids(NamedTuple):
-    """A pair in tokens."""
+    """A pair in tokens; a missing answer has none."""
 
     prompt: list[int]
     chosen: list[int]
@@ -232,7 +232,8 @@ class _Tokenizing:
         """Return the start of the prompt, its last words, and these with each of the answers."""
         cut = self._tokenizer.last_cut(texts.prompt)
         words = texts.prompt[cut:]
-        return [texts.prompt[:cut], words, words + texts.chosen, words + texts.rejected]
+        answers = (texts.chosen or "", texts.rejected or "")
+        return [texts.prompt[:cut], words, *(words + answer for answer in answers)]
 
     def _join(
         self,
@@ -245,20 +246,24 @@ class _Tokenizing:
         with_rejected: list[int],
     ) -> _Ids:
         """Set the answers' tokens apart from the prompt's, and see to the begin and the end."""
-        prompt, answers, size = start + words, [], len(words)
-        for whole, answer in ((with_chosen, texts.chosen), (with_rejected, texts.rejected)):
-            is_apart = whole[:size] == words
-            answers.append(whole[size:] if is_apart else self._tokenizer.encode_after(answer))
-            if not is_apart and name not in self.notes.boundary_merges[-1:]:
+        prompt, size, is_plain = start + words, len(words), isinstance(pair.prompt, str)
+
+        def apart(whole: list[int], answer: str | None) -> list[int]:
+            if answer is None:
+                return []
+            if whole[:size] == words:
+                return self._closed(name, whole[size:], is_plain)
+            if name not in self.notes.boundary_merges[-1:]:
                 self.notes.boundary_merges.append(name)
+            return self._closed(name, self._tokenizer.encode_after(answer), is_plain)
+
+        chosen, rejected = apart(with_chosen, texts.chosen), apart(with_rejected, texts.rejected)
         if any(map(self._tokenizer.has_special, written_texts(pair))):
             self.notes.special_in_text.append(name)
-        is_plain = isinstance(pair.prompt, str)
         bos_id = self._tokenizer.bos_id
         if is_plain and self._tokenizer.starts_with_bos and prompt[:1] != [bos_id]:
             assert bos_id is not None
             prompt = [bos_id, *prompt]
-        chosen, rejected = (self._closed(name, answer, is_plain) for answer in answers)
         return _Ids(prompt, chosen, rejected)
 
     def _closed(self, name: str, ids: list[int], is_plain: bool) -> list[int]:

@@ -20,12 +20,12 @@ _NAMED_ROWS = 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedPair:
-    """A preference pair as the model reads it.
+    """A preference pair as the model reads it; of an unpaired row one answer has no tokens.
 
     Attributes:
         prompt_ids: int32, at least one.
-        chosen_ids: int32, at least one; follows the prompt.
-        rejected_ids: int32, at least one; follows the prompt.
+        chosen_ids: int32; follows the prompt.
+        rejected_ids: int32; follows the prompt.
         weight: of the pair's loss within its step.
         margin: by how much the chosen reward should exceed the rejected one, in nats.
         label_prob: probability that the label is right.
@@ -59,7 +59,7 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         sources: P sources.
 
     Raises:
-        ValueError: the columns do not fit together, or a text has no tokens.
+        ValueError: the columns do not fit together, or a prompt or both its answers have no tokens.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class TokenizedPairs(Sequence[TokenizedPair]):
                 f"{len(offsets)} offsets need {(len(offsets) - 1) / 3} rows in every column, found "
                 f"{[len(column) for column in columns]}"
             )
-        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 0).any():
+        lengths = np.diff(offsets).reshape(-1, 3)
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or (lengths < 0).any():
             raise ValueError(f"offsets must rise from 0 to {len(tokens)}")
-        prompt, chosen, rejected = np.diff(offsets).reshape(-1, 3).T
-        if (prompt < 1).any() or (chosen + rejected < 1).any():
-            raise ValueError("a pair needs a token of its prompt and of an answer")
+        if (lengths[:, 0] < 1).any() or (lengths[:, 1:].max(axis=1, initial=0) < 1).any():
+            raise ValueError("every row needs tokens of its prompt and of an answer")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -130,6 +130,21 @@ class TokenizedPairs(Sequence[TokenizedPair]):
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets).reshape(-1, 3)
+
+    @property
+    def has_chosen(self) -> NDArray[np.bool_]:
+        """(P,) whether the chosen answer is there."""
+        return self._lengths[:, 1] > 0
+
+    @property
+    def has_rejected(self) -> NDArray[np.bool_]:
+        """(P,) whether the rejected answer is there."""
+        return self._lengths[:, 2] > 0
+
+    @property
+    def is_unpaired(self) -> NDArray[np.bool_]:
+        """(P,) whether one answer alone is there."""
+        return ~(self.has_chosen & self.has_rejected)
 
     @cached_property
     def prompt_groups(self) -> NDArray[np.int64]:

@@ -151,6 +151,16 @@ def test_columns_that_mean_nothing_are_named(tmp_path: Path, config: RunConfig) 
     assert f"{data}: columns that are not read: score, note" in said
 
 
+def test_unpaired_answers_are_counted_by_label(tmp_path: Path, config: RunConfig) -> None:
+    rows: list[dict[str, object]] = [
+        {"prompt": f"say {n}", "completion": " yes", "label": n > 0} for n in range(3)
+    ]
+    data = write_rows(tmp_path / "unpaired.jsonl", rows)
+    inputs, said = loaded(replace(config, data=data, eval_split=0.34))
+    assert f"{data}: 3 answers, 2 chosen and 1 rejected, unpaired, prompt and answers as" in said
+    assert inputs.pairs.is_unpaired.all()
+
+
 def test_ranked_answers_become_pairs_and_a_choice_without_them_is_refused(
     tmp_path: Path, config: RunConfig
 ) -> None:

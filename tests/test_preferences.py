@@ -59,9 +59,16 @@ def pairs_of(
     ).filter(lambda pair: isinstance(pair.prompt, str) or pair.prompt[-1]["role"] != "assistant")
 
 
+def one_answer_of(pair: PreferencePair) -> PreferencePair:
+    """Take one of the answers away, by chance."""
+    return replace(pair, rejected=None) if len(repr(pair)) % 2 else replace(pair, chosen=None)
+
+
 lists_of_pairs = st.one_of(
     st.lists(pairs_of(texts, texts), min_size=1, max_size=3),
     st.lists(pairs_of(prompts, answers), min_size=1, max_size=3),
+    st.lists(pairs_of(texts, texts).map(one_answer_of), min_size=1, max_size=3),
+    st.lists(pairs_of(prompts, answers).map(one_answer_of), min_size=1, max_size=3),
 ).map(lambda pairs: [replace(pair, id=f"pair {index}") for index, pair in enumerate(pairs)])
 
 
@@ -273,25 +280,28 @@ class TestFaultyRows:
         [
             ({"prompt": "p", "chosen": "c"}, "missing rejected; the row has prompt, chosen"),
             ({}, "missing chosen and rejected; the row has nothing"),
-            ({"chosen": [FOUR], "rejected": [FIVE]}, "chosen and rejected share no messages"),
-            ({"chosen": "a", "rejected": "b"}, "no prompt, and chosen has no '\\n\\nAssistant:'"),
+            ({"chosen": [FOUR], "rejected": [FIVE]}, "the answers share no messages"),
+            (
+                {"chosen": "a", "rejected": "b"},
+                "no prompt, and no '\\n\\nAssistant:' in the answer",
+            ),
             (
                 {
                     "chosen": "\n\nHuman: a\n\nAssistant: 1",
                     "rejected": "\n\nHuman: b\n\nAssistant: 2",
                 },
-                "chosen and rejected do not share every turn before the last answer",
+                "the answers do not share every turn before the last answer",
             ),
             (
                 {
                     "chosen": "\n\nHuman: a\n\nAssistant: 1",
                     "rejected": "\n\nHuman: a\n\nAssistant: 2\n\nHuman: b",
                 },
-                "chosen and rejected do not share every turn before the last answer",
+                "the answers do not share every turn before the last answer",
             ),
             (
                 {"prompt": "other", "chosen": [USER, FOUR], "rejected": [USER, FIVE]},
-                "prompt is none of the messages that chosen and rejected share",
+                "prompt is none of the messages that come before the answers",
             ),
             ({"input": {}, "preferred_output": []}, "preferred_output needs input.messages"),
             (
@@ -467,6 +477,11 @@ class TestFiles:
             InputError, match=r"missing column 'a' \(for chosen\); the row has prompt"
         ):
             read_pairs(path, columns={"chosen": "a"})
+        for columns in ({"answers": "prompt"}, {"completion": "prompt", "answers": "prompt"}):
+            with pytest.raises(
+                InputError, match=r"column 'prompt' \(for answers\) would not be read: the row has"
+            ):
+                read_pairs(path, columns=columns)
         with pytest.raises(InputError, match="on_bad_row must be 'error' or 'skip', got 'drop'"):
             read_pairs(path, on_bad_row="drop")
 
@@ -475,11 +490,14 @@ class TestFiles:
     ("fields", "fault"),
     [
         ({"prompt": [USER]}, "prompt must be text or a tuple of messages, found a list"),
-        ({"prompt": (USER,)}, "prompt, chosen and rejected must all be text or all be messages"),
+        ({"prompt": (USER,)}, "prompt, chosen, rejected must all be text or all be messages"),
         ({"prompt": ("hi",)}, r"prompt\[0\] must be a message"),
         ({"tools": [USER]}, "tools must be a tuple, found a list"),
         ({"tools": ({"a": {1}},)}, "tools cannot be written as JSON: found a set"),
         ({"weight": None}, "weight must be a finite number >= 0, found null"),
+        ({"chosen": None, "rejected": None}, "chosen and rejected are both missing"),
+        ({"chosen": None, "prompt": (USER,)}, "prompt, rejected must all be text or all be"),
+        ({"chosen": None, "rejected": " "}, "rejected is empty"),
     ],
 )
 def test_pair_made_in_code_is_checked_too(fields: dict[str, JSON], fault: str) -> None:
@@ -554,3 +572,91 @@ class TestRankedAnswers:
     def test_an_unknown_choice_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="ranked must be 'all' or 'best', got 'worst'"):
             read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW), ranked=cast("Any", "worst"))
+
+
+class TestUnpairedRows:
+    ROW: ClassVar[dict[str, Any]] = {"prompt": "2+2=", "completion": "4", "label": True}
+
+    @pytest.mark.parametrize("label", [True, 1, 1.0])
+    def test_good_answer_is_chosen_and_bad_one_rejected(
+        self, tmp_path: Path, label: bool | float
+    ) -> None:
+        rows = [self.ROW | {"label": label}, self.ROW | {"label": type(label)(0), "weight": 2}]
+        loaded = load_pairs(write_rows(tmp_path / "unpaired.jsonl", *rows))
+        assert loaded.format == "unpaired, prompt and answers as text"
+        assert loaded.ignored_columns == ()
+        assert loaded.pairs == [
+            PreferencePair("2+2=", "4", None),
+            PreferencePair("2+2=", None, "4", weight=2.0),
+        ]
+        assert all(pair.is_unpaired for pair in loaded.pairs)
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"prompt": [USER], "completion": [FOUR]},
+            {"prompt": [USER], "completion": "4"},
+            {"prompt": "2+2?", "completion": [FOUR]},
+            {"prompt": [USER], "completion": [USER, FOUR]},
+            {"completion": [USER, FOUR]},
+            {"conversations": [{"from": "human", "value": "2+2?"}], "completion": FOUR},
+        ],
+    )
+    def test_conversations(self, tmp_path: Path, row: dict[str, JSON]) -> None:
+        pair = read_row(tmp_path, {**row, "label": False})
+        assert pair == PreferencePair((USER,), None, (FOUR,))
+
+    def test_dialogue_as_text_is_split_at_the_last_turn(self, tmp_path: Path) -> None:
+        prompt = "\n\nHuman: hi\n\nAssistant: yes?\n\nHuman: 2+2\n\nAssistant:"
+        pair = read_row(tmp_path, {"completion": f"{prompt} 4", "label": True})
+        assert pair == PreferencePair(prompt, " 4", None)
+
+    def test_other_names_of_columns(self, tmp_path: Path) -> None:
+        row: dict[str, JSON] = {"q": "2+2=", "answer": "4", "thumbs_up": 1, "reward": 0.3}
+        columns = {"prompt": "q", "completion": "answer", "label": "thumbs_up"}
+        loaded = load_pairs(write_rows(tmp_path / "unpaired.jsonl", row), columns=columns)
+        assert loaded.pairs == [PreferencePair("2+2=", "4", None)]
+        assert loaded.ignored_columns == ("reward",)
+
+    def test_row_of_two_answers_stays_a_pair(self, tmp_path: Path) -> None:
+        loaded = load_pairs(write_rows(tmp_path / "pairs.jsonl", {**ROW, "label": 1}))
+        assert loaded.pairs == [PreferencePair("2+2=", "4", "5")]
+        assert loaded.ignored_columns == ("label",)
+
+    @pytest.mark.parametrize(
+        ("change", "fault"),
+        [
+            ({"label": None}, "label must be true or false (or 1 or 0), found null"),
+            ({"label": "yes"}, "label must be true or false (or 1 or 0), found text"),
+            ({"label": 2}, "label must be true or false (or 1 or 0), found 2"),
+            ({"label": math.nan}, "label must be true or false (or 1 or 0), found nan"),
+            ({"completion": None}, "completion must be text or a list of messages, found null"),
+            ({"completion": " "}, "chosen is empty"),
+            ({"completion": " ", "label": 0}, "rejected is empty"),
+            ({"prompt": [USER], "completion": [FOUR, USER]}, "chosen[1] is a user message"),
+        ],
+    )
+    def test_faulty_rows(self, tmp_path: Path, change: dict[str, JSON], fault: str) -> None:
+        assert fault_of(tmp_path, {**self.ROW, **change}).startswith(fault)
+
+    @pytest.mark.parametrize(
+        ("row", "fault"),
+        [
+            ({"prompt": "p", "completion": "c"}, "missing label; the row has prompt, completion"),
+            ({"prompt": "p", "label": 1}, "missing chosen and rejected; the row has prompt, label"),
+            ({"completion": "c", "label": 1}, "no prompt, and no '\\n\\nAssistant:' in the answer"),
+            ({"completion": [FOUR], "label": 1}, "the answers share no messages to be the prompt"),
+        ],
+    )
+    def test_what_is_missing(self, tmp_path: Path, row: dict[str, JSON], fault: str) -> None:
+        assert fault_of(tmp_path, row).startswith(fault)
+
+    def test_pairs_and_unpaired_rows_do_not_mix(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="layout 'unpaired, prompt and answers as text', but"):
+            read_pairs(write_rows(tmp_path / "mixed.jsonl", ROW, self.ROW))
+
+    def test_written_file_holds_completion_and_label(self, tmp_path: Path) -> None:
+        write_pairs([PreferencePair("p", None, "r", source="s")], tmp_path / "unpaired.jsonl")
+        assert (tmp_path / "unpaired.jsonl").read_text("utf-8") == (
+            '{"prompt": "p", "completion": "r", "label": false, "source": "s"}\n'
+        )

@@ -30,7 +30,10 @@ from dpo.tokenized_pairs import TokenIds, TokenizedPair, TokenizedPairs, columns
 Triple = tuple[list[int], list[int], list[int]]
 
 ids = st.lists(st.integers(0, 3), min_size=1, max_size=4)
-triples = st.lists(st.tuples(ids, ids, ids), min_size=1, max_size=12)
+some: st.SearchStrategy[list[int]] = ids | st.just([])  # an unpaired row has one answer alone
+triples = st.lists(
+    st.tuples(ids, some, some).filter(lambda row: bool(row[1] or row[2])), min_size=1, max_size=12
+)
 
 
 def pairs_of(rows: Iterable[Triple]) -> TokenizedPairs:
@@ -180,6 +183,31 @@ def test_answers_of_several_rows_are_computed_once(tmp_path: Path) -> None:
 
     assert scorer.rows == [0, 1]
     assert len(cache) == 3
+
+
+UNPAIRED = pairs_of([([1, 2], [3], []), ([1, 2], [], [0, 1]), ([4], [], [5])])
+
+
+def test_answers_of_pairs_and_unpaired_rows_are_shared(tmp_path: Path) -> None:
+    fill(tmp_path, PAIRS)
+    cache = open_cache(tmp_path)
+    assert len(answer_keys(UNPAIRED)) == 3
+    assert cache.missing(UNPAIRED) == [2]
+    assert equal(cache.lookup(UNPAIRED[:2])[1], log_probs_of(UNPAIRED[1]))
+    with pytest.raises(RunError, match=r"1 answers have no .* of pair 'p2' \(row 2\)"):
+        cache.lookup(UNPAIRED)
+
+
+def test_missing_answers_have_no_log_probs(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    cached = compute_reference(Scorer(UNPAIRED), UNPAIRED, cache, batches=two_by_two)
+    in_memory = reference_in_memory(Scorer(UNPAIRED), UNPAIRED, batches=two_by_two)
+    verify_sample(cache, UNPAIRED, Scorer(UNPAIRED), tolerance=0.0)
+    assert len(cache) == 3
+    for row, pair in enumerate(UNPAIRED):
+        assert equal(cached[row], log_probs_of(pair))
+        assert equal(in_memory[row], log_probs_of(pair))
+    assert [len(cached[row][row == 0]) for row in range(3)] == [0, 0, 0]
 
 
 def test_full_hit_computes_nothing(tmp_path: Path) -> None:

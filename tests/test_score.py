@@ -51,6 +51,13 @@ def config(tmp_path: Path, model_folder: Path, make_model_folder: MakeFolder) ->
     )
 
 
+def test_rows_of_one_answer_alone_are_refused(config: RunConfig) -> None:
+    row = {"id": "a", "prompt": "say", "completion": "yes", "label": True}
+    Path(config.data).write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(InputError, match="row 'a' has one answer alone, but scores compare two"):
+        score_file(config, console=Console(quiet=True))
+
+
 def changed(config: RunConfig, **options: Any) -> RunConfig:
     """Replace options, those of the training under their own names."""
     names = options.keys() & {field.name for field in fields(TrainConfig)}

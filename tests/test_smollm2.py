@@ -55,7 +55,7 @@ def test_tokens_equal_those_of_transformers(model_folder: Path) -> None:
 def test_training_on_human_preferences_lowers_the_loss(
     model_folder: Path, tmp_path: Path, dtype: str, noise: float
 ) -> None:
-    short = sorted(read_pairs(PAIRS), key=lambda pair: len(pair.prompt) + len(pair.chosen))[:2]
+    short = sorted(read_pairs(PAIRS), key=lambda pair: len(f"{pair.prompt}{pair.chosen}"))[:2]
     write_pairs(short, tmp_path / "pairs.jsonl")
     command = [sys.executable, "-m", "dpo", "train", "--model", str(model_folder), "--quiet"]
     command += ["--data", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "run")]

@@ -199,6 +199,52 @@ class TestConversations:
             tokenize(TEXT, CHAT, TokenizeOptions(template="chatml"))
 
 
+class TestUnpairedRows:
+    @pytest.mark.parametrize(("pair", "tokenizer"), [(TEXT, PLAIN), (TALK, CHAT)])
+    def test_the_answer_there_is_has_the_tokens_it_has_in_a_pair(
+        self, pair: PreferencePair, tokenizer: Tokenizer
+    ) -> None:
+        whole = tokenize(pair, tokenizer)
+        good = tokenize(replace(pair, rejected=None), tokenizer)
+        bad = tokenize(replace(pair, chosen=None), tokenizer)
+        for row in (good, bad):
+            assert row.prompt_ids.tolist() == whole.prompt_ids.tolist()
+        assert good.chosen_ids.tolist() == whole.chosen_ids.tolist()
+        assert bad.rejected_ids.tolist() == whole.rejected_ids.tolist()
+        assert (good.rejected_ids.size, bad.chosen_ids.size) == (0, 0)
+
+    @pytest.mark.parametrize(
+        ("truncation", "prompt", "answer", "cut"),
+        [
+            ("keep-start", b"2+2=", [*b"fiv"], "rejected 5 to 3 tokens"),
+            ("keep-end", b"2=", [*b"five", EOS], "prompt 5 to 3 tokens"),
+        ],
+    )
+    def test_limits_are_of_the_answer_there_is(
+        self, truncation: str, prompt: bytes, answer: list[int], cut: str
+    ) -> None:
+        options = TokenizeOptions(max_length=8, truncation=truncation)  # type: ignore[arg-type]
+        result = tokenize_pairs([replace(TEXT, chosen=None)], PLAIN, options)
+        assert result.pairs[0].prompt_ids.tolist() == [BOS, *prompt]
+        assert result.pairs[0].chosen_ids.tolist() == []
+        assert result.pairs[0].rejected_ids.tolist() == answer
+        assert result.report.cut == (("row-1", cut),)
+
+    def test_boundary_and_special_tokens_are_reported(self) -> None:
+        rows = [PreferencePair("a", "b", None), PreferencePair("a", None, "c</s>")]
+        report = report_on(*rows, tokenizer=MERGING)
+        assert report.boundary_merges == ("row-1",)
+        assert report.special_in_text == ("row-2",)
+
+    def test_they_come_back_from_the_cache(self, tmp_path: Path) -> None:
+        rows = [replace(TEXT, chosen=None), replace(TEXT, rejected=None), TEXT]
+        made = tokenize_pairs(rows, PLAIN, cache_dir=tmp_path)
+        found = tokenize_pairs(rows, PLAIN, cache_dir=tmp_path)
+        assert (made.report.cache, found.report.cache) == ("stored", "found")
+        assert found.pairs.fingerprint == tokenize_pairs(rows, PLAIN).pairs.fingerprint
+        assert found.pairs.is_unpaired.tolist() == [True, True, False]
+
+
 def test_special_tokens_in_texts_are_reported() -> None:
     rows = [replace(TEXT, chosen="4</s>", id="a"), replace(TEXT, id="b")]
     assert report_on(*rows).special_in_text == ("a",)
@@ -418,6 +464,13 @@ class TestColumns:
         assert pairs.offsets.dtype == np.int64
         assert pairs.lengths().tolist() == [[2, 2, 1]]
 
+    def test_masks_tell_which_answers_there_are(self) -> None:
+        pairs = self.make([([1], [2], [3]), ([1], [2], []), ([1], [], [3])])
+        assert pairs.has_chosen.tolist() == [True, True, False]
+        assert pairs.has_rejected.tolist() == [True, False, True]
+        assert pairs.is_unpaired.tolist() == [False, True, True]
+        assert pairs.take([2])[0].chosen_ids.tolist() == []
+
     def test_slices_and_choices_are_pairs_again(self) -> None:
         pairs = self.make([([row], [row + 10], [row + 20]) for row in range(5)])
         assert [int(pair.prompt_ids[0]) for pair in pairs[1:4:2]] == [1, 3]
@@ -443,8 +496,10 @@ class TestColumns:
         ("offsets", "fault"),
         [
             ([0, 1, 2, 4], "offsets must rise from 0 to 3"),
-            ([0, 1, 1, 3], "offsets must rise from 0 to 3"),
+            ([0, 2, 1, 3], "offsets must rise from 0 to 3"),
             ([1, 1, 2, 3], "offsets must rise from 0 to 3"),
+            ([0, 0, 2, 3], "every row needs tokens of its prompt and of an answer"),
+            ([0, 3, 3, 3], "every row needs tokens of its prompt and of an answer"),
             ([0, 1, 2, 3, 3], "5 offsets need 1.33"),
         ],
     )

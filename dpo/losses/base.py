@@ -188,7 +188,7 @@ class Loss(ABC):
                     f"{speaks.sum()} pairs have a {column} (the first is pair {speaks.argmax()}), "
                     f"which {self} does not read: remove the column or choose a loss that reads it"
                 )
-        unpaired = (pairs.lengths() == 0).any(axis=1)
+        unpaired = pairs.is_unpaired
         if unpaired.any() and not self.takes_unpaired:
             raise InputError(
                 f"{unpaired.sum()} rows have one answer (the first is row {unpaired.argmax()}), "

@@ -45,7 +45,7 @@ def found(path: Path, options: DoctorOptions | None = None) -> list[tuple[str, i
 @pytest.mark.parametrize(
     ("check", "rows"),
     [
-        ("unreadable", [{"prompt": "p", "completion": "c", "label": True}]),
+        ("unreadable", [{"prompt": "p", "completion": "c", "label": "good"}]),
         ("unreadable", [["no object"]]),
         ("unreadable", [{"prompt": "p", "chosen": 3, "rejected": "r"}]),
         ("empty", [GOOD | {"chosen": ""}]),
@@ -65,6 +65,20 @@ def found(path: Path, options: DoctorOptions | None = None) -> list[tuple[str, i
 def test_odd_row_is_found_among_good_ones(check: str, rows: list[Any], tmp_path: Path) -> None:
     other = GOOD | {"prompt": "And two and two?"}
     assert found(write(tmp_path / "pairs.jsonl", GOOD, *rows, other)) == [(check, 1)]
+
+
+def test_unpaired_rows_are_looked_at(tmp_path: Path) -> None:
+    row = {"prompt": "1+1?", "completion": "2", "label": True}
+    rows = [row, row, row | {"label": False}, row | {"completion": ""}, row | {"label": "?"}]
+    path = write(tmp_path / "unpaired.jsonl", *rows)
+    report = examine([path])
+    assert [(each.check, each.row, each.detail) for each in report.findings] == [
+        ("duplicate", 1, f"the same as {path}:1"),
+        ("contradiction", 2, f"labels the answer otherwise than {path}:1"),
+        ("empty", 3, "chosen is empty"),
+        ("unreadable", 4, "label must be true or false (or 1 or 0), found text"),
+    ]
+    assert "no lengths to compare" in report.lengths.describe()
 
 
 def test_good_rows_are_not_found(tmp_path: Path) -> None:
@@ -164,6 +178,15 @@ def test_rows_over_the_limit_are_found(model: str, tmp_path: Path) -> None:
     # 20 bytes of prompt, 100 of the longer answer, and the end token
     assert (finding.check, finding.row) == ("too-long", 1)
     assert finding.detail == "121 tokens, max_length 80"
+
+
+def test_tokens_of_unpaired_rows_are_looked_at(model: str, tmp_path: Path) -> None:
+    row = {"prompt": "2+2=", "completion": "x" * 100, "label": False}
+    report = examine(
+        [write(tmp_path / "unpaired.jsonl", row)], DoctorOptions({}, model=model, max_length=80)
+    )
+    assert [each.detail for each in report.findings] == ["105 tokens, max_length 80"]
+    assert len(report.lengths.chosen) == 0
 
 
 def test_special_tokens_are_those_of_the_tokenizer(model: str, tmp_path: Path) -> None:

@@ -90,6 +90,29 @@ def test_exported_pairs_read_back_as_they_were(
     assert read_pairs(export(pairs, tmp_path, format_name) / file_name) == expected
 
 
+UNPAIRED = [PreferencePair("p", "good", None), PreferencePair("p", None, "bad", weight=2.0)]
+
+
+@pytest.mark.parametrize(
+    ("format_name", "file_name"),
+    [("jsonl", "train.jsonl"), ("huggingface", "train.jsonl"), ("parquet", "train.parquet")],
+)
+def test_exported_unpaired_answers_read_back_as_they_were(
+    format_name: str, file_name: str, tmp_path: Path
+) -> None:
+    assert read_pairs(export(UNPAIRED, tmp_path, format_name) / file_name) == UNPAIRED
+
+
+def test_demonstrations_of_unpaired_answers_are_the_good_ones(tmp_path: Path) -> None:
+    out = export(UNPAIRED, tmp_path, "prompt-completion")
+    assert rows(out / "train.jsonl") == [{"prompt": "p", "completion": "good"}]
+
+
+def test_format_of_pairs_alone_refuses_unpaired_answers(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the format openai holds pairs alone, and a row has one"):
+        export(UNPAIRED, tmp_path, "openai")
+
+
 def as_messages(pair: PreferencePair) -> PreferencePair:
     return PreferencePair(
         ({"role": "user", "content": pair.prompt},),
