@@ -82,8 +82,8 @@ class RunConfig:
     ] = field(default_factory=dict)
     ranked: Annotated[
         RankedPairs | None,
-        "Of rows that rank answers by scores: all two of them make a pair, or the best with each "
-        "worse one; all unless given.",
+        "Of rows that rank answers by scores: all two of them make a pair, the best and each worse "
+        "one, or as a list each and the next worse one; list for a loss of lists, else all.",
     ] = None
     on_bad_row: Annotated[OnBadRow, "At a faulty row: stop, or skip and count it."] = "error"
     tokenize: TokenizeOptions = field(default_factory=TokenizeOptions)

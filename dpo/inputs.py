@@ -16,7 +16,7 @@ from dpo.hub import commit_of, fetch_model
 from dpo.mismatch import mismatched_rows
 from dpo.models import ModelConfig, read_config
 from dpo.models.weights import weight_files
-from dpo.pair_rows import RANKED_LAYOUT
+from dpo.pair_rows import RANKED_LAYOUT, RankedPairs
 from dpo.preferences import LoadedPairs, PreferencePair, Text, load_pairs
 from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
@@ -231,7 +231,7 @@ def _read(
         revision=revision,
         split=split,
         on_bad_row=config.on_bad_row,
-        ranked=config.ranked or "all",
+        ranked=_ranked(config),
     )
     if config.ranked is not None and source == config.data and loaded.format != RANKED_LAYOUT:
         raise InputError(f"ranked has no effect: {source} holds {loaded.format}")
@@ -243,6 +243,22 @@ def _read(
         for fault in loaded.skipped[:_NAMED_ROWS]:
             console.warn(f"  {fault}")
     return replace(loaded, revision=None) if Path(source).exists() else loaded
+
+
+def _ranked(config: RunConfig) -> RankedPairs:
+    """Return how rows that rank answers become pairs: as the loss reads them.
+
+    Raises:
+        InputError: the loss reads lists, and other pairs are asked for.
+    """
+    if not config.loss.build().sees_chains:
+        return config.ranked or "all"
+    if config.ranked not in (None, "list"):
+        raise InputError(
+            f"ranked = {config.ranked} makes pairs of which {config.loss.name} sees no list: give "
+            "--ranked list"
+        )
+    return "list"
 
 
 def _counted(pairs: Sequence[PreferencePair]) -> str:

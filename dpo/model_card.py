@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dpo.config import RunConfig
 from dpo.files import atomic_write
 
-_SHOWN = ("loss", "rewards/accuracy", "rewards/margin")
+_HEADLINE = ("loss", "rewards/accuracy", "rewards/margin", "rewards/chosen", "rewards/rejected")
+
+
+def headline(
+    first: Mapping[str, float], last: Mapping[str, float]
+) -> Iterator[tuple[str, float, float]]:
+    """Yield name, value before and value after of the metrics that tell most of a run."""
+    for name in _HEADLINE:
+        if f"eval/{name}" in last:  # of unpaired answers there is no accuracy
+            yield name, first[f"eval/{name}"], last[f"eval/{name}"]
 
 
 def write_model_card(
@@ -44,8 +53,8 @@ def write_model_card(
     ]
     if evaluations:
         lines += ["| held-out pairs | before | after |", "| --- | --- | --- |"]
-        first, last = evaluations[0], evaluations[-1]
-        lines += [f"| {n} | {first[f'eval/{n}']:.4f} | {last[f'eval/{n}']:.4f} |" for n in _SHOWN]
+        shown = headline(evaluations[0], evaluations[-1])
+        lines += [f"| {name} | {before:.4f} | {after:.4f} |" for name, before, after in shown]
         lines.append("")
     atomic_write(folder / "README.md", "\n".join(lines))
 

@@ -20,7 +20,7 @@ To add a layout, add a case to ``_split``.
 
 A row can also rank several answers: ``prompt``, ``answers`` (each in a form that ``chosen`` may
 have) and ``scores``, a number for each. Every two answers of different scores are then a pair, or
-the best against each other one (`parse_rows`).
+the best and each other one, or each and the next worse one (`parse_rows`).
 
 Or it holds a single answer that is good or bad by itself: ``prompt`` and ``completion`` in the
 forms of a prompt and an answer above (without a prompt, the completion's last answer is cut off),
@@ -29,8 +29,8 @@ and ``label``, true or false. Such a row is a pair with one answer missing.
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, pairwise, product
 from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
 from dpo.errors import InputError
@@ -43,7 +43,7 @@ UNPAIRED = ("completion", "label")
 OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools")
 FIELDS = ("prompt", *PAIRED, *RANKED, *UNPAIRED, *OPTIONAL)
 RANKED_LAYOUT = "ranked answers"
-RankedPairs = Literal["all", "best"]
+RankedPairs = Literal["all", "best", "list"]
 
 _Conversation: TypeAlias = tuple[Message, ...]
 _HUMAN_TURN, _ASSISTANT_TURN = "\n\nHuman:", "\n\nAssistant:"
@@ -84,8 +84,8 @@ def parse_rows(
         row: the decoded JSON value.
         columns: field -> column that holds it; other fields keep their names.
         default_id: the pair's id if the row has none.
-        ranked: which answers of a ranked row make a pair: "all" of different scores, or the "best"
-            (the first of several) with each worse one.
+        ranked: which answers of a ranked row make a pair: "all" of different scores, the "best"
+            (the first of several) with each worse one, or as a "list" each with the next worse one.
 
     Raises:
         InputError: the row is no pair, or ranks nothing; says which field, what was found and what
@@ -147,13 +147,24 @@ def _ranked(fields: Mapping[str, JSON], ranked: RankedPairs) -> Iterator[dict[st
     order = _ranking(answers, fields["scores"])
     assert isinstance(answers, Sequence)
     name = _name("id", fields["id"])
-    for (better, i), (worse, j) in combinations(order, 2):
-        if better > worse and (ranked == "all" or i == order[0][1]):
+    for (better, i), (worse, j) in _PAIRINGS[ranked](order):
+        if better > worse:
             pair = {"id": f"{name}/{i}-{j}", "chosen": answers[i], "rejected": answers[j]}
             yield {**fields, **pair}
+        elif ranked == "list":
+            raise InputError(f"answers {i} and {j} have the score {better}: a list needs an order")
 
 
-def _ranking(answers: JSON, scores: JSON) -> list[tuple[float, int]]:
+_Ranking: TypeAlias = list[tuple[float, int]]  # score and place of each answer, the best first
+
+_PAIRINGS: dict[RankedPairs, Callable[[_Ranking], Iterable[tuple[tuple[float, int], ...]]]] = {
+    "all": lambda order: combinations(order, 2),
+    "best": lambda order: product(order[:1], order[1:]),
+    "list": pairwise,
+}
+
+
+def _ranking(answers: JSON, scores: JSON) -> _Ranking:
     """Return score and place of each answer, the best first, of equal ones the earlier first."""
     for name, value in (("answers", answers), ("scores", scores)):
         if isinstance(value, str) or not isinstance(value, Sequence):

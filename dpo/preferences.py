@@ -120,8 +120,8 @@ def load_pairs(
         revision: branch, tag or commit of a Hub data set.
         split: which of the splits that a folder's or a data set's file names tell; "train" if None.
         on_bad_row: "error" refuses the source if any row is faulty, "skip" leaves such rows out.
-        ranked: of rows that rank several answers: "all" two of different scores make a pair, or the
-            "best" with each worse one.
+        ranked: of rows that rank several answers: "all" two of different scores make a pair, the
+            "best" with each worse one, or as a "list" each with the next worse one.
 
     Raises:
         InputError: the source is not found, unreadable, or has faulty rows: 20 are listed.
@@ -131,7 +131,8 @@ def load_pairs(
     if on_bad_row not in ("error", "skip"):
         raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
     if ranked not in get_args(RankedPairs):
-        raise InputError(f"ranked must be 'all' or 'best', got {ranked!r}")
+        expected = ", ".join(map(repr, get_args(RankedPairs)))
+        raise InputError(f"ranked must be one of {expected}, got {ranked!r}")
     files = _locate(source, revision=revision, split=split)
     reading = _Reading(columns, ranked)
     for row in file_rows(files):

@@ -267,9 +267,13 @@ class _Run:
 def _status(metrics: Metrics | None) -> str | None:
     if metrics is None or math.isnan(metrics["loss"]):  # all steps since the last were skipped
         return None
+    of_pairs = ""
+    if not math.isnan(metrics["rewards/accuracy"]):  # which unpaired answers have not
+        of_pairs = (
+            f"acc {metrics['rewards/accuracy']:.3f}  margin {metrics['rewards/margin']:+.4f}  "
+        )
     return (
-        f"loss {metrics['loss']:.4f}  acc {metrics['rewards/accuracy']:.3f}  "
-        f"margin {metrics['rewards/margin']:+.4f}  {metrics['perf/pairs_per_s']:.1f} pairs/s  "
+        f"loss {metrics['loss']:.4f}  {of_pairs}{metrics['perf/pairs_per_s']:.1f} pairs/s  "
         f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"
     )
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo.errors import InputError
 from dpo.losses import Loss
 from dpo.tokenized_pairs import TokenizedPairs
 from dpo.train_config import TrainConfig
@@ -35,8 +36,16 @@ class Sampler(Protocol):
 
 
 def make_sampler(loss: Loss, pairs: TokenizedPairs, config: TrainConfig) -> Sampler:
-    """Choose the sampler that a loss and the options ask for."""
+    """Choose the sampler that a loss and the options ask for.
+
+    Raises:
+        InputError: they contradict each other.
+    """
     if loss.sees_chains:
+        if config.group_prompts:
+            raise InputError(
+                f"train.group_prompts has no effect with {loss}, whose steps hold whole lists"
+            )
         return ChainSampler(pairs.chains, config.batch_size, config.seed)
     if config.group_prompts:
         return GroupSampler(pairs.prompt_groups, config.batch_size, config.seed)

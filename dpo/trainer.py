@@ -154,6 +154,8 @@ class Trainer:
         self.device = next(policy.parameters()).device
         self.callbacks = list(callbacks)
         self.starts_at_reference = starts_at_reference
+        if self.config.reference_sync_every is not None and not self.loss.needs_reference:
+            raise InputError(f"train.reference_sync_every: {self.loss} has no reference to move")
         self.live_reference = (
             LiveReference(policy, reference_weights)
             if uses_live_reference(self.loss, self.config)

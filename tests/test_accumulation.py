@@ -458,6 +458,19 @@ def test_sorted_losses_refuse_weights(name: str, make_pairs: MakePairs) -> None:
         make_loss(name).check(make_pairs(8))
 
 
+def test_options_that_a_loss_would_ignore_are_refused(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    moving = replace(PLAIN, reference_sync_every=1)
+    with pytest.raises(
+        InputError, match=r"reference_sync_every: SimPo\(.* has no reference to move"
+    ):
+        Trainer(make_model(), make_pairs(8), moving, loss="simpo")
+    grouped = replace(PLAIN, group_prompts=True)
+    with pytest.raises(InputError, match=r"group_prompts has no effect with PlackettLuce\("):
+        Trainer(make_model(), make_pairs(8), grouped, loss="plackett_luce")
+
+
 def test_odpo_refuses_gaps_without_a_logarithm(make_pairs: MakePairs) -> None:
     with pytest.raises(InputError, match=r"8 pairs have none above 0 \(the first is pair 0\)"):
         make_loss("odpo").check(make_pairs(8))

@@ -248,6 +248,14 @@ def test_config_file_is_refused_by_key_found_and_expected(
             {"train__decay_share": "0", "train__schedule": "wsd"},
             "train.decay_share must be in (0, 1], got 0.0",
         ),
+        (
+            {"train__reference_sync_share": "0.5"},
+            "train.reference_sync_share needs train.reference_sync_every",
+        ),
+        (
+            {"train__reference_sync_every": "1", "train__reference_sync_share": "1.5"},
+            "train.reference_sync_share must be in (0, 1], got 1.5",
+        ),
         ({"train__early_stopping": "2"}, "train.early_stopping needs train.eval_every"),
         ({"train__keep_best": True}, "train.keep_best needs train.eval_every"),
         (

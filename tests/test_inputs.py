@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.config import RunConfig
+from dpo.config import LossConfig, RunConfig
 from dpo.errors import InputError
 from dpo.inputs import (
     Inputs,
@@ -174,6 +174,12 @@ def test_ranked_answers_become_pairs_and_a_choice_without_them_is_refused(
         assert f"{data}: {pairs} pairs, ranked answers" in said
     with pytest.raises(InputError, match=r"ranked has no effect: .* holds prompt and answers as"):
         loaded(replace(config, ranked="best"))
+    listwise = replace(config, data=data, loss=LossConfig("plackett_luce"))
+    inputs, said = loaded(listwise)
+    assert f"{data}: 4 pairs, ranked answers" in said
+    assert inputs.pairs.chains.tolist() == [0, 0, 1, 1]
+    with pytest.raises(InputError, match="ranked = all makes pairs of which plackett_luce sees no"):
+        loaded(replace(listwise, ranked="all"))
 
 
 def test_rows_left_out_are_told_even_when_quiet(tmp_path: Path, config: RunConfig) -> None:

@@ -529,6 +529,19 @@ class TestRankedAnswers:
         pairs = read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW), ranked="best")
         assert [(pair.chosen, pair.rejected) for pair in pairs] == [("4", "5"), ("4", "22")]
 
+    def test_a_list_is_each_with_the_next_worse_one(self, tmp_path: Path) -> None:
+        row = {**self.ROW, "scores": [1, 3, 2, 0.5]}
+        pairs = read_pairs(write_rows(tmp_path / "ranked.jsonl", row), ranked="list")
+        assert [(pair.chosen, pair.rejected) for pair in pairs] == [
+            ("4", "four"),
+            ("four", "5"),
+            ("5", "22"),
+        ]
+
+    def test_a_list_with_a_tie_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"answers 1 and 2 have the score 3\.0: a list needs"):
+            read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW), ranked="list")
+
     def test_other_names_of_columns(self, tmp_path: Path) -> None:
         row: dict[str, Any] = {"question": "q", "completions": ["a", "b"], "ratings": [0, 1]}
         columns = {"prompt": "question", "answers": "completions", "scores": "ratings"}
@@ -570,7 +583,7 @@ class TestRankedAnswers:
             read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW, pair))
 
     def test_an_unknown_choice_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="ranked must be 'all' or 'best', got 'worst'"):
+        with pytest.raises(InputError, match="must be one of 'all', 'best', 'list', got 'worst'"):
             read_pairs(write_rows(tmp_path / "ranked.jsonl", self.ROW), ranked=cast("Any", "worst"))
 
 

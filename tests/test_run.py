@@ -474,3 +474,80 @@ def test_what_saves_memory_or_time_leaves_the_losses_as_they_are(
     expected = [line["loss"] for line in metrics(config.out)]
     found = [line["loss"] for line in metrics(tmp_path / "OTHER")]
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+# --- methods that need more than pairs and a cached reference -------------------------------------
+
+
+def write_answers(path: Path) -> Path:
+    rows = [
+        {"prompt": f"say {n}", "completion": f" {'no' if n % 3 else 'yes'} {n}", "label": not n % 3}
+        for n in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_lists(path: Path) -> Path:
+    rows = [
+        {"prompt": f"say {n}", "answers": [" no", " yes", f" {n}"], "scores": [1, 3, 2]}
+        for n in range(16)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+METHODS: dict[str, tuple[str, Callable[[Path], Path], dict[str, Any]]] = {
+    "kto of unpaired answers": ("kto", write_answers, {}),
+    "bco of unpaired answers": ("bco", write_answers, {}),
+    "kto of pairs": ("kto", write_pairs, {}),
+    "lists": ("plackett_luce", write_lists, {}),
+    "tdpo": ("tdpo2", write_pairs, {}),
+    "a reference that moves": ("sigmoid", write_pairs, {"reference_sync_every": 2}),
+    "a mixture with running statistics": ("sigmoid:0.8,bco:0.2,sft:1", write_pairs, {}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_evaluates_and_resumes_bit_for_bit(
+    method: str, tmp_path: Path, config: RunConfig
+) -> None:
+    name, write, options = METHODS[method]
+    data = str(write(tmp_path / "data.jsonl"))
+    options = {"steps": 6, "save_every": 2, "keep": 3, "eval_every": 3, **options}
+    config = changed(config, data=data, loss=LossConfig(name), eval_split=0.25, **options)
+    result = started(config)
+    assert result.first is not None
+    assert result.last is not None
+    assert result.last["eval/loss"] < result.first["eval/loss"]
+    resumed = replace(config, out=str(tmp_path / "RESUMED"))
+    checkpoint = str(Path(config.out) / "checkpoints/step-000002")
+    started(changed(resumed, resume=checkpoint))
+    assert weights(resumed.out) == weights(config.out)
+    steps = [line for line in metrics(config.out) if "loss" in line and line["step"] > 2]
+    again = [line for line in metrics(resumed.out) if "loss" in line and line["step"] > 2]
+    assert [line["loss"] for line in again] == [line["loss"] for line in steps]
+
+
+def test_answers_to_other_prompts_are_cached_too(tmp_path: Path, config: RunConfig) -> None:
+    config = replace(config, data=str(write_answers(tmp_path / "a.jsonl")), loss=LossConfig("kto"))
+    started(config)
+    assert said_by(replace(config, out=str(tmp_path / "2"))).count("are in the cache") == 2
+
+
+def test_another_reference_can_be_live(
+    tmp_path: Path, config: RunConfig, make_model_folder: MakeFolder
+) -> None:
+    other = make_model_folder(tmp_path / "other", seed=5)
+    config = replace(config, reference=str(other), loss=LossConfig("tdpo2"))
+    started(config)
+    first = next(line for line in metrics(config.out) if "loss" in line)
+    assert first["loss"] != pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_unpaired_rows_are_refused_by_a_loss_that_compares(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    config = replace(config, data=str(write_answers(tmp_path / "answers.jsonl")))
+    with pytest.raises(InputError, match=r"16 rows have one answer .* kto or bco"):
+        started(config)

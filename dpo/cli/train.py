@@ -25,12 +25,12 @@ def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flag
         click.echo(resolved.to_toml(), nl=False)
         return
     from dpo import run
+    from dpo.model_card import headline
 
     result = run.train(resolved.config, console=Console(quiet=quiet))
     if result.first is not None and result.last is not None:
         click.echo(f"{'held out':<18}{'before':>10}{'after':>10}")
-        for name in ("loss", "rewards/accuracy", "rewards/margin"):
-            before, after = result.first[f"eval/{name}"], result.last[f"eval/{name}"]
+        for name, before, after in headline(result.first, result.last):
             click.echo(f"{name:<18}{before:>10.4f}{after:>10.4f}")
     click.echo(f"model   {result.model}")
     click.echo(f"report  {result.report}")
