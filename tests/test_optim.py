@@ -13,14 +13,14 @@ from transformers import optimization
 from dpo.optim import (
     OPTIMIZERS,
     SCHEDULES,
-    adamw,
     clip_gradients,
     make_optimizer,
     make_schedule,
     parameter_groups,
     set_learning_rate,
-    warmup_stable_decay,
 )
+from dpo.optim.schedules import warmup_stable_decay
+from dpo.optim.torchs import adamw
 from dpo.train_config import Optimizer
 
 steps = st.tuples(

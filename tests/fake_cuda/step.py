@@ -23,7 +23,8 @@ from dpo.losses import make_loss
 from dpo.metrics import MetricSums
 from dpo.models import Decoder, parse_config
 from dpo.models.transforms import checkpoint_activations
-from dpo.optim import adamw, clip_gradients, parameter_groups
+from dpo.optim import clip_gradients, parameter_groups
+from dpo.optim.torchs import adamw
 from dpo.precision import PRECISIONS
 from dpo.scoring import score_batch
 from dpo.tokenization import TokenizedPair

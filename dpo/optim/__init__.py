@@ -1,0 +1,40 @@
+"""The optimizers, gradient clipping and the learning-rate schedules.
+
+To add an optimizer: a function as those of ``OPTIMIZERS``, a line there and its name in
+``dpo.train_config.Optimizer``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+
+from dpo.optim.clipping import clip_gradients
+from dpo.optim.groups import ParameterGroup, parameter_groups, set_learning_rate
+from dpo.optim.lion import lion
+from dpo.optim.schedules import SCHEDULES, make_schedule
+from dpo.optim.torchs import adafactor, adamw
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "clip_gradients",
+    "make_optimizer",
+    "make_schedule",
+    "parameter_groups",
+    "set_learning_rate",
+]
+
+OPTIMIZERS: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
+    "adamw": adamw,
+    "adafactor": adafactor,
+    "lion": lion,
+}
+
+
+def make_optimizer(
+    name: str, groups: Sequence[ParameterGroup], *, learning_rate: float, **options: float | None
+) -> torch.optim.Optimizer:
+    """Make an optimizer of a name in ``OPTIMIZERS``; options that are None are left out."""
+    given = {key: value for key, value in options.items() if value is not None}
+    return OPTIMIZERS[name](groups, learning_rate=learning_rate, **given)

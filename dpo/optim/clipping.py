@@ -1,0 +1,32 @@
+"""Gradient clipping."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients in place so that their joint L2 norm is at most ``max_norm``.
+
+    Never waits for the device. A norm that is not finite spoils the gradients: the caller looks at
+    it before the update.
+
+    Args:
+        parameters: those without a gradient are passed over.
+        max_norm: None leaves the gradients as they are.
+
+    Returns:
+        The norm before clipping: a scalar, float32 at least.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    # The public get_total_norm would round the norm of bfloat16 gradients to three digits.
+    norms = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm
