@@ -32,6 +32,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5e5,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ONE_KIND_OF_HEADS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+GPT2_SIZES = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512}
 VARIANTS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "llama, tied, llama3 rope": lambda: transformers.LlamaConfig(
@@ -47,6 +55,110 @@ VARIANTS: dict[str, Callable[[], Any]] = {
         **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3, yarn rope": lambda: transformers.Qwen3Config(
+        **SIZES, head_dim=16, rope_parameters=YARN
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES,
+        head_dim=8,
+        sliding_window=5,
+        query_pre_attn_scalar=3,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma2, no bounds": lambda: transformers.Gemma2Config(
+        **SIZES,
+        head_dim=8,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+    ),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        sliding_window=5,
+        query_pre_attn_scalar=3,
+        final_logit_softcapping=3.0,
+        sliding_window_pattern=2,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, pad_token_id=0, sliding_window=7),
+    "phi3, part of each head rotated": lambda: transformers.Phi3Config(
+        **SIZES, pad_token_id=0, tie_word_embeddings=True, partial_rotary_factor=0.75
+    ),
+    "phi3, longrope": lambda: transformers.Phi3Config(
+        **SIZES,
+        pad_token_id=0,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0, 1.1, 1.5, 2.0],
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+        },
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES),
+    "olmo3": lambda: transformers.Olmo3Config(
+        **SIZES,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default"}},
+    ),
+    "smollm3": lambda: transformers.SmolLM3Config(
+        **SIZES, pad_token_id=0, no_rope_layer_interval=2
+    ),
+    "smollm3, window": lambda: transformers.SmolLM3Config(
+        **SIZES,
+        pad_token_id=0,
+        no_rope_layers=[0, 1, 1],
+        use_sliding_window=True,
+        sliding_window=5,
+        tie_word_embeddings=False,
+    ),
+    "granite": lambda: transformers.GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.7,
+        logits_scaling=2.5,
+    ),
+    "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=16, pad_token_id=0),
+    "cohere2": lambda: transformers.Cohere2Config(
+        **SIZES,
+        logit_scale=0.3,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2_SIZES),
+    "gpt2, own inner size, no scale": lambda: transformers.GPT2Config(
+        **GPT2_SIZES, n_inner=40, scale_attn_weights=False, tie_word_embeddings=False
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**ONE_KIND_OF_HEADS),
+    "gpt_neox, one after the other": lambda: transformers.GPTNeoXConfig(
+        **ONE_KIND_OF_HEADS,
+        use_parallel_residual=False,
+        attention_bias=False,
+        rotary_pct=1.0,
+        tie_word_embeddings=True,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=5, sliding_window=6),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24
+    ),
+    "qwen3_moe, some layers plain": lambda: transformers.Qwen3MoeConfig(
+        **SIZES,
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=5,
+    ),
 }
 
 
@@ -59,6 +171,8 @@ def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases start as ones and zeros: make them tell
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:  # so that bounds, scales and positions tell
+                parameter.mul_(5.0)
     folder = tmp_path_factory.mktemp("peer")
     model.save_pretrained(folder)
     model.name_or_path = str(folder)
