@@ -1,7 +1,7 @@
 """Causal attention over a forest of segments: one definition and the kernels that must equal it.
 
-Shapes: N tokens, H query heads, G key heads (G divides H), E size of a head, L queries and M keys of
-a run.
+Shapes: N tokens, H query heads, G key heads (G divides H), E size of a head, B rows, L queries and
+M keys of a run or row.
 
 A backend is a function ``(query, key, value, plan, options) -> (N, H, E)``. To add one, put it into
 ``BACKENDS`` and into the choice of ``attend``; the tests hold every entry against ``reference``.

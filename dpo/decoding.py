@@ -235,7 +235,7 @@ class _CachedReader:
         value: Tensor,
         options: AttentionOptions,
     ) -> Tensor:
-        """Keep (N, G, E) keys and values; attend from (N, H, E) queries to what their texts have."""
+        """Keep (N, G, E) keys and values; attend to all that the queries' texts have, (N, H, E)."""
         self._keys[layer][rows, :, positions] = key
         self._values[layer][rows, :, positions] = value
         if plan is not None:

@@ -117,14 +117,13 @@ class Block(nn.Module):
         experts = config.experts[layer]
         self.self_attn = Attention(config, config.windows[layer])
         self.mlp = make_mlp(config) if experts is None else SparseMLP(config, experts)
-        self.input_layernorm = make_norm(config, is_there=config.norms_inputs)
-        self.post_attention_layernorm = (
-            self.input_layernorm
-            if config.has_one_norm
-            else make_norm(config, is_there=config.norms_inputs)
-        )
-        self.attention_output_norm = make_norm(config, is_there=config.norms_outputs)
-        self.mlp_output_norm = make_norm(config, is_there=config.norms_outputs)
+        before, behind = config.norms_inputs, config.norms_outputs
+        self.input_layernorm = make_norm(config) if before else nn.Identity()
+        self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
+        if config.has_one_norm:
+            self.post_attention_layernorm = self.input_layernorm
+        self.attention_output_norm = make_norm(config) if behind else nn.Identity()
+        self.mlp_output_norm = make_norm(config) if behind else nn.Identity()
         self.is_parallel, self.residual_scale = config.is_parallel, config.residual_scale
 
     def forward(self, hidden: Tensor, rotation: Rotation | None, attend_here: Attend) -> Tensor:
@@ -218,7 +217,8 @@ class JointRMSNorm(nn.RMSNorm):
         return super().forward(x.flatten(1)).view_as(x)
 
 
-NORMS: Final[dict[str, Callable[[int, float], nn.Module]]] = {
+Norm = nn.RMSNorm | nn.LayerNorm
+NORMS: Final[dict[str, Callable[[int, float], Norm]]] = {
     "rms": nn.RMSNorm,
     "rms, gain less one": ShiftedRMSNorm,
     "layer": nn.LayerNorm,
@@ -226,10 +226,8 @@ NORMS: Final[dict[str, Callable[[int, float], nn.Module]]] = {
 }
 
 
-def make_norm(config: ModelConfig, *, is_there: bool = True) -> nn.Module:
-    """Make a norm of a token's numbers, or what stands in its place."""
-    if not is_there:
-        return nn.Identity()
+def make_norm(config: ModelConfig) -> Norm:
+    """Make a norm of a token's numbers."""
     return NORMS[config.norm](config.hidden_size, config.norm_epsilon)
 
 

@@ -1,6 +1,7 @@
 """MLPs of many experts, of which each token takes a few.
 
-Shapes: N tokens, D hidden size, X experts, C experts that a token takes, I hidden size of an expert.
+Shapes: N tokens, D hidden size, X experts, C experts that a token takes, I hidden size of an
+expert, M tokens in the order of experts.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class SparseMLP(nn.Module):
         counts = chosen.flatten().bincount(minlength=self.gate.out_features)  # (X,)
         grouped = hidden[by_expert // self.chosen]  # (N C, D)
         outputs = self.experts(grouped, counts)[by_expert.argsort()]  # (N C, D): token by token
-        mixed = outputs.unflatten(0, chosen.shape) * shares[:, :, None]  # (N, C, D)
-        return mixed.sum(dim=1).to(hidden.dtype)
+        weighted: Tensor = outputs.view(*chosen.shape, -1) * shares[:, :, None]  # (N, C, D)
+        return weighted.sum(dim=1).to(hidden.dtype)
 
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the shares of the experts that each token takes, and their numbers, both (N, C).

@@ -1,7 +1,7 @@
 """How checkpoints name and arrange the weights, where that is not how the decoder does.
 
-The decoder has one set of names, those of Llama. A ``Layout`` maps them to the names in the files of
-an architecture; parameters that get one name are one tensor there.
+The decoder has one set of names, those of Llama. A ``Layout`` maps them to the names in the files
+of an architecture; parameters that get one name are one tensor there.
 
 Shapes: X experts, rows and columns of a matrix as ``nn.Linear`` has them.
 """

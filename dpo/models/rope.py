@@ -185,7 +185,8 @@ def parse_rope(
             "rope_theta": entries.get(theta),
         },
     )
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    kinds = [scaling.get("rope_type"), scaling.get("type"), "default"]
+    kind = next(kind for kind in kinds if kind is not None)
     if not isinstance(kind, str) or kind not in _FIELDS:
         raise InputError(
             f"{entries.where}: rope type {kind!r} is not supported; "

@@ -132,7 +132,8 @@ def _read_file(
     prefix = ARCHITECTURES[config.architecture].layout.optional_prefix
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            names = {name: name if name in stored else prefix + name for name in file.keys()}
+            keys = list(file.keys())
+            names = {name: name if name in stored else prefix + name for name in keys}
             unknown = [
                 name
                 for name, full in names.items()
@@ -227,7 +228,7 @@ def init_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Make an untrained decoder: zero biases, norms of gain one, matrices from normal(0, 1/sqrt(columns)).
+    """Make an untrained decoder: no biases, plain norms, matrices of normal(0, 1/sqrt(columns)).
 
     So every layer keeps the scale of its input, whatever the width; a fixed 0.02, made for widths
     in the hundreds, leaves the attention of a small model all but uniform, and slow to learn. The
