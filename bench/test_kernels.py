@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo.attention import BACKENDS
+from dpo.attention import BACKENDS, PLAIN
 from dpo.bench.conftest import Measure
 from dpo.log_probs import token_log_probs
 from dpo.policy import OutputHead
@@ -87,6 +87,6 @@ def test_attention(measure: Measure, backend: str) -> None:
 
     def work() -> None:
         query.grad = key.grad = value.grad = None
-        BACKENDS[backend](query, key, value, plan, None).sum().backward()
+        BACKENDS[backend](query, key, value, plan, PLAIN).sum().backward()
 
     measure(work, tokens=n)

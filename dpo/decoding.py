@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.attention import attend
+from dpo.attention import AttentionOptions, attend, attend_dense
 from dpo.errors import InputError
-from dpo.models.decoder import Block, Decoder, rotate, rotations
+from dpo.models.decoder import Decoder
 from dpo.policy import OutputHead
 from dpo.segments import AttentionPlan, Segments, plan_attention
 
@@ -217,42 +218,37 @@ class _CachedReader:
             plan: how tokens see each other, where these are the first of all texts; None where
                 each is the next token of its text.
         """
-        trunk, config = self._model.model, self._model.config
-        hidden = trunk.embed_tokens(ids)  # (N, D)
-        cosines, sines = rotations(positions, config.head_size, config.rope)
-        for layer, block in enumerate(trunk.layers):
-            assert isinstance(block, Block)
-            attention = block.self_attn
-            normed = block.input_layernorm(hidden)
-            query = attention.q_norm(attention.q_proj(normed).unflatten(1, (-1, config.head_size)))
-            key = attention.k_norm(attention.k_proj(normed).unflatten(1, (-1, config.head_size)))
-            value = attention.v_proj(normed).unflatten(1, (-1, config.head_size))  # (N, G, E)
-            query = rotate(query, cosines, sines).to(value.dtype)  # (N, H, E)
-            key = rotate(key, cosines, sines).to(value.dtype)  # (N, G, E)
-            self._keys[layer][rows, :, positions] = key
-            self._values[layer][rows, :, positions] = value
-            if plan is None:
-                attended = self._attend(query, layer, positions, attention.window)
-            else:
-                attended = attend(query, key, value, plan, attention.window)
-            hidden = hidden + attention.o_proj(attended.flatten(1))
-            hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
-        normed_hidden: Tensor = trunk.norm(hidden)
-        return normed_hidden
+        attend_in = [
+            partial(self._attend, layer, rows, positions, plan)
+            for layer in range(self._model.config.layers)
+        ]
+        return self._model.model.read(ids, positions, attend_in)
 
-    def _attend(self, query: Tensor, layer: int, positions: Tensor, window: int | None) -> Tensor:
-        """Attend from one token of each text, (B, H, E), to what its text has in the cache."""
-        keys = self._keys[layer][:, :, : self._longest]
-        values = self._values[layer][:, :, : self._longest]
+    def _attend(
+        self,
+        layer: int,
+        rows: Tensor,
+        positions: Tensor,
+        plan: AttentionPlan | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: AttentionOptions,
+    ) -> Tensor:
+        """Keep (N, G, E) keys and values; attend to all that the queries' texts have, (N, H, E)."""
+        self._keys[layer][rows, :, positions] = key
+        self._values[layer][rows, :, positions] = value
+        if plan is not None:
+            return attend(query, key, value, plan, options)
         places = torch.arange(self._longest, device=query.device)
         visible = places <= positions[:, None]  # (B, C)
-        if window is not None:
-            visible &= places > positions[:, None] - window
-        attended = F.scaled_dot_product_attention(
+        if options.window is not None:
+            visible &= places > positions[:, None] - options.window
+        attended = attend_dense(
             query[:, :, None],
-            keys,
-            values,
-            attn_mask=visible[:, None, None],
-            enable_gqa=query.shape[1] != keys.shape[1],
+            self._keys[layer][:, :, : self._longest],
+            self._values[layer][:, :, : self._longest],
+            visible[:, None, None],
+            options,
         )  # (B, H, 1, E)
         return attended[:, :, 0]

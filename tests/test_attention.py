@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo.attention import BACKENDS, attend, sdpa, varlen
+from dpo.attention import BACKENDS, PLAIN, AttentionOptions, attend, sdpa, varlen
 from dpo.segments import Segments, plan_attention
 
 FORESTS = {
@@ -10,6 +10,14 @@ FORESTS = {
     "a pair": Segments((4, 3, 2), (None, 0, 0)),
     "packed pairs": Segments((4, 3, 1, 6, 2, 5), (None, 0, None, 2, 0, 2)),
     "tree": Segments((3, 2, 2, 4, 1), (None, 0, 0, 0, 3)),
+}
+
+OPTIONS = {
+    "plain": PLAIN,
+    "window": AttentionOptions(window=3),
+    "scale": AttentionOptions(scale=0.7),
+    "softcap": AttentionOptions(softcap=0.5),
+    "all": AttentionOptions(window=3, scale=1.9, softcap=1.5),
 }
 
 
@@ -23,14 +31,16 @@ def inputs(segments: Segments, dtype: torch.dtype = torch.float64) -> tuple[Tens
     return heads(4, tokens, dtype, 0), heads(2, tokens, dtype, 1), heads(2, tokens, dtype, 2)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("segments", FORESTS.values(), ids=FORESTS)
-def test_sdpa_equals_the_reference_with_gradients(segments: Segments, window: int | None) -> None:
+def test_sdpa_equals_the_reference_with_gradients(
+    segments: Segments, options: AttentionOptions
+) -> None:
     plan = plan_attention(segments)
     outputs, gradients = [], []
     for backend in (BACKENDS["reference"], sdpa):
         leaves = inputs(segments)
-        output = backend(*leaves, plan, window)
+        output = backend(*leaves, plan, options)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         outputs.append(output)
         gradients.append([leaf.grad for leaf in leaves])
@@ -57,30 +67,31 @@ def test_cpu_tensors_take_sdpa_in_every_dtype() -> None:
         assert torch.equal(attend(*leaves, plan), sdpa(*leaves, plan))
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("longest", [4, 512])
 @pytest.mark.parametrize("segments", FORESTS.values(), ids=FORESTS)
 def test_narrow_floats_on_a_cpu_equal_the_reference_in_short_runs_and_long(
-    segments: Segments, longest: int, monkeypatch: pytest.MonkeyPatch
+    segments: Segments, longest: int, options: AttentionOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo.attention.SHORT_KEYS", longest)
     plan, narrow = plan_attention(segments), inputs(segments, torch.bfloat16)
     query, key, value = (leaf.double() for leaf in narrow)
-    expected = BACKENDS["reference"](query, key, value, plan, None)
+    expected = BACKENDS["reference"](query, key, value, plan, options)
     with torch.autocast("cpu", torch.bfloat16):
-        found = sdpa(*narrow, plan, None)
+        found = sdpa(*narrow, plan, options)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("name", ["plain", "window", "scale"])
 @pytest.mark.parametrize("segments", FORESTS.values(), ids=FORESTS)
-def test_varlen_equals_the_reference_on_cuda(segments: Segments, window: int | None) -> None:
+def test_varlen_equals_the_reference_on_cuda(segments: Segments, name: str) -> None:
     plan = plan_attention(segments).to(torch.device("cuda"))
     leaves = [leaf.detach().cuda() for leaf in inputs(segments, torch.float32)]
     narrow = [leaf.bfloat16() for leaf in leaves]
-    expected = BACKENDS["reference"](leaves[0], leaves[1], leaves[2], plan, window)
-    found = varlen(narrow[0], narrow[1], narrow[2], plan, window)
+    expected = BACKENDS["reference"](leaves[0], leaves[1], leaves[2], plan, OPTIONS[name])
+    found = varlen(narrow[0], narrow[1], narrow[2], plan, OPTIONS[name])
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=3e-2)
 
 
@@ -97,6 +108,7 @@ def test_varlen_asks_the_kernel_for_what_sdpa_computes(monkeypatch: pytest.Monke
         longest_key: int,
         *,
         window_size: tuple[int, int],
+        scale: float | None,
         enable_gqa: bool,
     ) -> Tensor:
         assert enable_gqa
@@ -119,6 +131,7 @@ def test_varlen_asks_the_kernel_for_what_sdpa_computes(monkeypatch: pytest.Monke
                     key[None, k0:k1].transpose(1, 2),
                     value[None, k0:k1].transpose(1, 2),
                     attn_mask=mask,
+                    scale=scale,
                     enable_gqa=True,
                 )[0].transpose(0, 1)
             )
@@ -126,6 +139,18 @@ def test_varlen_asks_the_kernel_for_what_sdpa_computes(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     for segments in FORESTS.values():
-        for window in (None, 3):
+        for options in (PLAIN, AttentionOptions(window=3), AttentionOptions(scale=0.7)):
             plan, leaves = plan_attention(segments), inputs(segments)
-            torch.testing.assert_close(varlen(*leaves, plan, window), sdpa(*leaves, plan, window))
+            torch.testing.assert_close(varlen(*leaves, plan, options), sdpa(*leaves, plan, options))
+
+
+def test_varlen_refuses_a_softcap_and_is_not_chosen_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, leaves = plan_attention(FORESTS["a pair"]), inputs(FORESTS["a pair"], torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="varlen_attn has no softcap"):
+        varlen(*leaves, plan, OPTIONS["softcap"])
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    assert torch.equal(
+        attend(*leaves, plan, OPTIONS["softcap"]), sdpa(*leaves, plan, OPTIONS["softcap"])
+    )

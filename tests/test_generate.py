@@ -19,7 +19,7 @@ from dpo.decoding import choose_tokens, decode
 from dpo.errors import InputError
 from dpo.generate import GenerateOptions, TextStream, encode_prompts, generate
 from dpo.log_probs import completion_log_probs
-from dpo.models import ARCHITECTURES, Decoder, init_model, load_model, parse_config, save_model
+from dpo.models import Decoder, init_model, load_model, parse_config, save_model
 from dpo.pair import PreferencePair, Text
 from dpo.tokenization import tokenize_pairs
 from dpo.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
@@ -60,10 +60,11 @@ def full_logits(model: Decoder, ids: Sequence[int]) -> Tensor:
     return hidden @ model.output_head().weight.T
 
 
-@pytest.fixture(params=[*ARCHITECTURES, *(f"{name}, window" for name in WINDOWS)])
+@pytest.fixture(params=["llama", *WINDOWS])
 def model(request: pytest.FixtureRequest, make_model: Callable[..., Decoder]) -> Decoder:
-    name, _, window = request.param.partition(", ")
-    return make_model(model_type=name, dtype=torch.float64, **(WINDOWS[name] if window else {}))
+    """A Llama, and models with windows; ``test_models.py`` decodes with every architecture."""
+    changes = WINDOWS.get(request.param, {})
+    return make_model(model_type=request.param, dtype=torch.float64, **changes)
 
 
 # --- decoding with the cache --------------------------------------------------------------------

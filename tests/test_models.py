@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo.batching import collate_answers
+from dpo.decoding import GenerateOptions, decode
 from dpo.errors import InputError
 from dpo.log_probs import completion_log_probs
-from dpo.models import ARCHITECTURES, init_model, load_model, parse_config, save_model
+from dpo.models import (
+    ARCHITECTURES,
+    init_model,
+    load_model,
+    parse_config,
+    read_config,
+    save_model,
+)
+from dpo.models.transforms import checkpoint_activations, compile_blocks
+from dpo.tokenization import TokenizedPairs
+from dpo.train_config import TrainConfig
+from dpo.trainer import Trainer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -32,6 +45,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5e5,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ONE_KIND_OF_HEADS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+GPT2_SIZES = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512}
 VARIANTS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "llama, tied, llama3 rope": lambda: transformers.LlamaConfig(
@@ -47,22 +68,132 @@ VARIANTS: dict[str, Callable[[], Any]] = {
         **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3, yarn rope": lambda: transformers.Qwen3Config(
+        **SIZES, head_dim=16, rope_parameters=YARN
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SIZES,
+        head_dim=8,
+        sliding_window=5,
+        query_pre_attn_scalar=3,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma2, no bounds": lambda: transformers.Gemma2Config(
+        **SIZES,
+        head_dim=8,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        attention_bias=True,
+    ),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        sliding_window=5,
+        query_pre_attn_scalar=3,
+        final_logit_softcapping=3.0,
+        sliding_window_pattern=2,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "phi3": lambda: transformers.Phi3Config(**SIZES, pad_token_id=0, sliding_window=7),
+    "phi3, part of each head rotated": lambda: transformers.Phi3Config(
+        **SIZES, pad_token_id=0, tie_word_embeddings=True, partial_rotary_factor=0.75
+    ),
+    "phi3, longrope": lambda: transformers.Phi3Config(
+        **SIZES,
+        pad_token_id=0,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0, 1.1, 1.5, 2.0],
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+        },
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES),
+    "olmo3": lambda: transformers.Olmo3Config(
+        **SIZES,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default"}},
+    ),
+    "smollm3": lambda: transformers.SmolLM3Config(
+        **SIZES, pad_token_id=0, no_rope_layer_interval=2
+    ),
+    "smollm3, window": lambda: transformers.SmolLM3Config(
+        **SIZES,
+        pad_token_id=0,
+        no_rope_layers=[0, 1, 1],
+        use_sliding_window=True,
+        sliding_window=5,
+        tie_word_embeddings=False,
+    ),
+    "granite": lambda: transformers.GraniteConfig(
+        **SIZES,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.7,
+        logits_scaling=2.5,
+    ),
+    "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=16, pad_token_id=0),
+    "cohere2": lambda: transformers.Cohere2Config(
+        **SIZES,
+        logit_scale=0.3,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt2": lambda: transformers.GPT2Config(**GPT2_SIZES),
+    "gpt2, own inner size, no scale": lambda: transformers.GPT2Config(
+        **GPT2_SIZES, n_inner=40, scale_attn_weights=False, tie_word_embeddings=False
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**ONE_KIND_OF_HEADS),
+    "gpt_neox, one after the other": lambda: transformers.GPTNeoXConfig(
+        **ONE_KIND_OF_HEADS,
+        use_parallel_residual=False,
+        attention_bias=False,
+        rotary_pct=1.0,
+        tie_word_embeddings=True,
+    ),
+    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=5, sliding_window=6),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **SIZES, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24
+    ),
+    "qwen3_moe, some layers plain": lambda: transformers.Qwen3MoeConfig(
+        **SIZES,
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=5,
+    ),
 }
+
+
+def save_peer(variant: str, folder: Path) -> Any:
+    """Make a tiny random transformers model and save it."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(VARIANTS[variant]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases start as ones and zeros: make them tell
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:  # so that bounds, scales and positions tell
+                parameter.mul_(5.0)
+    model.save_pretrained(folder)
+    model.name_or_path = str(folder)
+    return model
 
 
 @pytest.fixture(params=VARIANTS, scope="module")
 def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny random transformers model of each variant, saved to its ``name_or_path``."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(VARIANTS[request.param]()).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases start as ones and zeros: make them tell
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    folder = tmp_path_factory.mktemp("peer")
-    model.save_pretrained(folder)
-    model.name_or_path = str(folder)
-    return model
+    return save_peer(request.param, tmp_path_factory.mktemp("peer"))
 
 
 def trees(vocab_size: int = 97) -> list[tuple[Any, list[Any]]]:
@@ -102,6 +233,74 @@ def test_saved_model_has_the_same_logits_in_transformers(
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(back(ids).logits, peer(ids).logits)
+
+
+def test_decoding_with_the_cache_gives_the_log_probs_of_whole_texts(peer: Any) -> None:
+    model = load_model(peer.name_or_path, dtype=torch.float64)
+    prompts = [[3, 1, 4, 1, 5, 9, 2, 6, 5], [7], [2, 7, 1, 8, 2]]
+    texts = decode(
+        model,
+        prompts,
+        GenerateOptions(max_new_tokens=12),
+        stop_ids=[frozenset()] * 3,
+        uniforms=torch.zeros(3, 12),
+    )
+    trees = [
+        (np.array(prompt, np.int32), [np.array(text.ids, np.int32)])
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    expected = completion_log_probs(model, collate_answers(trees))
+    found = [log_prob for text in texts for log_prob in text.log_probs]
+    assert found == pytest.approx(expected.log_probs.tolist(), rel=0, abs=1e-10)
+    assert expected.is_top.all()
+
+
+def test_activation_checkpointing_gives_equal_gradients(peer: Any) -> None:
+    plain, saving = (load_model(peer.name_or_path) for _ in range(2))
+    checkpoint_activations(saving)
+    for model in (plain, saving):
+        completion_log_probs(model, collate_answers(trees())).log_probs.sum().backward()
+    for name, parameter in plain.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None, name
+        other = saving.get_parameter(name).grad
+        assert other is not None, name
+        assert torch.equal(gradient, other), name
+
+
+def test_a_step_of_the_trainer_lowers_the_loss(
+    peer: Any, make_pairs: Callable[..., TokenizedPairs]
+) -> None:
+    pairs = make_pairs(4)
+    config = TrainConfig(batch_size=4, steps=2, learning_rate=1e-3, schedule="constant")
+    first, second = Trainer(load_model(peer.name_or_path), pairs, config)
+    assert first.metrics is not None
+    assert second.metrics is not None
+    assert first.metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert second.metrics["loss"] < first.metrics["loss"] - 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "smollm3", "gpt2", "gpt_neox", "phi3"])
+def test_compiled_blocks_give_equal_log_probs(name: str, tmp_path: Path) -> None:
+    save_peer(name, tmp_path)
+    eager, compiled = load_model(tmp_path), load_model(tmp_path)
+    compile_blocks(compiled)
+    texts = collate_answers(trees())
+    with torch.no_grad():
+        expected = completion_log_probs(eager, texts).log_probs
+        found = completion_log_probs(compiled, texts).log_probs
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_untrained_models_of_every_variant_save_and_load_again(peer: Any, tmp_path: Path) -> None:
+    model = init_model(read_config(Path(peer.name_or_path)), seed=1)
+    save_model(model, tmp_path, max_shard_bytes=20_000)
+    again = load_model(tmp_path)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+        if name.endswith("bias"):
+            assert not parameter.any()
 
 
 def test_every_architecture_is_held_against_transformers() -> None:
@@ -167,11 +366,12 @@ def test_config_that_is_no_object_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "t5"}, "model_type 't5' is not supported; supported are llama"),
+        ({"model_type": "t5"}, "model_type 't5' is not supported; supported are .*llama, mistral"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"model_type": []}, r"model_type \[\] is not supported"),
         ({"quantization_config": {}}, "quantised weights cannot be trained"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_act": "relu6"}, "hidden_act 'relu6' is not supported; expected 'silu', 'gelu'"),
+        ({"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
         ({"hidden_size": "big"}, "hidden_size must be a positive integer, got 'big'"),
         (
             {"num_key_value_heads": 3},
@@ -182,7 +382,23 @@ def test_config_that_is_no_object_is_refused(folder: Path) -> None:
             "num_key_value_heads must be a positive integer, got 'two'",
         ),
         ({"head_dim": -1}, "head_dim must be a positive integer, got -1"),
-        ({"max_window_layers": None}, "max_window_layers must be an integer >= 0, got None"),
+        (
+            {"model_type": "qwen2", "max_window_layers": None},
+            "max_window_layers must be an integer >= 0, got None",
+        ),
+        (
+            {"model_type": "olmo3", "layer_types": ["full_attention"] * 2},
+            "layer_types must be a list of 3 items, got",
+        ),
+        (
+            {"model_type": "olmo3", "layer_types": ["chunked_attention"] * 3},
+            "layer_types 'chunked_attention' is not supported; expected 'sliding_attention' or",
+        ),
+        (
+            {"model_type": "gemma2", "use_bidirectional_attention": True},
+            "use_bidirectional_attention True is not supported; expected False",
+        ),
+        ({"model_type": "gpt2"}, "n_head must be a positive integer, got None"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number, got 'small'"),
         ({"rope_theta": float("nan")}, "rope_theta must be a positive number, got nan"),
         ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
@@ -191,7 +407,20 @@ def test_config_that_is_no_object_is_refused(folder: Path) -> None:
             {"rope_scaling": {"rope_type": "linear", "factor": 0}},
             "factor must be a positive number, got 0",
         ),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope type 'dynamic' is not supported"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope type 'yarn' needs 'factor'"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": 1}},
+            "short_factor must be a list of numbers, got 1",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "short_factor has 1 numbers, expected 4",
+        ),
+        (
+            {"partial_rotary_factor": 0.4},
+            "partial_rotary_factor rotates 3 of the 8 numbers of a head; expected an even number",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs 'factor'"),
     ],
 )

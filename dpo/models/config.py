@@ -1,60 +1,73 @@
 """What a decoder is made of, read from a Hugging Face ``config.json``.
 
-To add an architecture, add an entry to ``ARCHITECTURES``: a function from the parsed file to the
-few facts in which it differs from a Llama. ``tests/test_models.py`` then holds it against
-transformers by being named.
+What the entries mean for each architecture is in ``dpo.models.architectures``.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from dpo.errors import InputError
+from dpo.models.architectures import ARCHITECTURES, Experts, Facts, head_size
+from dpo.models.entries import Entries, HubConfig
+from dpo.models.rope import Rope, parse_rope
 
-HubConfig = Mapping[str, Any]  # the decoded config.json
-
-_ROPE_OPTIONS: Final[dict[str, dict[str, str]]] = {  # kind -> our name: name in config.json
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_frequency_factor": "low_freq_factor",
-        "high_frequency_factor": "high_freq_factor",
-        "original_context": "original_max_position_embeddings",
-    },
+ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: base frequency and, for long contexts, how frequencies are scaled.
+class ModelConfig:
+    """A decoder's shape. Sizes are counts of numbers, not bytes; the defaults are a Llama's.
 
     Attributes:
-        theta: base of the geometric series of frequencies.
-        kind: "default", "linear" or "llama3".
-        factor: context extension factor of "linear" and "llama3".
-        low_frequency_factor: "llama3" only; wavelengths above context / this are scaled by the
-            factor.
-        high_frequency_factor: "llama3" only; wavelengths below context / this are left alone.
-        original_context: "llama3" only; tokens the model was first trained with.
+        architecture: a name in ``ARCHITECTURES``.
+        vocab_size: tokens that there are embeddings of.
+        hidden_size: numbers of a token between the layers.
+        intermediate_size: hidden numbers of an MLP.
+        layers: how many there are.
+        heads: of queries.
+        key_heads: of keys and values; divides ``heads``.
+        head_size: numbers of a head.
+        norm_epsilon: added to the mean square that a norm divides by.
+        max_positions: tokens of a text that the model was made for.
+        ties_embeddings: the output projection is the embedding.
+        windows: per layer, the tokens a token sees; None for all.
+        ropes: per layer, the rotary embedding; None for none.
+        experts: per layer, None for a plain MLP.
+        activation: of the MLPs; a name in ``ACTIVATIONS``.
+        is_gated: the MLPs are gated (arXiv 2002.05202).
+        has_mlp_bias: of all matrices of the MLPs.
+        has_qkv_bias: of the projections to queries, keys and values.
+        has_attention_output_bias: of the projection behind the heads.
+        norm: a name in ``dpo.models.decoder.NORMS``.
+        norms_inputs: what attention and MLP read is normed.
+        norms_outputs: what they write is normed.
+        has_one_norm: the MLP reads what the attention reads, normed by the same norm.
+        is_parallel: the MLP reads what the attention reads, not the sum with its output.
+        query_key_norm: queries and keys are normed, "each head" alone or "all heads" together; None
+            for not.
+        query_scale: factor on the products of queries and keys; None for ``head_size ** -0.5``.
+        attention_softcap: bound of these products; None for none.
+        embedding_scale: factor on the embeddings.
+        residual_scale: factor on what attention and MLP add.
+        logit_scale: factor on the logits.
+        logit_softcap: bound of the logits; None for none.
+        has_learned_positions: each position has an embedding.
+        source: the decoded config.json.
     """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_context: int = 8192
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A decoder's shape. Sizes are counts of numbers, not bytes."""
 
     architecture: str
     vocab_size: int
@@ -66,67 +79,34 @@ class ModelConfig:
     head_size: int
     norm_epsilon: float
     max_positions: int
-    rope: Rope
     ties_embeddings: bool
+    windows: tuple[int | None, ...]
+    ropes: tuple[Rope | None, ...]
+    experts: tuple[Experts | None, ...]
+    activation: str = "silu"
+    is_gated: bool = True
+    has_mlp_bias: bool = False
     has_qkv_bias: bool = False
     has_attention_output_bias: bool = False
-    has_mlp_bias: bool = False
-    normalizes_query_key: bool = False
-    windows: tuple[int | None, ...] = ()  # per layer: tokens a token sees, None for all
+    norm: str = "rms"
+    norms_inputs: bool = True
+    norms_outputs: bool = False
+    has_one_norm: bool = False
+    is_parallel: bool = False
+    query_key_norm: str | None = None
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    has_learned_positions: bool = False
     source: HubConfig = field(default_factory=dict, repr=False, compare=False)
 
-
-Facts = dict[str, object]
-
-
-def _llama(config: HubConfig) -> Facts:
-    has_bias = bool(config.get("attention_bias", False))
-    return {
-        "has_qkv_bias": has_bias,
-        "has_attention_output_bias": has_bias,
-        "has_mlp_bias": bool(config.get("mlp_bias", False)),
-    }
-
-
-def _mistral(config: HubConfig) -> Facts:
-    return {"windows": (config.get("sliding_window"),) * config["num_hidden_layers"]}
-
-
-def _qwen2(config: HubConfig) -> Facts:
-    return {"has_qkv_bias": True, "windows": _qwen_windows(config)}
-
-
-def _qwen3(config: HubConfig) -> Facts:
-    has_bias = bool(config.get("attention_bias", False))
-    return {
-        "has_qkv_bias": has_bias,
-        "has_attention_output_bias": has_bias,
-        "normalizes_query_key": True,
-        "windows": _qwen_windows(config),
-    }
-
-
-def _qwen_windows(config: HubConfig) -> tuple[int | None, ...]:
-    """Layers from ``max_window_layers`` on have the sliding window, if it is switched on at all."""
-    layers = int(config["num_hidden_layers"])
-    if not config.get("use_sliding_window", False):
-        return (None,) * layers
-    first = config.get("max_window_layers", 28)
-    window = config.get("sliding_window", 4096)
-    return tuple(window if layer >= first else None for layer in range(layers))
-
-
-ARCHITECTURES: Final[dict[str, Callable[[HubConfig], Facts]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-}
-
-_OPTIONAL_COUNTS: Final = (
-    "num_key_value_heads", "head_dim", "sliding_window", "max_position_embeddings",
-)  # fmt: skip
-_DEFAULT_HEAD_SIZE: Final = {"qwen3": 128}
+    @property
+    def refuses_longer_texts(self) -> bool:
+        """Is there nothing, or something else, to compute beyond ``max_positions``?"""
+        return self.has_learned_positions or _longrope_context(self.ropes) is not None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -153,82 +133,66 @@ def parse_config(config: HubConfig, *, where: str = "config") -> ModelConfig:
     Raises:
         InputError: an unsupported or contradictory entry, named with ``where``.
     """
-    architecture = config.get("model_type")
-    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(
-            f"{where}: model_type {architecture!r} is not supported; "
+            f"{where}: model_type {name!r} is not supported; "
             f"supported are {', '.join(sorted(ARCHITECTURES))}"
         )
     if config.get("quantization_config") is not None:
         raise InputError(f"{where}: quantization_config: quantised weights cannot be trained")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise InputError(f"{where}: hidden_act {activation!r} is not supported; expected 'silu'")
-    for key in _OPTIONAL_COUNTS:
-        if config.get(key) is not None:
-            _count(config, key, where)
-    if "max_window_layers" in config:
-        _count(config, "max_window_layers", where, least=0)
-    heads = _count(config, "num_attention_heads", where)
-    hidden_size = _count(config, "hidden_size", where)
-    layers = _count(config, "num_hidden_layers", where)
-    key_heads = config.get("num_key_value_heads") or heads
+    architecture = ARCHITECTURES[name]
+    entries = Entries(config, where, architecture.names, architecture.defaults)
+    heads = entries.count("num_attention_heads")
+    facts: Facts = {
+        "architecture": name,
+        "vocab_size": entries.count("vocab_size"),
+        "hidden_size": entries.count("hidden_size"),
+        "layers": entries.count("num_hidden_layers"),
+        "heads": heads,
+        "key_heads": _key_heads(entries, heads),
+        "head_size": head_size(entries),
+        "norm_epsilon": entries.positive("rms_norm_eps", 1e-6),
+        "max_positions": entries.count_or_none("max_position_embeddings") or 2048,
+        "ties_embeddings": entries.flag("tie_word_embeddings"),
+        "activation": _activation(entries),
+        "source": dict(config),
+    }
+    facts |= architecture.facts(entries)
+    return ModelConfig(**_with_usual_layers(facts, entries))
+
+
+def _key_heads(entries: Entries, heads: int) -> int:
+    key_heads = entries.count_or_none("num_key_value_heads") or heads
     if heads % key_heads:
-        raise InputError(
-            f"{where}: num_attention_heads {heads} is no multiple of "
-            f"num_key_value_heads {key_heads}"
+        raise entries.fault(
+            "num_attention_heads", f"{heads} is no multiple of num_key_value_heads {key_heads}"
         )
-    facts: dict[str, Any] = {"windows": (None,) * layers} | ARCHITECTURES[architecture](config)
-    return ModelConfig(
-        architecture=architecture,
-        vocab_size=_count(config, "vocab_size", where),
-        hidden_size=hidden_size,
-        intermediate_size=_count(config, "intermediate_size", where),
-        layers=layers,
-        heads=heads,
-        key_heads=key_heads,
-        head_size=config.get("head_dim")
-        or _DEFAULT_HEAD_SIZE.get(architecture, hidden_size // heads),
-        norm_epsilon=_positive(config, "rms_norm_eps", where, default=1e-6),
-        max_positions=config.get("max_position_embeddings") or 2048,
-        rope=_parse_rope(config, where),
-        ties_embeddings=bool(config.get("tie_word_embeddings", False)),
-        source=dict(config),
-        **facts,
-    )
+    return key_heads
 
 
-def _count(config: HubConfig, key: str, where: str, *, least: int = 1) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        expected = "a positive integer" if least else "an integer >= 0"
-        raise InputError(f"{where}: {key} must be {expected}, got {value!r}")
-    return value
+def _activation(entries: Entries) -> str:
+    activation = entries.get("hidden_act") or "silu"
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        expected = ", ".join(map(repr, ACTIVATIONS))
+        raise entries.fault("hidden_act", f"{activation!r} is not supported; expected {expected}")
+    return activation
 
 
-def _positive(config: HubConfig, key: str, where: str, *, default: float | None = None) -> float:
-    value = config.get(key, default)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise InputError(f"{where}: {key} must be a positive number, got {value!r}")
-    return float(value)
+def _with_usual_layers(facts: Facts, entries: Entries) -> Facts:
+    """Add what an architecture did not say of its layers, and bound its texts."""
+    layers = facts["layers"]
+    facts = {"windows": (None,) * layers, "experts": (None,) * layers, **facts}
+    if "intermediate_size" not in facts:
+        facts["intermediate_size"] = entries.count("intermediate_size")
+    if "ropes" not in facts:
+        facts["ropes"] = (parse_rope(entries, facts["head_size"]),) * layers
+    if context := _longrope_context(facts["ropes"]):
+        facts["max_positions"] = min(facts["max_positions"], context)
+    return facts
 
 
-def _parse_rope(config: HubConfig, where: str) -> Rope:
-    """Read ``rope_parameters`` (transformers 5), else ``rope_theta`` with ``rope_scaling``."""
-    scaling: HubConfig = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, Mapping):
-        raise InputError(f"{where}: rope_scaling must be an object, got {scaling!r}")
-    theta = _positive({**config, **scaling}, "rope_theta", where, default=10000.0)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(kind, str) or kind not in _ROPE_OPTIONS:
-        supported = ", ".join(_ROPE_OPTIONS)
-        raise InputError(f"{where}: rope type {kind!r} is not supported; supported are {supported}")
-    missing = [name for name in _ROPE_OPTIONS[kind].values() if name not in scaling]
-    if missing:
-        raise InputError(f"{where}: rope type {kind!r} needs {missing[0]!r}")
-    for name in _ROPE_OPTIONS[kind].values():
-        _positive(scaling, name, where)
-    return Rope(
-        theta, kind, **{ours: scaling[theirs] for ours, theirs in _ROPE_OPTIONS[kind].items()}
-    )
+def _longrope_context(ropes: tuple[Rope | None, ...]) -> int | None:
+    """Return the tokens up to which "longrope" has the same frequencies for all texts."""
+    contexts = [rope.original_context for rope in ropes if rope and rope.kind == "longrope"]
+    return min(contexts, default=None)

@@ -1,26 +1,34 @@
 """The decoder: one class for every architecture, over a flat stream of tokens.
 
-Parameter names are those of Hugging Face checkpoints, so loading and saving need no map.
+Parameter names are those of Llama's checkpoints; ``dpo.models.layouts`` maps those of others.
 
 Shapes: N tokens, D hidden size, H heads, G key heads, E size of a head, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo.attention import attend
-from dpo.models.config import ModelConfig, Rope
+from dpo.attention import AttentionOptions, attend
+from dpo.errors import InputError
+from dpo.models.config import ACTIVATIONS, ModelConfig
+from dpo.models.experts import SparseMLP
+from dpo.models.rope import Rotation, rotation
 from dpo.policy import OutputHead
-from dpo.segments import AttentionPlan, TokenStream
+from dpo.segments import AttentionPlan, Segments, TokenStream
+
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
+"""From (N, H, E) queries, (N, G, E) keys and (N, G, E) values to (N, H, E)."""
 
 
 class Decoder(nn.Module):
-    """A causal language model of the Llama family.
+    """A causal language model of the architecture that the configuration describes.
 
     Follows the ``Policy`` protocol: calling it gives hidden states, ``output_head`` the way to
     logits.
@@ -39,13 +47,20 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, stream: TokenStream) -> Tensor:
-        """Return (N, D) hidden states of ``stream`` after the last norm."""
+        """Return (N, D) hidden states of ``stream`` after the last norm.
+
+        Raises:
+            InputError: a text is longer than the model can read.
+        """
         hidden: Tensor = self.model(stream)
         return hidden
 
     def output_head(self) -> OutputHead:
         """Return the output projection."""
-        return OutputHead(self.lm_head.weight)
+        config = self.config
+        return OutputHead(
+            self.lm_head.weight, scale=config.logit_scale, softcap=config.logit_softcap
+        )
 
 
 class Trunk(nn.Module):
@@ -55,36 +70,69 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, window) for window in config.windows)
-        self.norm = nn.RMSNorm(config.hidden_size, config.norm_epsilon)
+        if config.has_learned_positions:
+            self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = make_norm(config)
 
     def forward(self, stream: TokenStream) -> Tensor:
-        """Return (N, D) hidden states of ``stream`` after the last norm."""
-        hidden = self.embed_tokens(stream.input_ids)  # (N, D)
-        cosines, sines = rotations(stream.positions, self.config.head_size, self.config.rope)
-        for block in self.layers:
-            hidden = block(hidden, cosines, sines, stream.plan)
+        """Return (N, D) hidden states of ``stream`` after the last norm.
+
+        Raises:
+            InputError: a text is longer than the model can read.
+        """
+        if self.config.refuses_longer_texts:
+            _check_lengths(stream.plan.segments, self.config.max_positions)
+        attend_in_stream = partial(_attend_in, stream.plan)
+        return self.read(
+            stream.input_ids, stream.positions, [attend_in_stream] * self.config.layers
+        )
+
+    def read(self, ids: Tensor, positions: Tensor, attend_in: Sequence[Attend]) -> Tensor:
+        """Return (N, D) hidden states after the last norm.
+
+        Args:
+            ids: (N,) int64 tokens.
+            positions: (N,) int64, the place of each in its text.
+            attend_in: how each layer attends.
+        """
+        hidden = self.embed_tokens(ids)  # (N, D)
+        if self.config.embedding_scale != 1.0:
+            hidden = hidden * self.config.embedding_scale
+        if self.config.has_learned_positions:
+            hidden = hidden + self.embed_positions(positions)
+        ropes = self.config.ropes
+        rotations = {rope: rope and rotation(positions, rope) for rope in dict.fromkeys(ropes)}
+        for block, rope, attend_here in zip(self.layers, ropes, attend_in, strict=True):
+            hidden = block(hidden, rotations[rope], attend_here)
         normed: Tensor = self.norm(hidden)
         return normed
 
 
 class Block(nn.Module):
-    """Attention and a gated MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, normed before or behind or both, and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, window)
-        self.mlp = GatedMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_epsilon)
+        experts = config.experts[layer]
+        self.self_attn = Attention(config, config.windows[layer])
+        self.mlp = make_mlp(config) if experts is None else SparseMLP(config, experts)
+        before, behind = config.norms_inputs, config.norms_outputs
+        self.input_layernorm = make_norm(config) if before else nn.Identity()
+        self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
+        if config.has_one_norm:
+            self.post_attention_layernorm = self.input_layernorm
+        self.attention_output_norm = make_norm(config) if behind else nn.Identity()
+        self.mlp_output_norm = make_norm(config) if behind else nn.Identity()
+        self.is_parallel, self.residual_scale = config.is_parallel, config.residual_scale
 
-    def forward(
-        self, hidden: Tensor, cosines: Tensor, sines: Tensor, plan: AttentionPlan
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation | None, attend_here: Attend) -> Tensor:
         """Map (N, D) to (N, D)."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cosines, sines, plan)
-        mixed: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return mixed
+        attended = self.self_attn(self.input_layernorm(hidden), rotation, attend_here)
+        attended = self.attention_output_norm(attended)
+        between = torch.add(hidden, attended, alpha=self.residual_scale)
+        read = self.post_attention_layernorm(hidden if self.is_parallel else between)
+        return torch.add(between, self.mlp_output_norm(self.mlp(read)), alpha=self.residual_scale)
 
 
 class Attention(nn.Module):
@@ -93,81 +141,120 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, window: int | None) -> None:
         super().__init__()
         size, head = config.hidden_size, config.head_size
-        self.head_size, self.window = head, window
+        self.head_size = head
+        self.options = AttentionOptions(window, config.query_scale, config.attention_softcap)
         has_bias = config.has_qkv_bias
         self.q_proj = nn.Linear(size, config.heads * head, bias=has_bias)
         self.k_proj = nn.Linear(size, config.key_heads * head, bias=has_bias)
         self.v_proj = nn.Linear(size, config.key_heads * head, bias=has_bias)
         self.o_proj = nn.Linear(config.heads * head, size, bias=config.has_attention_output_bias)
-        normalizes = config.normalizes_query_key
-        self.q_norm = nn.RMSNorm(head, config.norm_epsilon) if normalizes else nn.Identity()
-        self.k_norm = nn.RMSNorm(head, config.norm_epsilon) if normalizes else nn.Identity()
+        self.q_norm = make_query_key_norm(config, config.heads)
+        self.k_norm = make_query_key_norm(config, config.key_heads)
 
-    def forward(
-        self, hidden: Tensor, cosines: Tensor, sines: Tensor, plan: AttentionPlan
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation | None, attend_here: Attend) -> Tensor:
         """Map (N, D) to (N, D)."""
         query = self.q_norm(self.q_proj(hidden).unflatten(1, (-1, self.head_size)))  # (N, H, E)
         key = self.k_norm(self.k_proj(hidden).unflatten(1, (-1, self.head_size)))  # (N, G, E)
         value = self.v_proj(hidden).unflatten(1, (-1, self.head_size))  # (N, G, E)
-        query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
-        attended = attend(query.to(value.dtype), key.to(value.dtype), value, plan, self.window)
+        if rotation is not None:
+            query, key = rotation.rotate(query), rotation.rotate(key)
+        attended = attend_here(query.to(value.dtype), key.to(value.dtype), value, self.options)
         output: Tensor = self.o_proj(attended.flatten(1))  # (N, D)
         return output
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """Two layers with a gate between them (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        self.activation = ACTIVATIONS[config.activation]
         self.gate_proj = nn.Linear(size, inner, bias=bias)
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (N, D) to (N, D)."""
-        projected: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        inner = self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
+        projected: Tensor = self.down_proj(inner)
         return projected
 
 
-def rotations(positions: Tensor, head_size: int, rope: Rope) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles.
+class PlainMLP(nn.Module):
+    """Two layers."""
 
-    Args:
-        positions: (N,) int64.
-        head_size: E.
-        rope: base and scaling.
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
+        self.activation = ACTIVATIONS[config.activation]
+        self.up_proj = nn.Linear(size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
 
-    Returns:
-        Two (N, 1, E) float32 tensors, the angles of the first half of a head repeated for the
-        second.
-    """
-    angles = positions[:, None].float() * frequencies(head_size, rope, positions.device)  # (N, E/2)
-    angles = torch.cat([angles, angles], dim=1)[:, None]  # (N, 1, E)
-    return angles.cos(), angles.sin()
-
-
-def frequencies(head_size: int, rope: Rope, device: torch.device | None = None) -> Tensor:
-    """(E/2,) float32 rotary frequencies in radians per token (Su et al. 2021, arXiv 2104.09864).
-
-    "linear" stretches positions (Chen et al. 2023, arXiv 2306.15595); "llama3" scales long waves
-    only and blends in between (Llama 3.1).
-    """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    base = 1.0 / rope.theta**exponents
-    if rope.kind == "default":
-        return base
-    if rope.kind == "linear":
-        return base / rope.factor
-    turns = rope.original_context * base / (2 * math.pi)  # rotations over the original context
-    span = rope.high_frequency_factor - rope.low_frequency_factor
-    kept = ((turns - rope.low_frequency_factor) / span).clamp(0, 1)
-    return kept * base + (1 - kept) * base / rope.factor
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (N, D) to (N, D)."""
+        projected: Tensor = self.down_proj(self.activation(self.up_proj(hidden)))
+        return projected
 
 
-def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotate (N, H, E) queries or keys by their positions; halves of a head form the pairs."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosines + torch.cat([-second, first], dim=-1) * sines
+class ShiftedRMSNorm(nn.RMSNorm):
+    """An RMSNorm whose weight is its gain less one, so that weight decay pulls gains to one."""
+
+    def reset_parameters(self) -> None:
+        """Make all gains one."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm the last dimension."""
+        return F.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
+
+
+class JointRMSNorm(nn.RMSNorm):
+    """An RMSNorm over all heads of a token together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm (N, H, E) over its last two dimensions; the weight is (H E,)."""
+        return super().forward(x.flatten(1)).view_as(x)
+
+
+Norm = nn.RMSNorm | nn.LayerNorm
+NORMS: Final[dict[str, Callable[[int, float], Norm]]] = {
+    "rms": nn.RMSNorm,
+    "rms, gain less one": ShiftedRMSNorm,
+    "layer": nn.LayerNorm,
+    "layer, no bias": partial(nn.LayerNorm, bias=False),
+}
+
+
+def make_norm(config: ModelConfig) -> Norm:
+    """Make a norm of a token's numbers."""
+    return NORMS[config.norm](config.hidden_size, config.norm_epsilon)
+
+
+def make_query_key_norm(config: ModelConfig, heads: int) -> nn.Module:
+    """Make a norm of (N, H, E) queries or keys, or what stands in its place."""
+    if config.query_key_norm is None:
+        return nn.Identity()
+    if config.query_key_norm == "all heads":
+        return JointRMSNorm(heads * config.head_size, config.norm_epsilon)
+    return NORMS[config.norm](config.head_size, config.norm_epsilon)
+
+
+def make_mlp(config: ModelConfig) -> nn.Module:
+    """Make an MLP that all tokens take."""
+    return GatedMLP(config) if config.is_gated else PlainMLP(config)
+
+
+def _attend_in(
+    plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
+) -> Tensor:
+    return attend(query, key, value, plan, options)
+
+
+def _check_lengths(segments: Segments, most: int) -> None:
+    ends = map(sum, zip(segments.depths, segments.lengths, strict=True))
+    if (longest := max(ends)) > most:
+        raise InputError(
+            f"a text has {longest} tokens, this model can read {most}; "
+            f"--max-length {most} refuses such rows, and --truncation drops or cuts them"
+        )

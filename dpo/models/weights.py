@@ -7,24 +7,28 @@ memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo.errors import InputError
 from dpo.files import write_json
+from dpo.models.architectures import ARCHITECTURES
 from dpo.models.config import ModelConfig, read_config
 from dpo.models.decoder import Decoder
+from dpo.models.layouts import StoredTensor
 from dpo.tensor_files import write_tensors
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
-_TIED: Final = "lm_head.weight"
-_IGNORED_SUFFIX: Final = "rotary_emb.inv_freq"  # old checkpoints store what is computed
+_IGNORED_SUFFIXES: Final = (  # old checkpoints store what is computed: angles and causal masks
+    "rotary_emb.inv_freq", "attn.bias", "attn.masked_bias",
+    "attention.bias", "attention.masked_bias",
+)  # fmt: skip
 _DTYPES: Final = ("F32", "BF16", "F16", "F64")  # quantised weights would be read as other numbers
 _SHOWN: Final = 5  # faults named in a message
 
@@ -50,19 +54,42 @@ def load_model(
     config = read_config(folder)
     with torch.device("meta"):
         model = Decoder(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if config.ties_embeddings:
-        del expected[_TIED]
-    files = weight_files(folder)
+    parameters = dict(model.named_parameters())
+    stored = _stored(model)
     weights: dict[str, Tensor] = {}
-    for path in files:
-        weights |= _read_file(path, expected, dtype, torch.device(device))
-    missing = sorted(expected.keys() - weights.keys())
+    found: set[str] = set()
+    for path in weight_files(folder):
+        for tensor, value in _read_file(path, config, stored, parameters, torch.device(device)):
+            found.add(tensor.name)
+            _place(weights, tensor, value.to(dtype), parameters)
+    missing = sorted(stored.keys() - found)
     if missing:
         raise InputError(f"{folder}: {len(missing)} weights are missing: {_listed(missing)}")
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model
+
+
+def _stored(model: Decoder) -> dict[str, StoredTensor]:
+    """List the tensors that a checkpoint of ``model`` has, by their names there."""
+    layout = ARCHITECTURES[model.config.architecture].layout
+    return layout.stored(dict(model.named_parameters()), heads=model.config.heads)
+
+
+def _place(
+    weights: dict[str, Tensor],
+    stored: StoredTensor,
+    value: Tensor,
+    parameters: Mapping[str, Tensor],
+) -> None:
+    """Put what ``stored`` holds into ``weights``; an expert's matrix into its place there."""
+    for part, tensor in zip(stored.parts, stored.split(value), strict=True):
+        if part.expert is None:
+            weights[part.parameter] = tensor
+            continue
+        if part.parameter not in weights:
+            weights[part.parameter] = tensor.new_empty(parameters[part.parameter].shape)
+        weights[part.parameter][part.expert] = tensor
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -95,34 +122,45 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read_file(
-    path: Path, expected: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
-    """Read the tensors of one file that are ``expected``, checking shapes before touching data."""
+    path: Path,
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor],
+    parameters: Mapping[str, Tensor],
+    device: torch.device,
+) -> Iterator[tuple[StoredTensor, Tensor]]:
+    """Read the tensors of one file one by one, having checked all shapes before touching data."""
+    prefix = ARCHITECTURES[config.architecture].layout.optional_prefix
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            names = list(file.keys())
-            unknown = [n for n in names if n not in expected and not _may_be_ignored(n, expected)]
+            keys = list(file.keys())
+            names = {name: name if name in stored else prefix + name for name in keys}
+            unknown = [
+                name
+                for name, full in names.items()
+                if full not in stored and not _may_be_ignored(name, config)
+            ]
             if unknown:
                 raise InputError(
                     f"{path}: {len(unknown)} weights have no place in this architecture: "
                     + _listed(sorted(unknown))
                 )
-            kept = [name for name in names if name in expected]
-            stored = {name: file.get_slice(name) for name in kept}
+            kept = {name: stored[full] for name, full in names.items() if full in stored}
+            slices = {name: file.get_slice(name) for name in kept}
+            expected = {name: tuple(each.join(parameters).shape) for name, each in kept.items()}
             unfit = [
-                f"{name} has shape {tuple(part.get_shape())}, "
-                f"config.json says {tuple(expected[name])}"
-                for name, part in stored.items()
-                if tuple(part.get_shape()) != tuple(expected[name])
+                f"{name} has shape {tuple(part.get_shape())}, config.json says {expected[name]}"
+                for name, part in slices.items()
+                if tuple(part.get_shape()) != expected[name]
             ]
             unfit += [
                 f"{name} is stored as {part.get_dtype()}, expected one of {', '.join(_DTYPES)}"
-                for name, part in stored.items()
+                for name, part in slices.items()
                 if part.get_dtype() not in _DTYPES
             ]
             if unfit:
                 raise InputError(f"{path}: {len(unfit)} weights do not fit: {_listed(unfit)}")
-            return {name: file.get_tensor(name).to(dtype) for name in kept}
+            for name, each in kept.items():
+                yield each, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut off: {error}") from error
 
@@ -132,8 +170,9 @@ def _listed(faults: Sequence[str]) -> str:
     return ", ".join(faults[:_SHOWN]) + more
 
 
-def _may_be_ignored(name: str, expected: Mapping[str, torch.Size]) -> bool:
-    return name.endswith(_IGNORED_SUFFIX) or (name == _TIED and _TIED not in expected)
+def _may_be_ignored(name: str, config: ModelConfig) -> bool:
+    tied = ARCHITECTURES[config.architecture].layout.rename("lm_head.weight")
+    return name.endswith(_IGNORED_SUFFIXES) or (name == tied and config.ties_embeddings)
 
 
 def save_model(
@@ -150,34 +189,35 @@ def save_model(
     Raises:
         OSError: a file could not be written.
     """
-    weights = dict(model.named_parameters())
-    shards = _split(weights, max_shard_bytes)
-    if len(shards) == 1:
-        write_tensors(folder / SINGLE, weights)
-    else:
-        weight_map: dict[str, str] = {}
-        for number, shard in enumerate(shards, start=1):
-            name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            write_tensors(folder / name, shard)
-            weight_map |= dict.fromkeys(shard, name)
-        size = sum(tensor.nbytes for tensor in weights.values())
+    parameters = dict(model.named_parameters())
+    shards = _split(_stored(model).values(), parameters, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else SINGLE
+        write_tensors(folder / name, {each.name: each.join(parameters) for each in shard})
+        weight_map |= dict.fromkeys([each.name for each in shard], name)
+    if len(shards) > 1:
+        size = sum(tensor.nbytes for tensor in parameters.values())
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     source = dict(model.config.source)
     source.pop("dtype", None)
     write_json(folder / "config.json", source | {"torch_dtype": dtype})
 
 
-def _split(weights: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    """Divide weights over files of at most ``max_bytes``, but for a larger one alone."""
-    shards: list[dict[str, Tensor]] = [{}]
+def _split(
+    tensors: Iterable[StoredTensor], parameters: Mapping[str, Tensor], max_bytes: int
+) -> list[list[StoredTensor]]:
+    """Divide tensors over files of at most ``max_bytes``, but for a larger one alone."""
+    shards: list[list[StoredTensor]] = [[]]
     size = 0
-    for name, tensor in weights.items():
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append({})
+    for tensor in tensors:
+        nbytes = sum(part.of(parameters).nbytes for part in tensor.parts)
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+        shards[-1].append(tensor)
+        size += nbytes
     return shards
 
 
@@ -188,7 +228,7 @@ def init_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Decoder:
-    """Make an untrained decoder: zero biases, unit norms, matrices from normal(0, 1/sqrt(columns)).
+    """Make an untrained decoder: no biases, plain norms, matrices of normal(0, 1/sqrt(columns)).
 
     So every layer keeps the scale of its input, whatever the width; a fixed 0.02, made for widths
     in the hundreds, leaves the attention of a small model all but uniform, and slow to learn. The
@@ -200,9 +240,12 @@ def init_model(
     model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.zero_()
+        for module in model.modules():
+            if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+                module.reset_parameters()
     return model
