@@ -16,8 +16,9 @@ from dpo.hub import commit_of, fetch_model
 from dpo.mixing import describe_share, mix, named, set_names
 from dpo.models import ModelConfig, read_config
 from dpo.models.weights import weight_files
+from dpo.pair import Content
 from dpo.pair_rows import RANKED_LAYOUT
-from dpo.preferences import LoadedPairs, PreferencePair, Text, load_pairs
+from dpo.preferences import LoadedPairs, PreferencePair, load_pairs
 from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
@@ -202,7 +203,7 @@ def cache_folder(kind: str) -> Path:
     return Path(root) / "dpo-engine" / kind
 
 
-def _digest(prompt: Text, seed: int) -> bytes:
+def _digest(prompt: Content, seed: int) -> bytes:
     return hashlib.blake2b(repr((seed, prompt)).encode(), digest_size=16).digest()
 
 
