@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dpo.data.texts import json_line
 from dpo.errors import InputError
-from dpo.pair import PreferencePair
+from dpo.pair import PreferencePair, Tokens
 from dpo.pair_rows import parse_rows
 from dpo.preferences import file_rows
 
@@ -19,7 +19,10 @@ _ASSISTANT_TURN = "\n\nAssistant:"
 
 
 class Texts(NamedTuple):
-    """Prompt and answers as plain text, to compare and to measure; a missing answer is empty."""
+    """Prompt and answers as plain text, to compare and to measure.
+
+    A missing answer is empty; token ids are written as numbers.
+    """
 
     prompt: str
     chosen: str
@@ -98,6 +101,8 @@ def plain_text(value: object) -> str:
     """Return what a text, a message or a conversation says, without roles."""
     if isinstance(value, str):
         return value
+    if isinstance(value, Tokens):
+        return " ".join(map(str, value.ids))
     if isinstance(value, Mapping):
         said = value.get("content", value.get("value"))
         calls = value.get("tool_calls")

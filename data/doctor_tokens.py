@@ -89,7 +89,7 @@ def _found(
         ("rejected", row.rejected_ids, pair.rejected),
     ):
         count = sum(id_ in tokenizer.eos_ids for id_ in ids.tolist())
-        messages = 1 if isinstance(answer, str) else len(answer or ())
+        messages = len(answer) if isinstance(answer, tuple) else 1
         if count > messages:
             ends.append(f"{name} has {count} end tokens where {messages} would do")
     if ends:

@@ -21,7 +21,7 @@ from dpo.data.kinds.base import Action, State
 from dpo.data.texts import json_line
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_directory, check_replaceable, write_manifest
-from dpo.pair import Message, PreferencePair, Text
+from dpo.pair import Content, Message, PreferencePair, Text, Tokens
 from dpo.pair_rows import FIELDS, OPTIONAL, pair_to_row
 from dpo.preferences import load_pairs
 
@@ -174,7 +174,11 @@ def _pairs(source: str | Path, columns: Mapping[str, str] | None = None) -> list
 def _chosen(pairs: Mapping[str, Sequence[PreferencePair]]) -> dict[str, list[Demonstration]]:
     """Return the chosen answers; a file of pairs does not say how good they are."""
     return {
-        split: [Demonstration(pair.prompt, pair.chosen) for pair in rows if pair.chosen is not None]
+        split: [
+            Demonstration(_text(pair.prompt), _text(pair.chosen))
+            for pair in rows
+            if pair.chosen is not None
+        ]
         for split, rows in pairs.items()
     }
 
@@ -227,12 +231,12 @@ def _openai_row(pair: PreferencePair) -> JSON:
         raise InputError("the format openai holds pairs alone, and a row has one answer alone")
     return {
         "input": {
-            "messages": _messages(pair.prompt, "user"),
+            "messages": _messages(_text(pair.prompt), "user"),
             "tools": list(pair.tools or ()),
             "parallel_tool_calls": True,
         },
-        "preferred_output": _messages(pair.chosen, "assistant"),
-        "non_preferred_output": _messages(pair.rejected, "assistant"),
+        "preferred_output": _messages(_text(pair.chosen), "assistant"),
+        "non_preferred_output": _messages(_text(pair.rejected), "assistant"),
     }
 
 
@@ -250,6 +254,12 @@ def _write_prompt_completion(source: ExportSource, folder: Path) -> None:
             folder / f"{split}.jsonl",
             ({"prompt": row.prompt, "completion": row.answer} for row in rows),
         )
+
+
+def _text(content: Content) -> Text:
+    if isinstance(content, Tokens):
+        raise InputError("this format holds texts, and a row holds token ids")
+    return content
 
 
 def _messages(text: Text, role: str) -> list[Message]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from dpo.errors import InputError
+from dpo.mixing import MixConfig
 from dpo.pair_rows import RankedPairs
 from dpo.tokenize_config import TokenizeOptions
 from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from dpo.losses import Loss
 
 OnBadRow = Literal["error", "skip"]
+Sources = str | tuple[str, ...]
 NONE = "none"  # TOML has no null: an optional value that is off is this word
 
 
@@ -60,7 +62,10 @@ class RunConfig:
     """
 
     model: Annotated[str, "Model to start from: a folder, or an id of the Hugging Face Hub."]
-    data: Annotated[str, "Preference pairs: .jsonl[.gz], .json, .parquet, or an id of the Hub."]
+    data: Annotated[
+        Sources,
+        "Preference pairs: .jsonl[.gz], .json, .parquet, or an id of the Hub; several are mixed.",
+    ]
     out: Annotated[str, "What is written: a folder for the run; of dpo score, the file of scores."]
     revision: Annotated[str | None, "Commit, tag or branch of a model on the Hub."] = None
     reference: Annotated[str | None, "Reference model; none: the model as it starts."] = None
@@ -86,6 +91,7 @@ class RunConfig:
         "one, or as a list each and the next worse one; list for a loss of lists, else all.",
     ] = None
     on_bad_row: Annotated[OnBadRow, "At a faulty row: stop, or skip and count it."] = "error"
+    mix: MixConfig = field(default_factory=MixConfig)
     tokenize: TokenizeOptions = field(default_factory=TokenizeOptions)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -95,10 +101,17 @@ class RunConfig:
         if faults := [*self._faults(), *self._contradictions()]:
             raise InputError("\n".join(faults))
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The data sets that ``data`` names."""
+        return (self.data,) if isinstance(self.data, str) else self.data
+
     def _faults(self) -> Iterator[str]:
-        for name in ("model", "data", "out"):
-            if not getattr(self, name):
+        for name, texts in (("model", [self.model]), ("data", self.sources), ("out", [self.out])):
+            if not texts or not all(texts):
                 yield f"{name} must not be empty"
+        if len(set(self.sources)) < len(self.sources):
+            yield f"data names a data set twice: {', '.join(self.sources)}"
         if self.eval_split is not None and not 0 < self.eval_split < 1:
             yield f"eval_split must be in (0, 1), got {self.eval_split}"
         if self.ranked not in (None, *get_args(RankedPairs)):
@@ -116,6 +129,14 @@ class RunConfig:
             for name in EVALUATION_OPTIONS:
                 if getattr(self.train, name):
                     yield f"train.{name} needs held-out pairs: give eval_data or eval_split"
+        sets, weights = len(self.sources), self.mix.weights
+        if sets > 1 and self.data_revision is not None:
+            yield f"data_revision is of one data set, but data names {sets}"
+        if sets == 1 and self.mix != MixConfig():
+            given = [item.name for item in fields(MixConfig) if getattr(self.mix, item.name)]
+            yield f"mix.{given[0]} is for several data sets, but data names one"
+        elif weights is not None and len(weights) != sets:
+            yield f"mix.weights has {len(weights)} numbers, but data names {sets} data sets"
         for name, needed in (
             ("reference_revision", "reference"),
             ("eval_data_split", "eval_data"),
@@ -170,6 +191,8 @@ def _toml_value(value: object) -> str:
         case str():
             # a JSON string is a TOML string, but for this one character
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case tuple():
+            return "[" + ", ".join(map(_toml_value, value)) + "]"
         case Mapping():
             entries = (f"{_toml_value(key)} = {_toml_value(item)}" for key, item in value.items())
             return "{ " + ", ".join(entries) + " }" if value else "{}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,12 @@ from dpo.errors import InputError
 from dpo.fingerprint import weights_fingerprint
 from dpo.hub import commit_of, fetch_model
 from dpo.mismatch import mismatched_rows
+from dpo.mixing import describe_share, mix, named, set_names
 from dpo.models import ModelConfig, read_config
 from dpo.models.weights import weight_files
+from dpo.pair import Content
 from dpo.pair_rows import RANKED_LAYOUT, RankedPairs
-from dpo.preferences import LoadedPairs, PreferencePair, Text, load_pairs
+from dpo.preferences import LoadedPairs, PreferencePair, load_pairs
 from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
@@ -120,7 +122,7 @@ def load_inputs(config: RunConfig, models: Models, console: Console) -> Inputs:
         InputError: a source is not readable or holds faulty rows, or nothing is left to train on.
     """
     data = _read_data(config, console)
-    pairs, commit, eval_commit = data.pairs, data.revision, None
+    pairs, eval_commit = data.pairs, None
     held_out: list[PreferencePair] | None = None
     if config.eval_data is not None:
         eval_data = _read(
@@ -134,12 +136,15 @@ def load_inputs(config: RunConfig, models: Models, console: Console) -> Inputs:
     elif config.eval_split is not None:
         pairs, held_out = split_pairs(pairs, config.eval_split, seed=config.train.seed)
         console.say(f"{len(held_out):,} pairs held out, none shares its prompt with the others")
+    if len(data.sets) > 1:
+        pairs = _mix(config, data.sets, pairs, console)
+    source = ", ".join(config.sources)
     return Inputs(
-        _tokenize(config, config.data, pairs, models, console),
+        _tokenize(config, source, pairs, models, console),
         None
         if held_out is None
-        else _tokenize(config, config.eval_data or config.data, held_out, models, console),
-        commit,
+        else _tokenize(config, config.eval_data or source, held_out, models, console),
+        data.commit,
         eval_commit,
     )
 
@@ -157,13 +162,13 @@ def pin_revisions(config: RunConfig, models: Models, inputs: Inputs) -> RunConfi
 
 
 def load_all_pairs(config: RunConfig, models: Models, console: Console) -> Inputs:
-    """Read and tokenize all of ``config.data``; nothing is held out.
+    """Read and tokenize all of ``config.data``, each row once; nothing is held out.
 
     Raises:
         InputError: it is not readable or holds faulty rows, or no row is left.
     """
     pairs = _read_data(config, console).pairs
-    return Inputs(_tokenize(config, config.data, pairs, models, console))
+    return Inputs(_tokenize(config, ", ".join(config.sources), pairs, models, console))
 
 
 def split_pairs(
@@ -206,7 +211,7 @@ def cache_folder(kind: str) -> Path:
     return Path(root) / "dpo-engine" / kind
 
 
-def _digest(prompt: Text, seed: int) -> bytes:
+def _digest(prompt: Content, seed: int) -> bytes:
     return hashlib.blake2b(repr((seed, prompt)).encode(), digest_size=16).digest()
 
 
@@ -215,10 +220,52 @@ def _find_model(name: str, revision: str | None) -> ModelFolder:
     return ModelFolder(path, None if path == Path(name) else commit_of(path))
 
 
-def _read_data(config: RunConfig, console: Console) -> LoadedPairs:
-    return _read(
-        config, config.data, revision=config.data_revision, split=config.data_split, console=console
+@dataclass(frozen=True)
+class _Data:
+    """The data sets of ``config.data`` by name, and the commit of a single one on the Hub."""
+
+    sets: Mapping[str, Sequence[PreferencePair]]
+    commit: str | None = None
+
+    @property
+    def pairs(self) -> list[PreferencePair]:
+        return [pair for pairs in self.sets.values() for pair in pairs]
+
+
+def _read_data(config: RunConfig, console: Console) -> _Data:
+    """Read the data sets; the rows of several are named by them."""
+    loaded = {
+        source: _read(
+            config, source, revision=config.data_revision, split=config.data_split, console=console
+        )
+        for source in config.sources
+    }
+    formats = {source: each.format for source, each in loaded.items()}
+    if config.ranked is not None and RANKED_LAYOUT not in formats.values():
+        found = ", ".join(f"{source} holds {layout}" for source, layout in formats.items())
+        raise InputError(f"ranked has no effect: {found}")
+    if len(loaded) == 1:
+        ((source, single),) = loaded.items()
+        return _Data({source: single.pairs}, single.revision)
+    names = set_names(config.sources)
+    return _Data(
+        {name: named(name, each.pairs) for name, each in zip(names, loaded.values(), strict=True)}
     )
+
+
+def _mix(
+    config: RunConfig,
+    sets: Mapping[str, Sequence[PreferencePair]],
+    pairs: Sequence[PreferencePair],
+    console: Console,
+) -> list[PreferencePair]:
+    """Mix those rows of several data sets that are among ``pairs``, and tell how many of each."""
+    kept = {pair.id for pair in pairs}
+    sets = {name: [pair for pair in rows if pair.id in kept] for name, rows in sets.items()}
+    mixed = mix(sets, config.mix, seed=config.train.seed)
+    for name, taken in mixed.items():
+        console.say(describe_share(name, len(taken), len(sets[name])))
+    return [pair for taken in mixed.values() for pair in taken]
 
 
 def _read(
@@ -233,8 +280,6 @@ def _read(
         on_bad_row=config.on_bad_row,
         ranked=_ranked(config),
     )
-    if config.ranked is not None and source == config.data and loaded.format != RANKED_LAYOUT:
-        raise InputError(f"ranked has no effect: {source} holds {loaded.format}")
     console.say(f"{source}: {_counted(loaded.pairs)}, {loaded.format}")
     if loaded.ignored_columns:
         console.say(f"{source}: columns that are not read: {', '.join(loaded.ignored_columns)}")

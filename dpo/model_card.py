@@ -41,7 +41,8 @@ def write_model_card(
         f"# {_named(config.model)}, trained on preferences",
         "",
         f"- base model: `{_named(config.model)}`" + _revision(config.revision),
-        f"- preference pairs: `{_named(config.data)}`" + _revision(config.data_revision),
+        f"- preference pairs: {', '.join(f'`{_named(source)}`' for source in config.sources)}"
+        + _revision(config.data_revision),
         f"- loss: `{config.loss.name}`"
         + "".join(f", {name} = {value}" for name, value in config.loss.options.items()),
         f"- learning rate: {config.train.learning_rate}, {config.train.batch_size} pairs a step, "

@@ -17,12 +17,22 @@ Text: TypeAlias = str | tuple[Message, ...]  # plain text, or a conversation
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """A text as ids of the model's tokenizer, which nothing is added to."""
+
+    ids: tuple[int, ...]
+
+
+Content: TypeAlias = Text | Tokens  # of a prompt or an answer
+
+
+@dataclass(frozen=True, slots=True)
 class PreferencePair:
     """One prompt with the answer that was preferred and the one that was not.
 
-    The texts are all plain text or all conversations. The answers of a conversation hold assistant
-    messages alone and continue the prompt; a prompt whose last message is the assistant's is
-    continued inside that message.
+    The texts are all plain text, all conversations or all token ids. The answers of a conversation
+    hold assistant messages alone and continue the prompt; a prompt whose last message is the
+    assistant's is continued inside that message.
 
     One of the two answers may be missing: the pair is then an unpaired row, a single answer that is
     good (``chosen``) or bad (``rejected``) by itself.
@@ -42,9 +52,9 @@ class PreferencePair:
         InputError: fields are empty, of the wrong type or out of range; all of them are named.
     """
 
-    prompt: Text
-    chosen: Text | None
-    rejected: Text | None
+    prompt: Content
+    chosen: Content | None
+    rejected: Content | None
     weight: float = 1.0
     margin: float = 0.0
     label_prob: float = 1.0
@@ -62,8 +72,8 @@ class PreferencePair:
             faults += ["chosen and rejected are both missing"]
         if not faults and self.chosen == self.rejected:
             faults += ["chosen and rejected are identical"]
-        if len({isinstance(text, str) for text in (self.prompt, *there.values())}) > 1:
-            faults += [f"prompt, {', '.join(there)} must all be text or all be messages"]
+        if len({type(text) for text in (self.prompt, *there.values())}) > 1:
+            faults += [f"prompt, {', '.join(there)} must all be text, messages or token ids"]
         faults += _number_faults("weight", self.weight, 0.0, math.inf, "a finite number >= 0")
         faults += _number_faults("margin", self.margin, -math.inf, math.inf, "a finite number")
         faults += _number_faults("label_prob", self.label_prob, 0.0, 1.0, "a number in [0, 1]")
@@ -92,7 +102,9 @@ def kind(value: object) -> str:
 
 
 def _text_faults(name: str, text: object) -> Iterator[str]:
-    if not isinstance(text, str | tuple):
+    if isinstance(text, Tokens):
+        yield from _token_faults(name, text.ids)
+    elif not isinstance(text, str | tuple):
         yield f"{name} must be text or a tuple of messages, found {kind(text)}"
     elif not text or (isinstance(text, str) and not text.strip()):
         yield f"{name} is empty"
@@ -103,10 +115,20 @@ def _text_faults(name: str, text: object) -> Iterator[str]:
             yield from _message_faults(f"{name}[{index}]", message)
 
 
-def _answer_faults(name: str, answer: Text) -> Iterator[str]:
+def _token_faults(name: str, ids: tuple[object, ...]) -> Iterator[str]:
+    if not ids:
+        yield f"{name} is empty"
+    for index, id_ in enumerate(ids):
+        if not isinstance(id_, int) or isinstance(id_, bool) or not 0 <= id_ < 2**31:
+            found = id_ if type(id_) in (int, float) else kind(id_)
+            yield f"{name}[{index}] must be a token id, found {found}"
+            return
+
+
+def _answer_faults(name: str, answer: Content) -> Iterator[str]:
     faults = [*_text_faults(name, answer)]
     yield from faults
-    if faults or isinstance(answer, str):
+    if faults or isinstance(answer, str | Tokens):
         return
     for index, message in enumerate(answer):
         if message["role"] != "assistant":

@@ -25,6 +25,9 @@ the best and each other one, or each and the next worse one (`parse_rows`).
 Or it holds a single answer that is good or bad by itself: ``prompt`` and ``completion`` in the
 forms of a prompt and an answer above (without a prompt, the completion's last answer is cut off),
 and ``label``, true or false. Such a row is a pair with one answer missing.
+
+Prompt and answers can be token ids already: ``prompt_ids, chosen_ids, rejected_ids``, or
+``prompt_ids, completion_ids, label``.
 """
 
 import json
@@ -35,13 +38,15 @@ from typing import Literal, NamedTuple, TypeAlias, TypedDict
 
 from dpo.errors import InputError
 from dpo.files import JSON
-from dpo.pair import Message, PreferencePair, Text, kind
+from dpo.pair import Content, Message, PreferencePair, Text, Tokens, kind
 
-PAIRED = ("chosen", "rejected")
-RANKED = ("answers", "scores")
-UNPAIRED = ("completion", "label")
+PAIRED = ("prompt", "chosen", "rejected")
+RANKED = ("prompt", "answers", "scores")
+UNPAIRED = ("prompt", "completion", "label")
+PAIRED_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+UNPAIRED_IDS = ("prompt_ids", "completion_ids", "label")
 OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools")
-FIELDS = ("prompt", *PAIRED, *RANKED, *UNPAIRED, *OPTIONAL)
+FIELDS = tuple(dict.fromkeys(PAIRED + RANKED + UNPAIRED + PAIRED_IDS + UNPAIRED_IDS + OPTIONAL))
 RANKED_LAYOUT = "ranked answers"
 RankedPairs = Literal["all", "best", "list"]
 
@@ -51,10 +56,11 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 class ParsedRow(NamedTuple):
-    """A pair and the name of the layout it was found in."""
+    """A pair, the name of the layout it was found in, and the fields that such rows have."""
 
     layout: str
     pair: PreferencePair
+    fields: tuple[str, ...]
 
 
 class _Optional(TypedDict):
@@ -68,9 +74,9 @@ class _Optional(TypedDict):
 
 class _Split(NamedTuple):
     layout: str
-    prompt: Text
-    chosen: Text
-    rejected: Text
+    prompt: Content
+    chosen: Content
+    rejected: Content
 
 
 def parse_rows(
@@ -94,51 +100,54 @@ def parse_rows(
     if not isinstance(row, Mapping):
         raise InputError(f"expected a JSON object, found {kind(row)}")
     fields = _fields(row, columns)
-    answers = _answer_fields(fields)
-    if missing := [name for name in answers if name not in fields]:
+    form = _form(fields)
+    missing = [name for name in form if name not in fields and name != "prompt"]
+    if missing:
         raise InputError(
             f"missing {' and '.join(missing)}; the row has {', '.join(row) or 'nothing'}"
         )
-    if unused := columns.keys() - {"prompt", *answers, *OPTIONAL}:
+    if unused := columns.keys() - {*form, *OPTIONAL}:
         raise InputError(
             f"column {columns[min(unused)]!r} (for {min(unused)}) would not be read: the row has "
-            f"{' and '.join(answers)}"
+            f"{', '.join(form)}"
         )
+    fields = {name: value for name, value in fields.items() if name in form or name in OPTIONAL}
     fields.setdefault("id", default_id)
-    if answers is RANKED:
-        return [ParsedRow(RANKED_LAYOUT, _pair(each).pair) for each in _ranked(fields, ranked)]
-    parsed = _unpaired(fields) if answers is UNPAIRED else _pair(fields)
-    layout = "OpenAI preference" if "preferred_output" in row else parsed.layout
-    return [ParsedRow(layout, parsed.pair)]
+    if form is RANKED:
+        pairs = [_pair(each)[1] for each in _ranked(fields, ranked)]
+        return [ParsedRow(RANKED_LAYOUT, pair, form) for pair in pairs]
+    layout, pair = _unpaired(fields) if "label" in form else _pair(fields)
+    return [ParsedRow("OpenAI preference" if "preferred_output" in row else layout, pair, form)]
 
 
-def _answer_fields(fields: Mapping[str, JSON]) -> tuple[str, str]:
-    """Tell which two fields hold what is said of the answers."""
-    if fields.keys() >= set(RANKED):
+def _form(fields: Mapping[str, JSON]) -> tuple[str, str, str]:
+    """Tell which fields hold prompt and answers."""
+    if fields.keys() >= {*RANKED[1:]}:
         return RANKED
-    return UNPAIRED if "completion" in fields and fields.keys().isdisjoint(PAIRED) else PAIRED
+    for form in (PAIRED, UNPAIRED, PAIRED_IDS, UNPAIRED_IDS):
+        if fields.keys() & {*form[1:]} - {"label"}:
+            return form
+    return PAIRED
 
 
-def _pair(fields: Mapping[str, JSON]) -> ParsedRow:
-    """Make the pair of a chosen and a rejected answer."""
-    prompt = _text("prompt", fields["prompt"]) if "prompt" in fields else None
-    split = _split(prompt, _text("chosen", fields["chosen"]), _text("rejected", fields["rejected"]))
+def _pair(fields: Mapping[str, JSON]) -> tuple[str, PreferencePair]:
+    """Make the pair of a chosen and a rejected answer; the layout goes before it."""
+    split = _split(*(_content(name, fields) for name in PAIRED))
     pair = PreferencePair(split.prompt, split.chosen, split.rejected, **_optional(fields))
-    return ParsedRow(split.layout, pair)
+    return split.layout, pair
 
 
-def _unpaired(fields: Mapping[str, JSON]) -> ParsedRow:
-    """Make the unpaired row of an answer and whether it is good."""
+def _unpaired(fields: Mapping[str, JSON]) -> tuple[str, PreferencePair]:
+    """Make the unpaired row of an answer and whether it is good; the layout goes before it."""
     label = fields["label"]
     if label not in (0, 1):
         found = label if type(label) in (int, float) else kind(label)
         raise InputError(f"label must be true or false (or 1 or 0), found {found}")
-    prompt = _text("prompt", fields["prompt"]) if "prompt" in fields else None
-    completion = _text("completion", fields["completion"])
-    split = _split(prompt, completion, completion)
+    completion = _content("completion", fields)
+    split = _split(_content("prompt", fields), completion, completion)
     chosen, rejected = (split.chosen, None) if label else (None, split.chosen)
     pair = PreferencePair(split.prompt, chosen, rejected, **_optional(fields))
-    return ParsedRow(f"unpaired, {split.layout}", pair)
+    return f"unpaired, {split.layout}", pair
 
 
 def _ranked(fields: Mapping[str, JSON], ranked: RankedPairs) -> Iterator[dict[str, JSON]]:
@@ -199,12 +208,17 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 def pair_to_row(pair: PreferencePair) -> dict[str, JSON]:
     """Return the row that ``parse_rows`` reads back as the same pair; defaults are left out."""
-    row: dict[str, JSON] = {"prompt": pair.prompt}
+    parts: dict[str, Content | None] = {"prompt": pair.prompt}
+    is_good = pair.chosen is not None
     if pair.is_unpaired:
-        is_good = pair.chosen is not None
-        row |= {"completion": pair.chosen if is_good else pair.rejected, "label": is_good}
+        parts["completion"] = pair.chosen if is_good else pair.rejected
     else:
-        row |= {"chosen": pair.chosen, "rejected": pair.rejected}
+        parts |= {"chosen": pair.chosen, "rejected": pair.rejected}
+    row: dict[str, JSON] = {}
+    for name, text in parts.items():
+        row |= {f"{name}_ids": text.ids} if isinstance(text, Tokens) else {name: text}
+    if pair.is_unpaired:
+        row["label"] = is_good
     defaults = PreferencePair("prompt", "chosen", "rejected")
     for name in OPTIONAL:
         if getattr(pair, name) != getattr(defaults, name):
@@ -254,6 +268,16 @@ def _openai_fields(row: Mapping[str, JSON]) -> dict[str, JSON]:
         "rejected": row["non_preferred_output"],
         "tools": request.get("tools"),
     }
+
+
+def _content(name: str, fields: Mapping[str, JSON]) -> Content | None:
+    """Return a prompt or an answer from its field, or from that of its token ids."""
+    if (ids := f"{name}_ids") in fields:
+        value = fields[ids]
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise InputError(f"{ids} must be a list of token ids, found {kind(value)}")
+        return Tokens(tuple(value))  # type: ignore[arg-type]  # what is no id the pair refuses
+    return _text(name, fields[name]) if name in fields else None
 
 
 def _text(name: str, value: JSON) -> Text:
@@ -310,9 +334,11 @@ def _tools(value: JSON) -> tuple[JSON, ...] | None:
     return tuple(value) or None
 
 
-def _split(prompt: Text | None, chosen: Text, rejected: Text) -> _Split:
+def _split(prompt: Content | None, chosen: Content | None, rejected: Content | None) -> _Split:
     """Tell the layout from the types and set the prompt and the answers apart."""
     match prompt, chosen, rejected:
+        case Tokens(), Tokens(), Tokens():
+            return _Split("token ids", prompt, chosen, rejected)
         case str(prompt), str(chosen), str(rejected):
             return _Split("prompt and answers as text", prompt, chosen, rejected)
         case tuple(prompt), tuple(chosen), tuple(rejected):
@@ -352,6 +378,7 @@ def _beside_text(
     if all(messages and messages[0].get("role") == "assistant" for messages in (chosen, rejected)):
         return _Split(layout, _said("user", prompt), chosen, rejected)
     split = _shared_messages(layout, chosen, rejected)
+    assert isinstance(split.prompt, tuple)
     if not any(message.get("content") == prompt for message in chosen[: len(split.prompt)]):
         raise InputError("prompt is none of the messages that come before the answers")
     return split

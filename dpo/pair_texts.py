@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from dpo.errors import InputError
-from dpo.pair import Message, PreferencePair, Text, text_of
+from dpo.pair import Content, Message, PreferencePair, Tokens, text_of
 from dpo.templates import ChatTemplate
 
 _SHOWN_CHARACTERS = 40  # of two texts, from where they differ
@@ -22,7 +22,7 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
     """Write a pair out.
 
     Args:
-        pair: of plain text, which stays as it is, or of conversations.
+        pair: of plain text, which stays as it is, or of conversations; not of token ids.
         template: for conversations; they are refused without one.
 
     Raises:
@@ -30,6 +30,7 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
             apart from the answers.
     """
     prompt = pair.prompt
+    assert not isinstance(prompt, Tokens)
     if isinstance(prompt, str):
         start = prompt
     elif template is None:
@@ -39,11 +40,12 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
     else:
         start = template.render(prompt, tools=pair.tools, add_generation_prompt=True)
 
-    def write(answer: Text | None) -> str | None:
+    def write(answer: Content | None) -> str | None:
         if answer is None or isinstance(answer, str):
             return answer
         assert template is not None
-        assert not isinstance(prompt, str)
+        assert isinstance(prompt, tuple)
+        assert isinstance(answer, tuple)
         whole = template.render(_conversation(prompt, answer), tools=pair.tools)
         return _rest(whole, start, template.name)
 
@@ -53,7 +55,10 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
 def written_texts(pair: PreferencePair) -> Iterator[str]:
     """Yield what people and models have written in a pair, without what a template adds."""
     for text in (pair.prompt, pair.chosen, pair.rejected):
-        yield from [text] if isinstance(text, str) else map(text_of, text or ())
+        if isinstance(text, str):
+            yield text
+        elif isinstance(text, tuple):
+            yield from map(text_of, text)
 
 
 def _conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> Sequence[Message]:

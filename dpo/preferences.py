@@ -17,13 +17,9 @@ from typing import BinaryIO, NamedTuple, get_args
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_write
 from dpo.hub import commit_of, fetch_dataset_files, is_dataset_id, split_files
-from dpo.pair import Message, PreferencePair, Text, plain_json
+from dpo.pair import Message, PreferencePair, Text, Tokens, plain_json
 from dpo.pair_rows import (
     OPTIONAL,
-    PAIRED,
-    RANKED,
-    RANKED_LAYOUT,
-    UNPAIRED,
     ParsedRow,
     RankedPairs,
     check_columns,
@@ -32,8 +28,8 @@ from dpo.pair_rows import (
 )
 
 __all__ = [
-    "JSON", "LoadedPairs", "Message", "PreferencePair", "Text", "load_pairs", "read_pairs",
-    "write_pairs",
+    "JSON", "LoadedPairs", "Message", "PreferencePair", "Text", "Tokens", "load_pairs",
+    "read_pairs", "write_pairs",
 ]  # fmt: skip
 
 _SHOWN_FAULTS = 20
@@ -193,6 +189,7 @@ class _Reading:
         self.pairs: list[PreferencePair] = []
         self.faults: list[str] = []
         self.layout: str | None = None
+        self.fields: tuple[str, ...] = ()  # of the layout
         self.place_of_id: dict[str, str] = {}
         self.seen_columns: dict[str, None] = {}
 
@@ -217,7 +214,8 @@ class _Reading:
 
     def _check(self, parsed: ParsedRow, place: str) -> None:
         """Compare a row with those before it: all have one layout, and no two have one id."""
-        self.layout = self.layout or parsed.layout
+        if self.layout is None:
+            self.layout, self.fields = parsed.layout, parsed.fields
         if parsed.layout != self.layout:
             raise InputError(f"layout '{parsed.layout}', but the rows before: '{self.layout}'")
         name = str(parsed.pair.id)
@@ -231,12 +229,8 @@ class _Reading:
             raise InputError(list_faults(source, self.faults))
         if not self.pairs or self.layout is None:
             raise InputError(f"{source}: no rows; expected at least one preference pair")
-        used = {"prompt", *OPTIONAL, *self.columns.values()}
+        used = {*self.fields, *OPTIONAL, *self.columns.values()}
         used |= set() if "prompt" in self.seen_columns else {"conversations"}
-        if self.layout == RANKED_LAYOUT:
-            used |= set(RANKED)
-        else:
-            used |= set(UNPAIRED if self.pairs[0].is_unpaired else PAIRED)
         if self.layout == "OpenAI preference":
             used |= {"input", "preferred_output", "non_preferred_output"}
         ignored = tuple(column for column in self.seen_columns if column not in used)

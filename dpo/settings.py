@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from dpo.config import NONE, LossConfig, RunConfig
+from dpo.config import NONE, LossConfig, RunConfig, Sources
 from dpo.errors import InputError
 
 Section = TypeVar("Section")
@@ -29,6 +29,9 @@ _ALTERNATIVES = {
     "eval_split": "eval_data",
 }
 _NUMBER_OR_TEXT = float | str  # what an option of a loss can be
+_NUMBERS = tuple[float, ...]
+_LISTS: Mapping[Any, Any] = {Sources: str, _NUMBERS: float}  # what the items of a list are
+_ALONE: Mapping[Any, Any] = {Sources: str, _NUMBERS: (), float: int | float}  # what is no list
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +207,9 @@ def _checked(setting: Setting) -> object:
     value = _from_text(str(setting.value), option) if setting.is_text else setting.value
     if option.is_optional and value == NONE:
         return None
-    if isinstance(value, str) and not _is_unicode(value):
+    value = tuple(value) if isinstance(value, list) else value
+    texts = value if isinstance(value, tuple) else (value,)
+    if not all(_is_unicode(text) for text in texts if isinstance(text, str)):
         raise InputError(f"{setting.origin}: {setting.key} is not valid UTF-8: {value!r}")
     if not _fits(value, option):
         raise InputError(
@@ -238,6 +243,8 @@ def _from_text(text: str, option: Option) -> object:
     if get_origin(option.kind) is Mapping:
         pairs = [part.partition("=") for part in text.split(",") if part]
         return {name.strip(): value.strip() for name, _, value in pairs}
+    if option.kind == _NUMBERS:
+        return tuple(_from_text(part, replace(option, kind=float)) for part in text.split(","))
     read = {int: int, float: float, _NUMBER_OR_TEXT: float}.get(option.kind, str)
     try:
         return read(text)
@@ -252,9 +259,12 @@ def _fits(value: object, option: Option) -> bool:
         return isinstance(value, dict) and all(
             isinstance(item, str) and item for pair in value.items() for item in pair
         )
+    if isinstance(value, tuple):
+        item = replace(option, kind=_LISTS.get(option.kind, NoneType))
+        return len(value) > 0 and all(_fits(each, item) for each in value)
     if isinstance(value, bool):
         return option.kind is bool
-    return isinstance(value, int | float if option.kind is float else option.kind)
+    return isinstance(value, _ALONE.get(option.kind, option.kind))
 
 
 def _is_unicode(text: str) -> bool:
@@ -277,13 +287,22 @@ def _expected(option: Option) -> str:
             float: "a number",
             str: "a text",
             _NUMBER_OR_TEXT: "a number or a text",
+            Sources: "a text or a list of texts",
+            _NUMBERS: "a list of numbers",
         }[option.kind]
     return f"{words}, or none" if option.is_optional else words
 
 
 def _in_words(value: object) -> str:
-    kinds = {bool: "a boolean", int: "an integer", float: "a number", str: "a text", list: "a list"}
-    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    kinds = {
+        bool: "a boolean",
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        tuple: "a list",
+    }
+    plain = list(value) if isinstance(value, tuple) else value
+    shown = str(value).lower() if isinstance(value, bool) else repr(plain)
     return f"{shown} ({kinds.get(type(value), 'a ' + type(value).__name__)})"
 
 
@@ -318,4 +337,5 @@ def _options(config: type, prefix: str) -> Iterator[tuple[str, Option]]:
 def _described(hint: Any, text: str, default: object) -> Option:
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [member for member in members if member is not NoneType]
-    return Option(kinds[0], is_optional=NoneType in members, help=text, default=default)
+    kind = kinds[0] if len(kinds) == 1 else hint
+    return Option(kind, is_optional=NoneType in members, help=text, default=default)

@@ -8,6 +8,7 @@ follow them:
 - *Conversations* are written out by the chat template. The prompt ends with what makes the model
   begin its answer; the answer is all that the template writes after that, the end of the turn
   included. If the template marks no end, the end token is added.
+- *Token ids* are taken as they are.
 
 Where prompt and answer written together would merge into a token across their boundary, the answer
 is tokenized by itself, as the model would have to write it; such rows are reported. So is every row
@@ -34,7 +35,7 @@ import numpy as np
 
 from dpo import token_cache
 from dpo.errors import InputError
-from dpo.pair import PreferencePair
+from dpo.pair import PreferencePair, Tokens
 from dpo.pair_texts import PairTexts, write_pair, written_texts
 from dpo.preferences import list_faults
 from dpo.templates import CHATML, ChatTemplate
@@ -178,9 +179,9 @@ def _chat_template(
     pairs: Collection[PreferencePair], tokenizer: Tokenizer, options: TokenizeOptions
 ) -> ChatTemplate | None:
     """Choose the template; None if no conversation is to be written."""
-    if all(isinstance(pair.prompt, str) for pair in pairs):
+    if not any(isinstance(pair.prompt, tuple) for pair in pairs):
         if options.template == "chatml":
-            raise InputError("tokenize.template is chatml, but all rows are plain text")
+            raise InputError("tokenize.template is chatml, but no row is a conversation")
         return None
     if options.template == "none":
         raise InputError("tokenize.template is none, but rows are conversations")
@@ -205,20 +206,22 @@ class _Tokenizing:
 
     def add(self, pair_by_id: dict[str, PreferencePair]) -> Iterator[TokenizedPair]:
         """Yield the tokens of those pairs that can be used."""
+        row_by_id: dict[str, _Ids] = {}
         text_by_id: dict[str, PairTexts] = {}
         for name, pair in pair_by_id.items():
             try:
-                text_by_id[name] = write_pair(pair, self._template)
+                if isinstance(pair.prompt, Tokens):
+                    row_by_id[name] = self._given(pair)
+                else:
+                    text_by_id[name] = write_pair(pair, self._template)
             except InputError as error:
                 self.notes.faults.append(RowNote(name, str(error)))
-        ids = self._tokenizer.encode_batch(
-            [part for texts in text_by_id.values() for part in self._parts(texts)]
-        )
-        for index, (name, texts) in enumerate(text_by_id.items()):
-            pair = pair_by_id[name]
-            row = self._join(name, pair, texts, *ids[4 * index : 4 * index + 4])
+        row_by_id |= self._encoded(pair_by_id, text_by_id)
+        for name, pair in pair_by_id.items():
+            if name not in row_by_id:
+                continue
             try:
-                fitted, cuts = _fit(row, self._options, self._tokenizer.bos_id)
+                fitted, cuts = _fit(row_by_id[name], self._options, self._tokenizer.bos_id)
             except _UnfitError as reason:
                 is_fault = self._options.truncation == "error"
                 notes = self.notes.faults if is_fault else self.notes.dropped
@@ -227,6 +230,31 @@ class _Tokenizing:
             if cuts:
                 self.notes.cut.append(RowNote(name, cuts))
             yield _tokenized(name, pair, fitted)
+
+    def _given(self, pair: PreferencePair) -> _Ids:
+        """Return the token ids that a pair holds already."""
+        ids = []
+        for name in ("prompt", "chosen", "rejected"):
+            part = getattr(pair, name)
+            ids.append(list(part.ids) if isinstance(part, Tokens) else [])
+            if max(ids[-1], default=0) >= self._tokenizer.vocab_size:
+                raise InputError(
+                    f"{name} has the token {max(ids[-1])}, but those of {self._tokenizer.name} go "
+                    f"up to {self._tokenizer.vocab_size - 1}"
+                )
+        return _Ids(*ids)
+
+    def _encoded(
+        self, pair_by_id: dict[str, PreferencePair], text_by_id: dict[str, PairTexts]
+    ) -> dict[str, _Ids]:
+        """Tokenize texts, all at once."""
+        ids = self._tokenizer.encode_batch(
+            [part for texts in text_by_id.values() for part in self._parts(texts)]
+        )
+        return {
+            name: self._join(name, pair_by_id[name], texts, *ids[4 * index : 4 * index + 4])
+            for index, (name, texts) in enumerate(text_by_id.items())
+        }
 
     def _parts(self, texts: PairTexts) -> list[str]:
         """Return the start of the prompt, its last words, and these with each of the answers."""

@@ -82,7 +82,10 @@ def test_flag_that_scripts_rely_on_is_there(flag: str) -> None:
 # --- flags to config ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [key for key in known_options() if key not in {"columns"}])
+LISTS = {"columns", "data", "mix.weights"}
+
+
+@pytest.mark.parametrize("key", [key for key in known_options() if key not in LISTS])
 def test_flag_sets_its_key(key: str) -> None:
     """Give each flag a value other than the default and see it in the config."""
     option, flag = known_options()[key], train_flags()[key]
@@ -105,12 +108,25 @@ def test_flag_sets_its_key(key: str) -> None:
         "reference_revision": ("--reference", "R"),
         "eval_data_split": ("--eval-data", "E"),
         "eval_data_revision": ("--eval-data", "E"),
+        "mix.temperature": ("--data", "other.jsonl"),
+        "mix.rows": ("--data", "other.jsonl"),
         "loss.name": (),
     }.get(key, ())
     if key == "loss.name":
         arguments, value = [flag.opts[0], "hinge"], "hinge"
     config = printed(*needed, *arguments)
     assert (config[table] if table else config)[name] == value
+
+
+def test_several_data_sets_are_flags_or_a_list(tmp_path: Path) -> None:
+    flags = ("--data", "other.jsonl", "--mix-weights", "2,1", "--print-config")
+    said = dpo("train", *NEEDED, *flags).stdout
+    assert 'data = ["pairs.jsonl", "other.jsonl"]' in said
+    assert "weights = [2.0, 1.0]" in said
+    assert 'data = "pairs.jsonl"' in dpo("train", *NEEDED, "--print-config").stdout
+    path = tmp_path / "run.toml"
+    path.write_text('model = "M"\nout = "RUN"\ndata = ["a", "b"]\n', encoding="utf-8")
+    assert 'data = ["a", "b"]' in dpo("train", "--config", str(path), "--print-config").stdout
 
 
 def test_flag_overrides_set_overrides_config_file(tmp_path: Path) -> None:

@@ -86,6 +86,15 @@ def test_columns_are_a_table_in_the_file_and_a_list_on_the_command_line(tmp_path
     assert resolve(flags(columns="prompt=question,chosen=a.b")).config.columns == columns
 
 
+def test_data_sets_and_numbers_can_be_lists(tmp_path: Path) -> None:
+    file = written(tmp_path, 'data = ["a", "b"]\n[mix]\nweights = [2, 0.5]\n')
+    config = resolve(flags(), file).config
+    assert (config.sources, config.mix.weights) == (("a", "b"), (2, 0.5))
+    assert resolve(file, flags(data=("a", "b"), mix__weights="2,0.5")).config == config
+    assert resolve(written(tmp_path, config.to_toml())).config == config
+    assert resolve(flags()).config.sources == ("pairs.jsonl",)
+
+
 def test_none_switches_an_optional_value_off(tmp_path: Path) -> None:
     file = written(tmp_path, '[train]\nmax_grad_norm = "none"\n')
     assert resolve(file, flags()).config.train.max_grad_norm is None
@@ -109,7 +118,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lam
 configs = st.builds(
     RunConfig,
     model=texts,
-    data=texts,
+    data=texts | st.lists(texts, min_size=2, max_size=3, unique=True).map(tuple),
     out=texts,
     reference=st.none() | texts,
     eval_split=st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
@@ -184,7 +193,11 @@ def refusal(*layers: list[Setting]) -> str:
             "train.schedule must be one of linear, cosine, constant, wsd, got 'lin'",
         ),
         ("model = 3", "model must be a text, got 3 (an integer)"),
-        ("model = 'none'\ndata = []", "data must be a text, got [] (a list)"),
+        ("model = 'none'\ndata = []", "data must be a text or a list of texts, got [] (a list)"),
+        ("data = [1]", "data must be a text or a list of texts, got [1] (a list)"),
+        ("out = ['a']", "out must be a text, got ['a'] (a list)"),
+        ("mix.weights = 1", "mix.weights must be a list of numbers, or none, got 1 (an integer)"),
+        ("mix.weights = ['a']", "mix.weights must be a list of numbers, or none, got ['a'] (a"),
         (
             "[columns]\nprompt = 3",
             "columns must be a table of texts, as in prompt=question, got {'prompt': 3}",
@@ -275,6 +288,20 @@ def test_config_file_is_refused_by_key_found_and_expected(
         ({"eval_split": "1"}, "eval_split must be in (0, 1), got 1.0 (eval_split: --flag)"),
         ({"model": ""}, "model must not be empty"),
         ({"model": "\udcff"}, r"--flag: model is not valid UTF-8: '\udcff'"),
+        ({"data": ("a", "\udcff")}, r"--flag: data is not valid UTF-8: ('a', '\udcff')"),
+        ({"data": ("a", "")}, "data must not be empty"),
+        ({"data": ("a", "b", "a")}, "data names a data set twice: a, b, a (data: --flag)"),
+        ({"mix__weights": "1,x"}, "--flag: mix.weights must be a list of numbers, or none, got"),
+        ({"mix__weights": "1,-1", "data": ("a", "b")}, "mix.weights must be above 0 and finite"),
+        (
+            {"mix__weights": "1,2,3", "data": ("a", "b")},
+            "mix.weights has 3 numbers, but data names 2 data sets",
+        ),
+        ({"mix__rows": "9"}, "mix.rows is for several data sets, but data names one"),
+        (
+            {"data_revision": "main", "data": ("a", "b")},
+            "data_revision is of one data set, but data names 2",
+        ),
         ({"train__seed": "-1"}, "train.seed must be in [0, 2^63), got -1"),
         ({"train__threads": "5000"}, "train.threads must be in [1, 1024], got 5000"),
         ({"reference_revision": "main"}, "reference_revision needs reference, which is not given"),

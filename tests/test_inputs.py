@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,12 @@ from dpo.inputs import (
     pin_revisions,
     split_pairs,
 )  # fmt: skip
+from dpo.mixing import MixConfig
 from dpo.pair_rows import RankedPairs
 from dpo.preferences import PreferencePair
 from dpo.progress import Console
 from dpo.tokenize_config import TokenizeOptions
+from dpo.train_config import TrainConfig
 
 MakeFolder = Callable[..., Path]
 ROWS: list[dict[str, object]] = [
@@ -136,6 +139,56 @@ def test_all_pairs_are_read_though_the_config_holds_some_out(config: RunConfig) 
     config = replace(config, eval_split=0.5)
     inputs = load_all_pairs(config, find_models(config), Console(io.StringIO()))
     assert (len(inputs.pairs), inputs.eval_pairs) == (12, None)
+
+
+@pytest.fixture
+def mixture(tmp_path: Path, config: RunConfig) -> RunConfig:
+    """Twelve rows and four others, the same number of each."""
+    other = write_rows(tmp_path / "other.jsonl", [{**ROWS[0], "prompt": f"{n}?"} for n in range(4)])
+    data = (str(config.data), other)
+    return replace(config, data=data, mix=MixConfig(temperature=math.inf))
+
+
+def test_several_data_sets_are_mixed(mixture: RunConfig) -> None:
+    inputs, said = loaded(mixture)
+    assert "pairs: 8 of 12 rows\nother: 8 rows, 2.0 times its 4\n" in said
+    assert sorted(set(inputs.pairs.sources), key=str) == ["other", "pairs"]
+    assert {"other/row-1", "other/row-1#2"} < set(inputs.pairs.ids)
+    assert len(inputs.pairs) == 16
+    assert loaded(mixture)[0].pairs.fingerprint == inputs.pairs.fingerprint
+    reseeded = replace(mixture, train=TrainConfig(seed=1))
+    assert loaded(reseeded)[0].pairs.fingerprint != inputs.pairs.fingerprint
+
+
+def test_mixture_is_of_the_rows_that_are_not_held_out(mixture: RunConfig) -> None:
+    inputs, said = loaded(replace(mixture, eval_split=0.25))
+    assert inputs.eval_pairs is not None
+    assert len(inputs.eval_pairs) == 4
+    assert not any("#" in name for name in inputs.eval_pairs.ids)
+    kept = {name.split("#")[0] for name in inputs.pairs.ids}
+    assert kept.isdisjoint(inputs.eval_pairs.ids)
+    assert len(inputs.pairs) == 12
+    assert "pairs: 6 of" in said
+
+
+def test_all_pairs_of_several_data_sets_are_read_once(mixture: RunConfig) -> None:
+    inputs = load_all_pairs(mixture, find_models(mixture), Console(io.StringIO()))
+    assert len(inputs.pairs) == 16
+    assert not any("#" in name for name in inputs.pairs.ids)
+
+
+def test_choice_of_ranked_answers_needs_a_set_of_them(tmp_path: Path, mixture: RunConfig) -> None:
+    with pytest.raises(InputError, match=r"ranked has no effect: .*pairs\.jsonl holds prompt and"):
+        loaded(replace(mixture, ranked="best"))
+    ranked: dict[str, object] = {"prompt": "a", "answers": ["b", "c", "d"], "scores": [1, 2, 3]}
+    data = (write_rows(tmp_path / "ranked.jsonl", [ranked]), str(mixture.sources[0]))
+    inputs, _ = loaded(replace(mixture, data=data, ranked="best", mix=MixConfig()))
+    assert len(inputs.pairs) == 14
+
+
+def test_one_data_set_is_not_named(config: RunConfig) -> None:
+    assert loaded(config)[0].pairs.ids[0] == "row-1"
+    assert loaded(config)[0].pairs.sources[0] is None
 
 
 def test_tokens_are_found_in_the_cache_the_second_time(config: RunConfig) -> None:

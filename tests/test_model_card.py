@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,11 @@ def test_card_names_base_data_method_and_revision(tmp_path: Path, config: RunCon
     assert "- base model: `owner/name`, revision `abc`\n" in text
     assert "- preference pairs: `owner/pairs`\n" in text
     assert "- loss: `ipo`, beta = 0.3\n" in text
+
+
+def test_card_names_every_data_set(tmp_path: Path, config: RunConfig) -> None:
+    text = card(tmp_path, replace(config, data=("owner/pairs", "more.jsonl")))
+    assert "- preference pairs: `owner/pairs`, `more.jsonl`\n" in text
 
 
 def test_card_shows_the_evaluations_before_and_after(tmp_path: Path, config: RunConfig) -> None:

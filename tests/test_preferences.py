@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo.errors import InputError
-from dpo.preferences import JSON, Message, PreferencePair, Text, load_pairs, read_pairs, write_pairs
+from dpo.pair import Content, Tokens
+from dpo.preferences import JSON, Message, PreferencePair, load_pairs, read_pairs, write_pairs
 
 ROW: dict[str, JSON] = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
 USER: Message = {"role": "user", "content": "2+2?"}
@@ -42,8 +43,12 @@ answers = st.lists(
 prompts = st.lists(messages, min_size=1).map(tuple)
 
 
+def is_answered(pair: PreferencePair) -> bool:
+    return not isinstance(pair.prompt, tuple) or pair.prompt[-1]["role"] != "assistant"
+
+
 def pairs_of(
-    prompt: st.SearchStrategy[Text], answer: st.SearchStrategy[Text]
+    prompt: st.SearchStrategy[Content], answer: st.SearchStrategy[Content]
 ) -> st.SearchStrategy[PreferencePair]:
     """Draw pairs that the checks let through and whose answers do not repeat the prompt."""
     two_answers = st.tuples(answer, answer).filter(lambda both: both[0] != both[1])
@@ -56,7 +61,7 @@ def pairs_of(
         label_prob=st.floats(0, 1),
         source=st.none() | texts,
         tools=st.none() | st.lists(st.dictionaries(texts, texts), min_size=1).map(tuple),
-    ).filter(lambda pair: isinstance(pair.prompt, str) or pair.prompt[-1]["role"] != "assistant")
+    ).filter(is_answered)
 
 
 def one_answer_of(pair: PreferencePair) -> PreferencePair:
@@ -64,7 +69,10 @@ def one_answer_of(pair: PreferencePair) -> PreferencePair:
     return replace(pair, rejected=None) if len(repr(pair)) % 2 else replace(pair, chosen=None)
 
 
+token_ids = st.lists(st.integers(0, 2**31 - 1), min_size=1).map(lambda ids: Tokens(tuple(ids)))
 lists_of_pairs = st.one_of(
+    st.lists(pairs_of(token_ids, token_ids), min_size=1, max_size=3),
+    st.lists(pairs_of(token_ids, token_ids).map(one_answer_of), min_size=1, max_size=3),
     st.lists(pairs_of(texts, texts), min_size=1, max_size=3),
     st.lists(pairs_of(prompts, answers), min_size=1, max_size=3),
     st.lists(pairs_of(texts, texts).map(one_answer_of), min_size=1, max_size=3),
@@ -490,13 +498,13 @@ class TestFiles:
     ("fields", "fault"),
     [
         ({"prompt": [USER]}, "prompt must be text or a tuple of messages, found a list"),
-        ({"prompt": (USER,)}, "prompt, chosen, rejected must all be text or all be messages"),
+        ({"prompt": (USER,)}, "prompt, chosen, rejected must all be text, messages or token ids"),
         ({"prompt": ("hi",)}, r"prompt\[0\] must be a message"),
         ({"tools": [USER]}, "tools must be a tuple, found a list"),
         ({"tools": ({"a": {1}},)}, "tools cannot be written as JSON: found a set"),
         ({"weight": None}, "weight must be a finite number >= 0, found null"),
         ({"chosen": None, "rejected": None}, "chosen and rejected are both missing"),
-        ({"chosen": None, "prompt": (USER,)}, "prompt, rejected must all be text or all be"),
+        ({"chosen": None, "prompt": (USER,)}, "prompt, rejected must all be text, messages or"),
         ({"chosen": None, "rejected": " "}, "rejected is empty"),
     ],
 )
@@ -673,3 +681,71 @@ class TestUnpairedRows:
         assert (tmp_path / "unpaired.jsonl").read_text("utf-8") == (
             '{"prompt": "p", "completion": "r", "label": false, "source": "s"}\n'
         )
+
+
+class TestTokenIds:
+    ROW: ClassVar[dict[str, Any]] = {"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}
+
+    def test_pairs(self, tmp_path: Path) -> None:
+        loaded = load_pairs(write_rows(tmp_path / "ids.jsonl", self.ROW | {"weight": 2, "x": 1}))
+        assert loaded.format == "token ids"
+        assert loaded.ignored_columns == ("x",)
+        assert loaded.pairs == [
+            PreferencePair(Tokens((5, 6)), Tokens((7,)), Tokens((8,)), weight=2.0)
+        ]
+
+    def test_unpaired_rows(self, tmp_path: Path) -> None:
+        row: dict[str, JSON] = {"prompt_ids": [5, 6], "completion_ids": [7], "label": 0}
+        loaded = load_pairs(write_rows(tmp_path / "ids.jsonl", row))
+        assert loaded.format == "unpaired, token ids"
+        assert loaded.pairs == [PreferencePair(Tokens((5, 6)), None, Tokens((7,)))]
+
+    def test_other_names_of_columns(self, tmp_path: Path) -> None:
+        row: dict[str, JSON] = {"prompt_input_ids": [5], "a": [7], "b": [8]}
+        columns = {"prompt_ids": "prompt_input_ids", "chosen_ids": "a", "rejected_ids": "b"}
+        path = write_rows(tmp_path / "ids.jsonl", row)
+        assert read_pairs(path, columns=columns) == [
+            PreferencePair(Tokens((5,)), Tokens((7,)), Tokens((8,)))
+        ]
+
+    def test_texts_go_before_ids(self, tmp_path: Path) -> None:
+        loaded = load_pairs(write_rows(tmp_path / "both.jsonl", self.ROW | ROW))
+        assert loaded.pairs == [PreferencePair("2+2=", "4", "5")]
+        assert loaded.ignored_columns == tuple(self.ROW)
+
+    @pytest.mark.parametrize(
+        ("change", "fault"),
+        [
+            ({"chosen_ids": []}, "chosen is empty"),
+            ({"chosen_ids": "5 6"}, "chosen_ids must be a list of token ids, found text"),
+            ({"chosen_ids": 5}, "chosen_ids must be a list of token ids, found a number"),
+            ({"chosen_ids": [5, "6"]}, "chosen[1] must be a token id, found text"),
+            ({"chosen_ids": [5, 6.0]}, "chosen[1] must be a token id, found 6.0"),
+            ({"chosen_ids": [5, -1]}, "chosen[1] must be a token id, found -1"),
+            ({"chosen_ids": [True]}, "chosen[0] must be a token id, found a boolean"),
+            ({"prompt_ids": [2**31]}, "prompt[0] must be a token id, found 2147483648"),
+            ({"prompt_ids": None}, "prompt_ids must be a list of token ids, found null"),
+            ({"chosen_ids": [8]}, "chosen and rejected are identical"),
+        ],
+    )
+    def test_faulty_rows(self, tmp_path: Path, change: dict[str, JSON], fault: str) -> None:
+        assert fault_of(tmp_path, {**self.ROW, **change}) == fault
+
+    @pytest.mark.parametrize(
+        ("row", "fault"),
+        [
+            ({"prompt": "p", "chosen_ids": [1], "rejected_ids": [2]}, "missing prompt_ids; the"),
+            (
+                {"prompt_ids": [3], "chosen_ids": [1]},
+                "missing rejected_ids; the row has prompt_ids",
+            ),
+            ({"prompt_ids": [3], "completion_ids": [1]}, "missing label; the row has prompt_ids"),
+            ({"prompt_ids": [3], "chosen": "a", "rejected": "b"}, "no prompt, and no"),
+        ],
+    )
+    def test_what_is_missing(self, tmp_path: Path, row: dict[str, JSON], fault: str) -> None:
+        assert fault_of(tmp_path, row).startswith(fault)
+
+    def test_ids_and_texts_do_not_mix_in_code(self) -> None:
+        with pytest.raises(InputError, match="must all be text, messages or token ids"):
+            PreferencePair("p", Tokens((1,)), Tokens((2,)))

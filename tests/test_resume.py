@@ -219,7 +219,7 @@ def test_second_run_on_a_folder_in_use_is_refused_and_the_first_goes_on(
     said_by(changed(config, out=str(tmp_path / "unbroken")))
     out = Path(config.out)
     arguments = [
-        *("train", "--model", config.model, "--data", config.data, "--out", config.out),
+        *("train", "--model", config.model, "--data", str(config.data), "--out", config.out),
         *("--batch-size", "4", "--steps", "30", "--learning-rate", "0.01"),
         *("--schedule", "constant", "--threads", "1", "--device", "cpu"),
     ]

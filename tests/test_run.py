@@ -317,7 +317,7 @@ def test_column_that_the_loss_ignores_is_refused_before_the_reference_is_compute
     tmp_path: Path, config: RunConfig
 ) -> None:
     row = {"prompt": "say", "chosen": " yes", "rejected": " no", "margin": 1.0}
-    Path(config.data).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    Path(str(config.data)).write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="1 pairs have a margin"):
         started(replace(config, loss=LossConfig("sppo_hard")))
     assert not (tmp_path / "cache" / "dpo-engine" / "reference").exists()
@@ -368,9 +368,9 @@ def loss(pairs):
 @pytest.fixture
 def poisoned(tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A run in which a row of the second step makes the loss NaN."""
-    lines = Path(config.data).read_text(encoding="utf-8").splitlines()
+    lines = Path(str(config.data)).read_text(encoding="utf-8").splitlines()
     bad = {"id": "the bad one", "prompt": "say", "chosen": " a long one", "rejected": " no"}
-    Path(config.data).write_text("\n".join([*lines, json.dumps(bad)]) + "\n", encoding="utf-8")
+    Path(str(config.data)).write_text("\n".join([*lines, json.dumps(bad)]) + "\n", encoding="utf-8")
     (tmp_path / "poison.py").write_text(POISON)
     monkeypatch.syspath_prepend(tmp_path)
     return changed(config, loss=LossConfig("poison:loss"))
@@ -419,7 +419,15 @@ def test_nonfinite_exits_1_with_one_line(poisoned: RunConfig) -> None:
     result = CliRunner().invoke(
         main,
         [
-            *("train", "--model", poisoned.model, "--data", poisoned.data, "--out", poisoned.out),
+            *(
+                "train",
+                "--model",
+                poisoned.model,
+                "--data",
+                str(poisoned.data),
+                "--out",
+                poisoned.out,
+            ),
             *("--loss", "poison:loss", "--batch-size", "4", "--threads", "1", "--quiet"),
         ],
     )

@@ -53,7 +53,7 @@ def config(tmp_path: Path, model_folder: Path, make_model_folder: MakeFolder) ->
 
 def test_rows_of_one_answer_alone_are_refused(config: RunConfig) -> None:
     row = {"id": "a", "prompt": "say", "completion": "yes", "label": True}
-    Path(config.data).write_text(json.dumps(row), encoding="utf-8")
+    Path(str(config.data)).write_text(json.dumps(row), encoding="utf-8")
     with pytest.raises(InputError, match="row 'a' has one answer alone, but scores compare two"):
         score_file(config, console=Console(quiet=True))
 
@@ -131,7 +131,7 @@ def test_scores_are_the_rewards_that_training_logs_for_the_same_rows(
 
 
 def test_scores_of_the_trained_model_are_those_of_the_last_evaluation(config: RunConfig) -> None:
-    config = replace(config, eval_data=config.data)
+    config = replace(config, eval_data=str(config.data))
     result = run.train(config, console=Console(io.StringIO()))
     found = scores(replace(config, model=str(result.model), eval_data=None))
     assert result.last is not None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.errors import InputError
-from dpo.preferences import Message, PreferencePair
+from dpo.preferences import Message, PreferencePair, Tokens
 from dpo.tokenization import (
     TokenizationReport,
     TokenizedPair,
@@ -195,7 +195,7 @@ class TestConversations:
     def test_templates_that_would_be_ignored_are_refused(self) -> None:
         with pytest.raises(InputError, match="template is none, but rows are conversations"):
             tokenize(TALK, CHAT, TokenizeOptions(template="none"))
-        with pytest.raises(InputError, match="template is chatml, but all rows are plain text"):
+        with pytest.raises(InputError, match="template is chatml, but no row is a conversation"):
             tokenize(TEXT, CHAT, TokenizeOptions(template="chatml"))
 
 
@@ -243,6 +243,43 @@ class TestUnpairedRows:
         assert (made.report.cache, found.report.cache) == ("stored", "found")
         assert found.pairs.fingerprint == tokenize_pairs(rows, PLAIN).pairs.fingerprint
         assert found.pairs.is_unpaired.tolist() == [True, True, False]
+
+
+class TestTokenIds:
+    GIVEN = PreferencePair(Tokens((65, 66)), Tokens((67,)), Tokens((68, 69, 70)))
+
+    def test_they_are_used_as_they_are(self) -> None:
+        rows = [TEXT, self.GIVEN, replace(self.GIVEN, chosen=None), TEXT]
+        pairs = tokenize_pairs(rows, PLAIN).pairs
+        assert pairs[0].prompt_ids.tolist() == [BOS, *b"2+2="]
+        assert [ids.tolist() for ids in (pairs[1].prompt_ids, pairs[1].chosen_ids)] == [
+            [65, 66],
+            [67],
+        ]
+        assert pairs[2].rejected_ids.tolist() == [68, 69, 70]
+        assert pairs.is_unpaired.tolist() == [False, False, True, False]
+
+    def test_limits_apply(self) -> None:
+        options = TokenizeOptions(max_length=4, truncation="keep-start")
+        result = tokenize_pairs([self.GIVEN], PLAIN, options)
+        assert result.pairs[0].rejected_ids.tolist() == [68, 69]
+        assert result.report.cut == (("row-1", "rejected 3 to 2 tokens"),)
+
+    def test_ids_beyond_the_vocabulary_are_faults(self) -> None:
+        bad = replace(self.GIVEN, rejected=Tokens((68, 260)))
+        fault = "row-2: rejected has the token 260, but those of new tokenizer go up to 259"
+        with pytest.raises(InputError, match=fault):
+            report_on(self.GIVEN, bad)
+        assert report_on(self.GIVEN, bad, on_bad_row="skip").kept == 1
+        assert report_on(replace(self.GIVEN, rejected=Tokens((68, 259)))).kept == 1
+
+    def test_they_have_no_template(self) -> None:
+        with pytest.raises(InputError, match="template is chatml, but no row is a conversation"):
+            report_on(self.GIVEN, options=TokenizeOptions(template="chatml"))
+
+    def test_they_are_found_in_the_cache(self, tmp_path: Path) -> None:
+        for told in ("stored", "found"):
+            assert tokenize_pairs([self.GIVEN], PLAIN, cache_dir=tmp_path).report.cache == told
 
 
 def test_special_tokens_in_texts_are_reported() -> None:

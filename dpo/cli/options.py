@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
+from dpo.config import Sources
 from dpo.settings import (
     Option,
     Resolved,
@@ -22,6 +23,9 @@ _FLAGS = {  # where the flag is not the last part of the key
     "loss.name": "loss",
     "train.share_prefix": "prefix-sharing",
     "reference_cache.dir": "reference-cache",
+    "mix.weights": "mix-weights",
+    "mix.temperature": "mix-temperature",
+    "mix.rows": "mix-rows",
 }
 _LOSS_OPTIONS = {  # the two that most losses have; the others are given by --set loss.NAME=VALUE
     "loss.beta": Option(float, is_optional=False, help="The loss's strength of the reference."),
@@ -29,7 +33,14 @@ _LOSS_OPTIONS = {  # the two that most losses have; the others are given by --se
         float, is_optional=False, help="The loss's share of labels taken to be wrong."
     ),
 }
-_METAVARS: Mapping[object, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+_METAVARS: Mapping[object, str] = {
+    int: "INTEGER",
+    float: "NUMBER",
+    str: "TEXT",
+    Sources: "TEXT",
+    tuple[float, ...]: "NUMBER,...",
+}
+_UNSET = (None, ())  # of a flag, and of one that can be repeated
 
 
 class ConfigFlag(click.Option):
@@ -40,7 +51,9 @@ class ConfigFlag(click.Option):
         self.key = key
 
     def setting(self, value: object) -> Setting:
-        """Return the setting that a value of this flag makes."""
+        """Return the setting that a value of this flag makes, or all values if it is repeated."""
+        if isinstance(value, tuple) and len(value) == 1:
+            (value,) = value
         flag = self.secondary_opts[0] if value is False else self.opts[0]
         return Setting(self.key, value, flag, is_text=isinstance(value, str))
 
@@ -83,7 +96,7 @@ def resolve_flags(context: click.Context, *, below: Sequence[Setting] = ()) -> R
     given = [
         flag.setting(value)
         for flag in context.command.params
-        if isinstance(flag, ConfigFlag) and (value := context.params[str(flag.name)]) is not None
+        if isinstance(flag, ConfigFlag) and (value := context.params[str(flag.name)]) not in _UNSET
     ]
     return resolve(
         below,
@@ -103,6 +116,7 @@ def _flag(key: str, option: Option) -> Callable[[Command], Command]:
         cls=ConfigFlag,
         key=key,
         default=None,
+        multiple=option.kind == Sources,
         help=f"{option.help}{default}",
         metavar=None if is_switch else _metavar(option),
     )

@@ -81,6 +81,12 @@ def test_unpaired_rows_are_looked_at(tmp_path: Path) -> None:
     assert "no lengths to compare" in report.lengths.describe()
 
 
+def test_rows_of_token_ids_are_looked_at(tmp_path: Path) -> None:
+    row: Any = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4]}
+    rows = [row, row | {"prompt_ids": [1]}, row]
+    assert found(write(tmp_path / "ids.jsonl", *rows)) == [("duplicate", 2)]
+
+
 def test_good_rows_are_not_found(tmp_path: Path) -> None:
     rows = [GOOD | {"prompt": f"question {i}"} for i in range(5)]
     assert found(write(tmp_path / "pairs.jsonl", *rows)) == []

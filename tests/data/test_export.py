@@ -23,7 +23,7 @@ from dpo.data.simulate import simulate
 from dpo.data.stores import open_store
 from dpo.errors import InputError
 from dpo.files import verify_manifest
-from dpo.pair import PreferencePair
+from dpo.pair import PreferencePair, Tokens
 from dpo.preferences import read_pairs, write_pairs
 
 TRICKY = [
@@ -113,11 +113,32 @@ def test_format_of_pairs_alone_refuses_unpaired_answers(tmp_path: Path) -> None:
         export(UNPAIRED, tmp_path, "openai")
 
 
+GIVEN = [
+    PreferencePair(Tokens((1, 2)), Tokens((3,)), Tokens((4,))),
+    PreferencePair(Tokens((1, 2)), Tokens((3,)), Tokens((5,))),
+]
+
+
+@pytest.mark.parametrize(
+    ("format_name", "file_name"), [("jsonl", "train.jsonl"), ("parquet", "train.parquet")]
+)
+def test_exported_token_ids_read_back_as_they_were(
+    format_name: str, file_name: str, tmp_path: Path
+) -> None:
+    assert read_pairs(export(GIVEN, tmp_path, format_name) / file_name) == GIVEN
+
+
+@pytest.mark.parametrize("format_name", ["openai", "chat", "prompt-completion"])
+def test_format_of_texts_refuses_token_ids(format_name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="this format holds texts, and a row holds token ids"):
+        export(GIVEN, tmp_path, format_name)
+
+
 def as_messages(pair: PreferencePair) -> PreferencePair:
     return PreferencePair(
-        ({"role": "user", "content": pair.prompt},),
-        ({"role": "assistant", "content": pair.chosen},),
-        ({"role": "assistant", "content": pair.rejected},),
+        ({"role": "user", "content": str(pair.prompt)},),
+        ({"role": "assistant", "content": str(pair.chosen)},),
+        ({"role": "assistant", "content": str(pair.rejected)},),
     )
 
 
