@@ -1,5 +1,7 @@
 import json
 import math
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from dpo.tokenization import TokenizedPairs
 from dpo.train_config import TrainConfig
 from dpo.trainer import Trainer
 
+hub: Any = transformers  # its configurations take more entries than they declare
+README = (Path(__file__).parents[1] / "dpo/models/README.md").read_text(encoding="utf-8")
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -39,7 +43,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-LLAMA3_ROPE = {
+LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
     "factor": 8.0,
@@ -47,33 +51,39 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-YARN = {
+YARN: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 5e5,
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-ONE_KIND_OF_HEADS = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
-GPT2_SIZES = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512}
+ONE_KIND_OF_HEADS: dict[str, Any] = {
+    key: value for key, value in SIZES.items() if key != "num_key_value_heads"
+}
+GPT2_SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 512,
+}
 VARIANTS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaConfig(**SIZES),
-    "llama, tied, llama3 rope": lambda: transformers.LlamaConfig(
+    "llama": lambda: hub.LlamaConfig(**SIZES),
+    "llama, tied, llama3 rope": lambda: hub.LlamaConfig(
         **SIZES, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
     ),
-    "llama, linear rope": lambda: transformers.LlamaConfig(
+    "llama, linear rope": lambda: hub.LlamaConfig(
         **SIZES, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     ),
-    "llama, biases": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
-    "mistral, window": lambda: transformers.MistralConfig(**SIZES, sliding_window=7),
-    "qwen2": lambda: transformers.Qwen2Config(**SIZES),
-    "qwen2, window": lambda: transformers.Qwen2Config(
+    "llama, biases": lambda: hub.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "mistral, window": lambda: hub.MistralConfig(**SIZES, sliding_window=7),
+    "qwen2": lambda: hub.Qwen2Config(**SIZES),
+    "qwen2, window": lambda: hub.Qwen2Config(
         **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
-    "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
-    "qwen3, yarn rope": lambda: transformers.Qwen3Config(
-        **SIZES, head_dim=16, rope_parameters=YARN
-    ),
-    "gemma2": lambda: transformers.Gemma2Config(
+    "qwen3": lambda: hub.Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
+    "qwen3, yarn rope": lambda: hub.Qwen3Config(**SIZES, head_dim=16, rope_parameters=YARN),
+    "gemma2": lambda: hub.Gemma2Config(
         **SIZES,
         head_dim=8,
         sliding_window=5,
@@ -81,14 +91,14 @@ VARIANTS: dict[str, Callable[[], Any]] = {
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
-    "gemma2, no bounds": lambda: transformers.Gemma2Config(
+    "gemma2, no bounds": lambda: hub.Gemma2Config(
         **SIZES,
         head_dim=8,
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
         attention_bias=True,
     ),
-    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+    "gemma3_text": lambda: hub.Gemma3TextConfig(
         **SIZES,
         head_dim=16,
         sliding_window=5,
@@ -100,11 +110,11 @@ VARIANTS: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
-    "phi3": lambda: transformers.Phi3Config(**SIZES, pad_token_id=0, sliding_window=7),
-    "phi3, part of each head rotated": lambda: transformers.Phi3Config(
+    "phi3": lambda: hub.Phi3Config(**SIZES, pad_token_id=0, sliding_window=7),
+    "phi3, part of each head rotated": lambda: hub.Phi3Config(
         **SIZES, pad_token_id=0, tie_word_embeddings=True, partial_rotary_factor=0.75
     ),
-    "phi3, longrope": lambda: transformers.Phi3Config(
+    "phi3, longrope": lambda: hub.Phi3Config(
         **SIZES,
         pad_token_id=0,
         original_max_position_embeddings=32,
@@ -115,17 +125,15 @@ VARIANTS: dict[str, Callable[[], Any]] = {
             "long_factor": [1.0, 2.0, 4.0, 8.0],
         },
     ),
-    "olmo2": lambda: transformers.Olmo2Config(**SIZES),
-    "olmo3": lambda: transformers.Olmo3Config(
+    "olmo2": lambda: hub.Olmo2Config(**SIZES),
+    "olmo3": lambda: hub.Olmo3Config(
         **SIZES,
         sliding_window=5,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default"}},
     ),
-    "smollm3": lambda: transformers.SmolLM3Config(
-        **SIZES, pad_token_id=0, no_rope_layer_interval=2
-    ),
-    "smollm3, window": lambda: transformers.SmolLM3Config(
+    "smollm3": lambda: hub.SmolLM3Config(**SIZES, pad_token_id=0, no_rope_layer_interval=2),
+    "smollm3, window": lambda: hub.SmolLM3Config(
         **SIZES,
         pad_token_id=0,
         no_rope_layers=[0, 1, 1],
@@ -133,37 +141,37 @@ VARIANTS: dict[str, Callable[[], Any]] = {
         sliding_window=5,
         tie_word_embeddings=False,
     ),
-    "granite": lambda: transformers.GraniteConfig(
+    "granite": lambda: hub.GraniteConfig(
         **SIZES,
         embedding_multiplier=3.0,
         residual_multiplier=0.4,
         attention_multiplier=0.7,
         logits_scaling=2.5,
     ),
-    "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=16, pad_token_id=0),
-    "cohere2": lambda: transformers.Cohere2Config(
+    "glm4": lambda: hub.Glm4Config(**SIZES, head_dim=16, pad_token_id=0),
+    "cohere2": lambda: hub.Cohere2Config(
         **SIZES,
         logit_scale=0.3,
         sliding_window=5,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
-    "gpt2": lambda: transformers.GPT2Config(**GPT2_SIZES),
-    "gpt2, own inner size, no scale": lambda: transformers.GPT2Config(
+    "gpt2": lambda: hub.GPT2Config(**GPT2_SIZES),
+    "gpt2, own inner size, no scale": lambda: hub.GPT2Config(
         **GPT2_SIZES, n_inner=40, scale_attn_weights=False, tie_word_embeddings=False
     ),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**ONE_KIND_OF_HEADS),
-    "gpt_neox, one after the other": lambda: transformers.GPTNeoXConfig(
+    "gpt_neox": lambda: hub.GPTNeoXConfig(**ONE_KIND_OF_HEADS),
+    "gpt_neox, one after the other": lambda: hub.GPTNeoXConfig(
         **ONE_KIND_OF_HEADS,
         use_parallel_residual=False,
         attention_bias=False,
-        rotary_pct=1.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
         tie_word_embeddings=True,
     ),
-    "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=5, sliding_window=6),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+    "mixtral": lambda: hub.MixtralConfig(**SIZES, num_local_experts=5, sliding_window=6),
+    "qwen3_moe": lambda: hub.Qwen3MoeConfig(
         **SIZES, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24
     ),
-    "qwen3_moe, some layers plain": lambda: transformers.Qwen3MoeConfig(
+    "qwen3_moe, some layers plain": lambda: hub.Qwen3MoeConfig(
         **SIZES,
         head_dim=16,
         num_experts=6,
@@ -309,6 +317,26 @@ def test_untrained_models_of_every_variant_save_and_load_again(peer: Any, tmp_pa
 def test_every_architecture_is_held_against_transformers() -> None:
     tested = {name.split(",")[0] for name in VARIANTS}
     assert tested == set(ARCHITECTURES)
+
+
+def test_readme_lists_every_architecture() -> None:
+    _, rows = README.split("|---|\n", maxsplit=1)
+    listed = re.findall(r"^\| `(\w+)` \|", rows, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_architecture_that_the_readme_adds_equals_that_of_transformers(
+    has_bias: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = hub.Ernie4_5Config(**SIZES, head_dim=8, use_bias=has_bias)
+    monkeypatch.setitem(VARIANTS, "ernie4_5", lambda: config)
+    peer = save_peer("ernie4_5", tmp_path)
+    (example,) = re.findall(r"   ```python\n(.*?)\n   ```", README, flags=re.DOTALL)
+    monkeypatch.setitem(ARCHITECTURES, "ernie4_5", ARCHITECTURES["llama"])  # is taken out again
+    exec(compile(textwrap.dedent(example), "README.md", "exec"), {})
+    found = completion_log_probs(load_model(tmp_path), collate_answers(trees())).log_probs
+    torch.testing.assert_close(found, peer_log_probs(peer), rtol=0, atol=1e-5)
 
 
 def test_saved_shards_load_again(tmp_path: Path) -> None:

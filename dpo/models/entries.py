@@ -50,10 +50,9 @@ class Entries:
         value = self.get(key)
         if value is None:
             value = default
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
-            raise self.fault(key, f"must be a positive number, got {value!r}")
-        return float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+            return float(value)
+        raise self.fault(key, f"must be a positive number, got {value!r}")
 
     def positive_or_none(self, key: str) -> float | None:
         """Return a positive, finite number, or None where there is none."""
