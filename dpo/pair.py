@@ -12,6 +12,8 @@ from typing import TypeAlias
 from dpo.errors import InputError
 from dpo.files import JSON
 
+TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+
 Message: TypeAlias = Mapping[str, JSON]  # {"role": str, "content": str, ...}
 Text: TypeAlias = str | tuple[Message, ...]  # plain text, or a conversation
 
@@ -47,6 +49,8 @@ class PreferencePair:
         source: where the pair comes from; metrics can be split by it.
         id: names the pair in messages and reports; takes no part in equality.
         tools: JSON schemas of functions, handed to the chat template.
+        chat_template_kwargs: further variables of the chat template, such as ``enable_thinking``;
+            for conversations alone.
 
     Raises:
         InputError: fields are empty, of the wrong type or out of range; all of them are named.
@@ -61,6 +65,7 @@ class PreferencePair:
     source: str | None = None
     id: str | None = field(default=None, compare=False)
     tools: tuple[JSON, ...] | None = None
+    chat_template_kwargs: Mapping[str, JSON] | None = None
 
     def __post_init__(self) -> None:
         faults = [*_text_faults("prompt", self.prompt)]
@@ -79,6 +84,10 @@ class PreferencePair:
         faults += _number_faults("label_prob", self.label_prob, 0.0, 1.0, "a number in [0, 1]")
         faults += [*_name_faults("source", self.source), *_name_faults("id", self.id)]
         faults += _tools_faults(self.tools)
+        if self.chat_template_kwargs is not None:
+            faults += _argument_faults(self.chat_template_kwargs)
+            if not isinstance(self.prompt, tuple):
+                faults += ["chat_template_kwargs are for conversations, and the prompt is none"]
         if faults:
             raise InputError("; ".join(faults))
 
@@ -192,6 +201,14 @@ def _tools_faults(tools: object) -> Iterator[str]:
     if tools is not None and not isinstance(tools, tuple):
         yield f"tools must be a tuple, found {kind(tools)}"
     yield from _json_faults("tools", tools)
+
+
+def _argument_faults(arguments: object) -> Iterator[str]:
+    if not isinstance(arguments, Mapping):
+        yield f"chat_template_kwargs must be a mapping, found {kind(arguments)}"
+    elif taken := arguments.keys() & TEMPLATE_VARIABLES:
+        yield f"chat_template_kwargs: {', '.join(sorted(taken))} is given by the row itself"
+    yield from _json_faults("chat_template_kwargs", arguments)
 
 
 def _json_faults(name: str, value: object) -> Iterator[str]:

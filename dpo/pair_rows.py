@@ -45,7 +45,7 @@ RANKED = ("prompt", "answers", "scores")
 UNPAIRED = ("prompt", "completion", "label")
 PAIRED_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 UNPAIRED_IDS = ("prompt_ids", "completion_ids", "label")
-OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools")
+OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools", "chat_template_kwargs")
 FIELDS = tuple(dict.fromkeys(PAIRED + RANKED + UNPAIRED + PAIRED_IDS + UNPAIRED_IDS + OPTIONAL))
 RANKED_LAYOUT = "ranked answers"
 RankedPairs = Literal["all", "best", "list"]
@@ -70,6 +70,7 @@ class _Optional(TypedDict):
     source: str | None
     id: str | None
     tools: tuple[JSON, ...] | None
+    chat_template_kwargs: Mapping[str, JSON] | None
 
 
 class _Split(NamedTuple):
@@ -250,7 +251,10 @@ def _optional(fields: Mapping[str, JSON]) -> _Optional:
         "label_prob": _number("label_prob", fields.get("label_prob", 1.0)),
         "source": _name("source", fields.get("source")),
         "id": _name("id", fields["id"]),
-        "tools": _tools(fields.get("tools")),
+        "tools": _tools(_decoded("tools", fields.get("tools"))),
+        "chat_template_kwargs": _arguments(
+            _decoded("chat_template_kwargs", fields.get("chat_template_kwargs"))
+        ),
     }
 
 
@@ -320,13 +324,27 @@ def _name(name: str, value: JSON) -> str | None:
     raise InputError(f"{name} must be text, found {kind(value)}")
 
 
+def _decoded(name: str, value: JSON) -> JSON:
+    """Return a value that some files hold as JSON within text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        decoded: JSON = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is text but not JSON: {error}") from error
+    return decoded
+
+
+def _arguments(value: JSON) -> dict[str, JSON] | None:
+    """Return the variables for a template; those that are null are absent, as in a table."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise InputError(f"chat_template_kwargs must be an object, found {kind(value)}")
+    return {name: item for name, item in value.items() if item is not None} or None
+
+
 def _tools(value: JSON) -> tuple[JSON, ...] | None:
-    """Return the list of tools, which some files hold as JSON within text."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise InputError(f"tools is text but not JSON: {error}") from error
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Sequence):

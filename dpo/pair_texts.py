@@ -29,16 +29,18 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
         InputError: the template refuses the conversation, or writes it so that no prompt can be set
             apart from the answers.
     """
-    prompt = pair.prompt
+    prompt, variables = pair.prompt, pair.chat_template_kwargs
     assert not isinstance(prompt, Tokens)
     if isinstance(prompt, str):
         start = prompt
     elif template is None:
         raise InputError("a conversation needs a chat template")
     elif prompt[-1]["role"] == "assistant":
-        start = template.render_to_continue(prompt, tools=pair.tools)
+        start = template.render_to_continue(prompt, tools=pair.tools, variables=variables)
     else:
-        start = template.render(prompt, tools=pair.tools, add_generation_prompt=True)
+        start = template.render(
+            prompt, tools=pair.tools, variables=variables, add_generation_prompt=True
+        )
 
     def write(answer: Content | None) -> str | None:
         if answer is None or isinstance(answer, str):
@@ -46,7 +48,9 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
         assert template is not None
         assert isinstance(prompt, tuple)
         assert isinstance(answer, tuple)
-        whole = template.render(_conversation(prompt, answer), tools=pair.tools)
+        whole = template.render(
+            _conversation(prompt, answer), tools=pair.tools, variables=variables
+        )
         return _rest(whole, start, template.name)
 
     return PairTexts(start, write(pair.chosen), write(pair.rejected))

@@ -66,6 +66,7 @@ class ChatTemplate:
         messages: Sequence[Message],
         *,
         tools: Sequence[JSON] | None = None,
+        variables: Mapping[str, JSON] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
         """Return the text of a conversation.
@@ -73,6 +74,7 @@ class ChatTemplate:
         Args:
             messages: at least one; their null fields count as absent.
             tools: JSON schemas of the functions that the model may call.
+            variables: what else the template can name, for this conversation alone.
             add_generation_prompt: end with what makes the model begin its answer.
 
         Raises:
@@ -81,7 +83,7 @@ class ChatTemplate:
         blocks, size = [], 0
         try:
             for block in self._template.generate(
-                self._variables,
+                {**self._variables, **(variables or {})},
                 messages=[
                     {key: value for key, value in message.items() if value is not None}
                     for message in messages
@@ -99,7 +101,11 @@ class ChatTemplate:
         return "".join(blocks)
 
     def render_to_continue(
-        self, messages: Sequence[Message], *, tools: Sequence[JSON] | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[JSON] | None = None,
+        variables: Mapping[str, JSON] | None = None,
     ) -> str:
         """Return the text of a conversation up to the end of its last message's content.
 
@@ -110,7 +116,7 @@ class ChatTemplate:
         if not isinstance(content, str):
             raise InputError("the last message of the prompt is to be continued, but is not text")
         open_message = {**messages[-1], "content": content + _CONTINUE}
-        text = self.render([*messages[:-1], open_message], tools=tools)
+        text = self.render([*messages[:-1], open_message], tools=tools, variables=variables)
         before, mark, _ = text.rpartition(_CONTINUE)
         if not mark:
             raise InputError(f"{self.name}: does not write the message to be continued")

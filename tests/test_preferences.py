@@ -43,12 +43,18 @@ answers = st.lists(
 prompts = st.lists(messages, min_size=1).map(tuple)
 
 
+NO_VARIABLES: st.SearchStrategy[Mapping[str, JSON] | None] = st.none()
+VARIABLES = NO_VARIABLES | st.fixed_dictionaries({"enable_thinking": st.booleans()})
+
+
 def is_answered(pair: PreferencePair) -> bool:
     return not isinstance(pair.prompt, tuple) or pair.prompt[-1]["role"] != "assistant"
 
 
 def pairs_of(
-    prompt: st.SearchStrategy[Content], answer: st.SearchStrategy[Content]
+    prompt: st.SearchStrategy[Content],
+    answer: st.SearchStrategy[Content],
+    variables: st.SearchStrategy[Mapping[str, JSON] | None] = NO_VARIABLES,
 ) -> st.SearchStrategy[PreferencePair]:
     """Draw pairs that the checks let through and whose answers do not repeat the prompt."""
     two_answers = st.tuples(answer, answer).filter(lambda both: both[0] != both[1])
@@ -61,6 +67,7 @@ def pairs_of(
         label_prob=st.floats(0, 1),
         source=st.none() | texts,
         tools=st.none() | st.lists(st.dictionaries(texts, texts), min_size=1).map(tuple),
+        chat_template_kwargs=variables,
     ).filter(is_answered)
 
 
@@ -74,7 +81,7 @@ lists_of_pairs = st.one_of(
     st.lists(pairs_of(token_ids, token_ids), min_size=1, max_size=3),
     st.lists(pairs_of(token_ids, token_ids).map(one_answer_of), min_size=1, max_size=3),
     st.lists(pairs_of(texts, texts), min_size=1, max_size=3),
-    st.lists(pairs_of(prompts, answers), min_size=1, max_size=3),
+    st.lists(pairs_of(prompts, answers, VARIABLES), min_size=1, max_size=3),
     st.lists(pairs_of(texts, texts).map(one_answer_of), min_size=1, max_size=3),
     st.lists(pairs_of(prompts, answers).map(one_answer_of), min_size=1, max_size=3),
 ).map(lambda pairs: [replace(pair, id=f"pair {index}") for index, pair in enumerate(pairs)])
@@ -225,6 +232,21 @@ class TestLayouts:
         )
         assert pair.id == "7"
 
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            ({"enable_thinking": False, "absent": None}, {"enable_thinking": False}),
+            ('{"enable_thinking": false}', {"enable_thinking": False}),
+            ({}, None),
+        ],
+    )
+    def test_variables_of_the_template(
+        self, tmp_path: Path, value: JSON, expected: dict[str, JSON] | None
+    ) -> None:
+        row: dict[str, JSON] = {"prompt": [USER], "chosen": [FOUR], "rejected": [FIVE]}
+        pair = read_row(tmp_path, {**row, "chat_template_kwargs": value})
+        assert pair.chat_template_kwargs == expected
+
     def test_null_optional_field_is_its_default(self, tmp_path: Path) -> None:
         pair = read_row(tmp_path, {**ROW, "weight": None, "id": None, "tools": None})
         assert (pair.weight, pair.id, pair.tools) == (1.0, "row-1", None)
@@ -255,6 +277,9 @@ class TestFaultyRows:
             ({"id": ["x"]}, "id must be text, found a list"),
             ({"tools": "[{"}, "tools is text but not JSON"),
             ({"tools": {"a": 1}}, "tools must be a list, found an object"),
+            ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object, found a list"),
+            ({"chat_template_kwargs": "{"}, "chat_template_kwargs is text but not JSON"),
+            ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs are for conversations"),
         ],
     )
     def test_fields(self, tmp_path: Path, change: dict[str, JSON], fault: str) -> None:
@@ -503,6 +528,12 @@ class TestFiles:
         ({"tools": [USER]}, "tools must be a tuple, found a list"),
         ({"tools": ({"a": {1}},)}, "tools cannot be written as JSON: found a set"),
         ({"weight": None}, "weight must be a finite number >= 0, found null"),
+        (
+            {"chat_template_kwargs": {"tools": [], "messages": []}},
+            "chat_template_kwargs: messages, tools is given by the row itself",
+        ),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be a mapping, found a list"),
+        ({"chat_template_kwargs": {"a": {1}}}, "chat_template_kwargs cannot be written as JSON"),
         ({"chosen": None, "rejected": None}, "chosen and rejected are both missing"),
         ({"chosen": None, "prompt": (USER,)}, "prompt, rejected must all be text, messages or"),
         ({"chosen": None, "rejected": " "}, "rejected is empty"),

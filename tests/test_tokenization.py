@@ -140,6 +140,15 @@ class TestConversations:
         pair = tokenize(replace(TALK, tools=({"name": "add"},)), own_template(source))
         assert CHAT.decode(pair.prompt_ids) == '[{"name": "add"}]2+2?'
 
+    def test_variables_of_a_row_reach_the_template_for_that_row(self) -> None:
+        tokenizer = own_template("{% for m in messages %}{{ m.content }}{{ mark }}{% endfor %}")
+        marked = replace(TALK, chat_template_kwargs={"mark": "!"})
+        goes_on = replace(marked, prompt=({"role": "user", "content": "2+2?"}, *said("4")))
+        rows = tokenize_pairs([marked, TALK, goes_on], tokenizer).pairs
+        prompts = [tokenizer.decode(row.prompt_ids) for row in rows]
+        assert prompts == ["2+2?!", "2+2?", "2+2?!4"]
+        assert tokenizer.decode(rows[0].chosen_ids) == "4!</s>"
+
     def test_template_of_the_tokenizer_goes_before_chatml(self) -> None:
         source = (
             "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
