@@ -237,10 +237,14 @@ def _from_text(text: str, option: Option) -> object:
         return {"true": True, "false": False}.get(text, text)
     if get_origin(option.kind) is Mapping:
         pairs = [part.partition("=") for part in text.split(",") if part]
-        return {name.strip(): value.strip() for name, _, value in pairs}
-    read = {int: int, float: float, _NUMBER_OR_TEXT: float}.get(option.kind, str)
+        _, kind = get_args(option.kind)
+        return {name.strip(): _read(value.strip(), kind) for name, _, value in pairs}
+    return _read(text, option.kind)
+
+
+def _read(text: str, kind: Any) -> object:
     try:
-        return read(text)
+        return {int: int, float: float, _NUMBER_OR_TEXT: float}.get(kind, str)(text)
     except ValueError:
         return text
 
@@ -249,12 +253,17 @@ def _fits(value: object, option: Option) -> bool:
     if option.choices:
         return value in option.choices
     if get_origin(option.kind) is Mapping:
+        _, kind = get_args(option.kind)
         return isinstance(value, dict) and all(
-            isinstance(item, str) and item for pair in value.items() for item in pair
+            name and item != "" and _is_of(kind, item) for name, item in value.items()
         )
+    return _is_of(option.kind, value)
+
+
+def _is_of(kind: Any, value: object) -> bool:
     if isinstance(value, bool):
-        return option.kind is bool
-    return isinstance(value, int | float if option.kind is float else option.kind)
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def _is_unicode(text: str) -> bool:
@@ -268,8 +277,6 @@ def _is_unicode(text: str) -> bool:
 def _expected(option: Option) -> str:
     if option.choices:
         words = f"one of {', '.join(option.choices)}"
-    elif get_origin(option.kind) is Mapping:
-        words = "a table of texts, as in prompt=question"
     else:
         words = {
             bool: "true or false",
@@ -277,6 +284,8 @@ def _expected(option: Option) -> str:
             float: "a number",
             str: "a text",
             _NUMBER_OR_TEXT: "a number or a text",
+            Mapping[str, str]: "a table of texts, as in prompt=question",
+            Mapping[str, float]: "a table of numbers, as in lm_head=0.5",
         }[option.kind]
     return f"{words}, or none" if option.is_optional else words
 

@@ -29,7 +29,13 @@ _LOSS_OPTIONS = {  # the two that most losses have; the others are given by --se
         float, is_optional=False, help="The loss's share of labels taken to be wrong."
     ),
 }
-_METAVARS: Mapping[object, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+_METAVARS: Mapping[object, str] = {
+    int: "INTEGER",
+    float: "NUMBER",
+    str: "TEXT",
+    Mapping[str, str]: "NAME=COLUMN,...",
+    Mapping[str, float]: "PATTERN=NUMBER,...",
+}
 
 
 class ConfigFlag(click.Option):
@@ -111,7 +117,7 @@ def _flag(key: str, option: Option) -> Callable[[Command], Command]:
 def _metavar(option: Option) -> str:
     if option.choices:
         return f"[{'|'.join(option.choices)}]"
-    return _METAVARS.get(option.kind, "NAME=COLUMN,...")
+    return _METAVARS[option.kind]
 
 
 def _shown(value: object) -> str:
