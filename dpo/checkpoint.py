@@ -28,6 +28,7 @@ from dpo.files import (
 from dpo.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
+_COUNTS = ("step", "weight_sum")  # states of an optimizer that the host reads at each step
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def restore_optimizer(
         parameter = parameters[parameter_name]
         group = groups[parameter]
         # torch.optim: step counts live beside the parameter only if the update runs there whole.
-        on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+        on_host = key in _COUNTS and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if on_host else parameter.device
         optimizer.state[parameter][key] = value.to(device, copy=True)
 

@@ -52,7 +52,15 @@ def training_identity(
         "beta1": config.beta1,
         "beta2": config.beta2,
         "epsilon": config.epsilon,
+        "momentum": config.momentum,
+        "rates": _shown(config.rates),
+        "ema_decay": config.ema_decay,
     }
+
+
+def _shown(rates: Mapping[str, float]) -> str | None:
+    """Return the factors as one text, in their order, which counts."""
+    return ", ".join(f"{pattern} = {float(rate)}" for pattern, rate in rates.items()) or None
 
 
 def refuse_another_run(state: Mapping[str, Any], identity: Identity, *, source: str) -> None:

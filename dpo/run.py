@@ -245,11 +245,12 @@ class _Run:
         step = self._best_step() or self.trainer.step
         if step != self.trainer.step:
             best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
-            policy.load_state_dict(best.tensors["model"], strict=False)  # tied weights once
+            self.trainer.restore_weights(best.tensors)
             self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
         evaluations = [line for line in log.evaluations() if line["step"] <= step]
         with atomic_directory(self.folder / "model", replace=True) as model_folder:
-            save_model(policy, model_folder)
+            with self.trainer.averaged_weights():
+                save_model(policy, model_folder)
             self.models.tokenizer.save(model_folder)
             if (source / GENERATION_CONFIG).exists():
                 shutil.copyfile(source / GENERATION_CONFIG, model_folder / GENERATION_CONFIG)

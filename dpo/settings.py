@@ -31,7 +31,7 @@ _ALTERNATIVES = {
 _NUMBER_OR_TEXT = float | str  # what an option of a loss can be
 _NUMBERS = tuple[float, ...]
 _LISTS: Mapping[Any, Any] = {Sources: str, _NUMBERS: float}  # what the items of a list are
-_ALONE: Mapping[Any, Any] = {Sources: str, _NUMBERS: (), float: int | float}  # what is no list
+_ALONE: Mapping[Any, Any] = {Sources: str, _NUMBERS: ()}  # what is no list
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +242,16 @@ def _from_text(text: str, option: Option) -> object:
         return {"true": True, "false": False}.get(text, text)
     if get_origin(option.kind) is Mapping:
         pairs = [part.partition("=") for part in text.split(",") if part]
-        return {name.strip(): value.strip() for name, _, value in pairs}
+        _, kind = get_args(option.kind)
+        return {name.strip(): _read(value.strip(), kind) for name, _, value in pairs}
     if option.kind == _NUMBERS:
-        return tuple(_from_text(part, replace(option, kind=float)) for part in text.split(","))
-    read = {int: int, float: float, _NUMBER_OR_TEXT: float}.get(option.kind, str)
+        return tuple(_read(part, float) for part in text.split(","))
+    return _read(text, option.kind)
+
+
+def _read(text: str, kind: Any) -> object:
     try:
-        return read(text)
+        return {int: int, float: float, _NUMBER_OR_TEXT: float}.get(kind, str)(text)
     except ValueError:
         return text
 
@@ -256,15 +260,20 @@ def _fits(value: object, option: Option) -> bool:
     if option.choices:
         return value in option.choices
     if get_origin(option.kind) is Mapping:
+        _, kind = get_args(option.kind)
         return isinstance(value, dict) and all(
-            isinstance(item, str) and item for pair in value.items() for item in pair
+            name and item != "" and _is_of(kind, item) for name, item in value.items()
         )
     if isinstance(value, tuple):
-        item = replace(option, kind=_LISTS.get(option.kind, NoneType))
-        return len(value) > 0 and all(_fits(each, item) for each in value)
+        kind = _LISTS.get(option.kind, NoneType)
+        return len(value) > 0 and all(_is_of(kind, item) for item in value)
+    return _is_of(_ALONE.get(option.kind, option.kind), value)
+
+
+def _is_of(kind: Any, value: object) -> bool:
     if isinstance(value, bool):
-        return option.kind is bool
-    return isinstance(value, _ALONE.get(option.kind, option.kind))
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def _is_unicode(text: str) -> bool:
@@ -278,8 +287,6 @@ def _is_unicode(text: str) -> bool:
 def _expected(option: Option) -> str:
     if option.choices:
         words = f"one of {', '.join(option.choices)}"
-    elif get_origin(option.kind) is Mapping:
-        words = "a table of texts, as in prompt=question"
     else:
         words = {
             bool: "true or false",
@@ -289,6 +296,8 @@ def _expected(option: Option) -> str:
             _NUMBER_OR_TEXT: "a number or a text",
             Sources: "a text or a list of texts",
             _NUMBERS: "a list of numbers",
+            Mapping[str, str]: "a table of texts, as in prompt=question",
+            Mapping[str, float]: "a table of numbers, as in lm_head=0.5",
         }[option.kind]
     return f"{words}, or none" if option.is_optional else words
 

@@ -4,13 +4,14 @@ The text beside each field is its documentation and its line in ``dpo train --he
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 from dpo.errors import InputError
 
-Optimizer = Literal["adamw", "adafactor", "lion"]
+Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "schedule-free"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Dtype = Literal["float32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -25,6 +26,7 @@ _AT_LEAST_ONE: _Range = ("at least 1", lambda value: value >= 1)
 _AT_LEAST_ZERO: _Range = ("at least 0", lambda value: 0 <= value < math.inf)
 _ABOVE_ZERO: _Range = ("above 0 and finite", lambda value: 0 < value < math.inf)
 _FRACTION: _Range = ("in [0, 1)", lambda value: 0 <= value < 1)
+_ADAMW_DEFAULTS = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
 _RANGES: dict[str, _Range] = {
     "batch_size": _AT_LEAST_ONE,
     "micro_batch_size": _AT_LEAST_ONE,
@@ -41,6 +43,8 @@ _RANGES: dict[str, _Range] = {
     "epsilon": _ABOVE_ZERO,
     "reference_sync_every": _AT_LEAST_ONE,
     "reference_sync_share": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "momentum": _FRACTION,
+    "ema_decay": ("in (0, 1)", lambda value: 0 < value < 1),
     "threads": ("in [1, 1024]", lambda value: 1 <= value <= 1024),
     "seed": ("in [0, 2^63)", lambda value: 0 <= value < 2**63),
     "eval_every": _AT_LEAST_ONE,
@@ -49,10 +53,13 @@ _RANGES: dict[str, _Range] = {
     "early_stopping": _AT_LEAST_ONE,
     "log_every": _AT_LEAST_ONE,
 }
-_OPTIMIZER_DEFAULTS: Mapping[str, Mapping[str, float]] = {  # of torch, and of the Lion paper
-    "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
+_OPTIMIZER_DEFAULTS: Mapping[str, Mapping[str, float]] = {  # of torch, and of the papers
+    "adamw": _ADAMW_DEFAULTS,
+    "adamw8bit": _ADAMW_DEFAULTS,
     "adafactor": {},
     "lion": {"beta1": 0.9, "beta2": 0.99},
+    "muon": {**_ADAMW_DEFAULTS, "momentum": 0.95},
+    "schedule-free": _ADAMW_DEFAULTS,
 }
 _CHOICES = {
     "optimizer": Optimizer,
@@ -97,15 +104,35 @@ class TrainConfig:
         float | None, "L2 norm to which gradients are clipped, > 0; none leaves them."
     ] = 1.0
     optimizer: Annotated[
-        Optimizer, "lion keeps one state where adamw keeps two, adafactor next to none."
+        Optimizer,
+        "lion keeps one state where adamw keeps two, adamw8bit a quarter of them, adafactor next "
+        "to none; muon is for matrices; schedule-free averages the weights.",
     ] = "adamw"
     beta1: Annotated[
-        float | None, "Of adamw and lion, in [0, 1): decay of the gradient mean; 0.9."
+        float | None,
+        "In [0, 1), not of adafactor: decay of the gradient mean, 0.9; of schedule-free, in "
+        "(0, 1): share of the average in the weights that are trained.",
     ] = None
     beta2: Annotated[
-        float | None, "In [0, 1): adamw's decay of the squares, 0.999; lion's of its state, 0.99."
+        float | None,
+        "In [0, 1), not of adafactor: decay of the squares, 0.999; of lion's state, 0.99.",
     ] = None
-    epsilon: Annotated[float | None, "AdamW's term in the denominator, > 0; 1e-8."] = None
+    epsilon: Annotated[
+        float | None, "Not of adafactor and lion: term in the denominator, > 0; 1e-8."
+    ] = None
+    momentum: Annotated[
+        float | None, "Of muon, in [0, 1): decay of the gradient mean of hidden matrices; 0.95."
+    ] = None
+    rates: Annotated[
+        Mapping[str, float],
+        "Factors > 0 on the learning rate of parameters by regular expression of their names: "
+        "embed_tokens=0.1,... The first that matches counts.",
+    ] = field(default_factory=dict)
+    ema_decay: Annotated[
+        float | None,
+        "In (0, 1): evaluate and save an exponential moving average of the weights, which keeps "
+        "this share of itself at each step; none: the weights.",
+    ] = None
 
     dtype: Annotated[Dtype, "Numerics of weights and arithmetic; -mixed keeps float32 weights."] = (
         "float32"
@@ -180,16 +207,20 @@ class TrainConfig:
         for name, choice in _CHOICES.items():
             if (value := getattr(self, name)) not in get_args(choice):
                 yield f"train.{name} must be one of {', '.join(get_args(choice))}, got {value!r}"
+        for pattern, scale in self.rates.items():
+            if not 0 < scale < math.inf:
+                yield f"train.rates: {pattern} must be above 0 and finite, got {scale}"
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"train.rates: {pattern!r} is no regular expression: {error}"
 
     def _contradictions(self) -> Iterator[str]:
         if self.micro_batch_size is not None and self.tokens_per_micro_batch is not None:
             yield "train.micro_batch_size and train.tokens_per_micro_batch: give one, not both"
         if self.epochs is not None and self.steps is not None:
             yield "train.epochs and train.steps: give one, not both"
-        read = _OPTIMIZER_DEFAULTS.get(self.optimizer, {})
-        for name in ("beta1", "beta2", "epsilon"):
-            if getattr(self, name) is not None and name not in read:
-                yield f"train.{name} has no meaning for train.optimizer = {self.optimizer}"
+        yield from self._contradictions_of_the_optimizer()
         if self.decay_share is not None and self.schedule != "wsd":
             yield f"train.decay_share is for train.schedule = wsd, which is {self.schedule}"
         if self.reference_sync_share is not None and self.reference_sync_every is None:
@@ -206,3 +237,20 @@ class TrainConfig:
             yield "train.tf32 needs a GPU, train.device is cpu"
         if self.tf32 and self.dtype != "float32":
             yield f"train.tf32 is for train.dtype = float32, which is {self.dtype}"
+
+    def _contradictions_of_the_optimizer(self) -> Iterator[str]:
+        read = _OPTIMIZER_DEFAULTS.get(self.optimizer, {})
+        for name in ("beta1", "beta2", "epsilon", "momentum"):
+            if getattr(self, name) is not None and name not in read:
+                yield f"train.{name} has no meaning for train.optimizer = {self.optimizer}"
+        if self.optimizer != "schedule-free":
+            return
+        if self.schedule != "constant":
+            yield (
+                "train.optimizer = schedule-free needs train.schedule = constant, which is "
+                f"{self.schedule}: its average takes the place of a decay"
+            )
+        if self.beta1 == 0:
+            yield "train.beta1 must be above 0 for train.optimizer = schedule-free, got 0.0"
+        if self.ema_decay is not None:
+            yield "train.ema_decay has no meaning for train.optimizer = schedule-free: it averages"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo.accumulation import StepResult, differentiate, evaluate, mean_log_ratio
+from dpo.averaging import averaged_weights, keep_moving_average
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
@@ -31,6 +33,7 @@ from dpo.optim import (
     make_optimizer,
     make_schedule,
     parameter_groups,
+    rate_scales,
     set_learning_rate,
 )
 from dpo.policy import Policy
@@ -171,14 +174,18 @@ class Trainer:
         self.sampler = make_sampler(self.loss, pairs, self.config)
         self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
+        scales = rate_scales(policy, self.config.rates)
         self.optimizer = make_optimizer(
             self.config.optimizer,
-            parameter_groups(policy, self.config.weight_decay),
+            parameter_groups(policy, self.config.weight_decay, scales),
             learning_rate=self.config.learning_rate,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
             epsilon=self.config.epsilon,
+            momentum=self.config.momentum,
         )
+        if self.config.ema_decay is not None:
+            keep_moving_average(self.optimizer, self.config.ema_decay)
         self.scaler = torch.GradScaler(self.device.type, enabled=self.precision.scales_loss)
         self.step = 0
         self.skipped_steps = 0
@@ -380,11 +387,22 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next optimizer step."""
-        factor = self._schedule(self.step, self.config.warmup_steps, self.total_steps)
+        """Learning rate of the next optimizer step, but for ``train.rates``."""
+        return self._learning_rate_at(self.step)
+
+    def _learning_rate_at(self, step: int) -> float:
+        factor = self._schedule(step, self.config.warmup_steps, self.total_steps)
         return self.config.learning_rate * factor
 
     # Looking
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Hold what is to be evaluated and saved in ``module`` while a ``with`` block runs.
+
+        That is an average of the weights with ``train.ema_decay`` and with an optimizer that
+        averages by itself, else the weights as they are.
+        """
+        return averaged_weights(self.optimizer)
 
     @torch.no_grad()
     def check_start(self) -> None:
@@ -417,20 +435,23 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluate on the held-out pairs; the result does not depend on the batch size.
 
+        The weights are those of ``averaged_weights``.
+
         Returns:
             ``step`` and the metrics under ``eval/``.
         """
         assert self.eval_batches is not None, "the trainer has no eval_pairs"
         rows = range(len(self.eval_batches.pairs))
         self.module.eval()
-        sums = evaluate(
-            self.loss,
-            partial(self._score, batches=self.eval_batches),
-            self.eval_batches.split_sorted(rows),
-            rows,
-            running=self.running,
-            mismatch=self._mismatch(self.eval_mismatched, rows),
-        )
+        with self.averaged_weights():
+            sums = evaluate(
+                self.loss,
+                partial(self._score, batches=self.eval_batches),
+                self.eval_batches.split_sorted(rows),
+                rows,
+                running=self.running,
+                mismatch=self._mismatch(self.eval_mismatched, rows),
+            )
         self.module.train()
         return {"step": self.step} | {f"eval/{k}": v for k, v in sums.result().items()}
 
@@ -455,7 +476,7 @@ class Trainer:
             **dict.fromkeys(ALWAYS_LOGGED, math.nan),  # what a skipped step has none of
             **self._window.result(),
             "grad_norm": float(torch.stack(norms).mean()) if norms else math.nan,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self._learning_rate_at(self.step - 1),
             **self._throughput.rates(),
             "mem/peak_mib": peak_memory_mib(self.device),
             "data/tokens": self.tokens_seen,
@@ -502,10 +523,7 @@ class Trainer:
             InputError: the data or an option that decides the mathematics is another one.
         """
         refuse_another_run(state, self._identity(), source="this state")
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(tensors["model"][name])
-        restore_optimizer(self.optimizer, self.module, tensors["optimizer"])
+        self.restore_weights(tensors)
         torch.set_rng_state(tensors["random"]["cpu"])
         self.running = tensors["loss"]["running"].to(self.device)
         if self.live_reference is not None:
@@ -519,6 +537,13 @@ class Trainer:
         self.should_stop = self._is_out_of_patience()
         if self.precision.scales_loss:
             self.scaler.update(float(state["loss_scale"]))
+
+    def restore_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the weights of what ``tensors`` returned and the optimizer's averages."""
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                parameter.copy_(tensors["model"][name])
+        restore_optimizer(self.optimizer, self.module, tensors["optimizer"])
 
     def _identity(self) -> Identity:
         eval_pairs = None if self.eval_batches is None else self.eval_batches.pairs

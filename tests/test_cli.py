@@ -82,7 +82,7 @@ def test_flag_that_scripts_rely_on_is_there(flag: str) -> None:
 # --- flags to config ----------------------------------------------------------------------------
 
 
-LISTS = {"columns", "data", "mix.weights"}
+LISTS = {"columns", "data", "mix.weights", "train.rates"}
 
 
 @pytest.mark.parametrize("key", [key for key in known_options() if key not in LISTS])
@@ -103,6 +103,7 @@ def test_flag_sets_its_key(key: str) -> None:
         "train.keep_best": ("--eval-split", "0.5", "--eval-every", "1"),
         "train.early_stopping": ("--eval-split", "0.5", "--eval-every", "1"),
         "train.decay_share": ("--schedule", "wsd"),
+        "train.momentum": ("--optimizer", "muon"),
         "train.reference_sync_share": ("--reference-sync-every", "1"),
         "train.eval_every": ("--eval-split", "0.5"),
         "reference_revision": ("--reference", "R"),

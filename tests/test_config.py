@@ -1,3 +1,4 @@
+import re
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -95,6 +96,13 @@ def test_data_sets_and_numbers_can_be_lists(tmp_path: Path) -> None:
     assert resolve(flags()).config.sources == ("pairs.jsonl",)
 
 
+def test_rates_are_a_table_in_the_file_and_a_list_on_the_command_line(tmp_path: Path) -> None:
+    rates = {r"layers\.0\.": 0.5, "norm": 2}
+    file = written(tmp_path, "[train.rates]\n'layers\\.0\\.' = 0.5\nnorm = 2\n")
+    assert resolve(file, flags()).config.train.rates == rates
+    assert resolve(flags(train__rates=r"layers\.0\.=0.5,norm=2")).config.train.rates == rates
+
+
 def test_none_switches_an_optional_value_off(tmp_path: Path) -> None:
     file = written(tmp_path, '[train]\nmax_grad_norm = "none"\n')
     assert resolve(file, flags()).config.train.max_grad_norm is None
@@ -133,6 +141,7 @@ configs = st.builds(
         compile=st.booleans(),
         max_grad_norm=st.none() | st.floats(1e-3, 10),
         schedule=st.sampled_from(["linear", "cosine", "constant", "wsd"]),
+        rates=st.dictionaries(texts.map(re.escape), st.floats(1e-6, 10), max_size=2),
     ),
 )
 
@@ -202,6 +211,10 @@ def refusal(*layers: list[Setting]) -> str:
             "[columns]\nprompt = 3",
             "columns must be a table of texts, as in prompt=question, got {'prompt': 3}",
         ),
+        (
+            "[train.rates]\nnorm = 'x'",
+            "train.rates must be a table of numbers, as in lm_head=0.5, got {'norm': 'x'}",
+        ),
         ("[loss]\nbeta = true", "loss.beta must be a number or a text, got true (a boolean)"),
     ],
 )
@@ -248,6 +261,32 @@ def test_config_file_is_refused_by_key_found_and_expected(
         (
             {"train__optimizer": "adafactor", "train__beta1": "0.8"},
             "train.beta1 has no meaning for train.optimizer = adafactor",
+        ),
+        (
+            {"train__momentum": "0.9"},
+            "train.momentum has no meaning for train.optimizer = adamw",
+        ),
+        ({"train__ema_decay": "1"}, "train.ema_decay must be in (0, 1), got 1.0"),
+        (
+            {"train__optimizer": "schedule-free"},
+            "train.optimizer = schedule-free needs train.schedule = constant, which is linear",
+        ),
+        (
+            {"train__optimizer": "schedule-free", "train__ema_decay": "0.9"},
+            "train.ema_decay has no meaning for train.optimizer = schedule-free: it averages",
+        ),
+        (
+            {"train__optimizer": "schedule-free", "train__beta1": "0"},
+            "train.beta1 must be above 0 for train.optimizer = schedule-free, got 0.0",
+        ),
+        (
+            {"train__rates": "lm_head"},
+            "--flag: train.rates must be a table of numbers, as in lm_head=0.5, got {'lm_head': ''",
+        ),
+        ({"train__rates": "norm=0"}, "train.rates: norm must be above 0 and finite, got 0.0"),
+        (
+            {"train__rates": "(=0.5"},
+            "train.rates: '(' is no regular expression: missing ), unterminated subpattern",
         ),
         (
             {"train__group_prompts": "true", "train__share_prefix": "false"},
@@ -382,6 +421,7 @@ def test_wsd_decays_over_a_fifth_unless_a_share_is_given() -> None:
     assert TrainConfig().decay_share is None
     assert (TrainConfig().beta2, TrainConfig(optimizer="lion").beta2) == (0.999, 0.99)
     assert TrainConfig(optimizer="adafactor").beta1 is None
+    assert (TrainConfig(optimizer="muon").momentum, TrainConfig().momentum) == (0.95, None)
 
 
 def test_a_resolved_train_config_can_be_replaced_in_part() -> None:

@@ -15,6 +15,7 @@ from dpo.errors import InputError, RunError
 from dpo.losses import PairLogProbs, make_loss
 from dpo.models import Decoder
 from dpo.models.transforms import checkpoint_activations, compile_blocks
+from dpo.optim import OPTIMIZERS
 from dpo.tokenization import TokenizedPairs, columns_of
 from dpo.train_config import TrainConfig
 from dpo.trainer import NonFiniteError, Trainer
@@ -175,8 +176,16 @@ def test_policy_that_does_not_start_at_its_reference_is_refused(
         Trainer(make_model(seed=0), pairs, PLAIN, reference=other).train()
 
 
-@pytest.mark.parametrize("options", [{}, {"group_prompts": True}, {"optimizer": "adafactor"},
-                                     {"optimizer": "lion"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"group_prompts": True},
+        {"ema_decay": 0.5, "rates": {"norm": 0.1}},
+        *({"optimizer": name} for name in OPTIMIZERS if name != "adamw"),
+    ],
+    ids=str,
+)
 def test_resumed_run_equals_unbroken_run_bit_for_bit(
     make_model: MakeModel, make_pairs: MakePairs, options: dict[str, Any]
 ) -> None:
@@ -197,6 +206,9 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(
     second.train()
     for name, weight in weights(whole.module).items():
         assert torch.equal(weight, weights(second.module)[name])
+    with whole.averaged_weights(), second.averaged_weights():
+        for name, weight in weights(whole.module).items():
+            assert torch.equal(weight, weights(second.module)[name])
     assert second.tokens_seen == whole.tokens_seen
 
 
@@ -215,6 +227,8 @@ OTHER_MATHEMATICS: dict[str, tuple[Any, str]] = {
     "beta1": (0.8, r"beta1 was 0\.9 and is 0\.8"),
     "beta2": (0.99, r"beta2 was 0\.999 and is 0\.99"),
     "epsilon": (1e-6, "epsilon was 1e-08 and is 1e-06"),
+    "rates": ({"norm": 0.5, "q": 2}, r"rates was None and is 'norm = 0\.5, q = 2\.0'"),
+    "ema_decay": (0.9, r"ema_decay was None and is 0\.9"),
 }
 
 
@@ -440,6 +454,16 @@ def test_learning_rate_of_each_step_is_that_of_the_schedule(
     assert rates == pytest.approx([0, 1e-2, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
 
 
+def test_other_momentum_is_refused_when_resuming(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    config = replace(PLAIN, optimizer="muon")
+    trainer = Trainer(make_model(), make_pairs(), config)
+    other = Trainer(make_model(), make_pairs(), replace(config, momentum=0.9))
+    with pytest.raises(InputError, match=r"momentum was 0\.95 and is 0\.9"):
+        other.restore({}, trainer.state())
+
+
 def test_other_share_of_wsd_is_refused_when_resuming(
     make_model: MakeModel, make_pairs: MakePairs
 ) -> None:
@@ -448,6 +472,54 @@ def test_other_share_of_wsd_is_refused_when_resuming(
     other = Trainer(make_model(), make_pairs(), replace(config, decay_share=0.1))
     with pytest.raises(InputError, match=r"decay_share was 0\.2 and is 0\.1"):
         other.restore({}, trainer.state())
+
+
+def test_rates_of_parameters_are_factors_on_the_rate_that_is_logged(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    """The first step of AdamW is the rate times the sign of the gradient, if there is any."""
+    model = make_model()
+    before = weights(model)
+    config = replace(PLAIN, steps=1, rates={"embed_tokens": 0.5, r"norm\.weight": 0.25})
+    (step,) = Trainer(model, make_pairs(), config)
+    changes = {n: float((w - before[n]).abs().max()) for n, w in weights(model).items()}
+    assert step.metrics is not None
+    assert step.metrics["learning_rate"] == 1e-2
+    assert changes["model.embed_tokens.weight"] == pytest.approx(0.5e-2, rel=1e-3)
+    assert changes["model.norm.weight"] == pytest.approx(0.25e-2, rel=1e-3)
+    assert changes["model.layers.0.mlp.up_proj.weight"] == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_rate_of_no_parameter_is_refused(make_model: MakeModel, make_pairs: MakePairs) -> None:
+    with pytest.raises(InputError, match=r"train\.rates: 'lm_head' finds no trained parameter"):
+        Trainer(make_model(), make_pairs(), replace(PLAIN, rates={"lm_head": 0.5}))
+
+
+@pytest.mark.parametrize("options", [{"ema_decay": 0.5}, {"optimizer": "schedule-free"}], ids=str)
+def test_evaluation_is_of_the_average_and_leaves_training_as_it_is(
+    make_model: MakeModel, make_pairs: MakePairs, options: dict[str, Any]
+) -> None:
+    held_out = make_pairs(4, seed=1)
+    config = replace(PLAIN, **options)
+    alone = Trainer(make_model(), make_pairs(), config)
+    trainer = Trainer(
+        make_model(), make_pairs(), replace(config, eval_every=1), eval_pairs=held_out
+    )
+    alone.train()
+    *_, last = trainer
+    for name, weight in weights(alone.module).items():
+        assert torch.equal(weight, weights(trainer.module)[name])
+
+    averaged = make_model()
+    with trainer.averaged_weights():
+        averaged.load_state_dict(trainer.module.state_dict())
+    trainer.module.load_state_dict(averaged.state_dict())
+    plain = Trainer(
+        averaged, make_pairs(), PLAIN, eval_pairs=held_out, starts_at_reference=False,
+        eval_reference=trainer.eval_batches.reference if trainer.eval_batches else None,
+    )  # fmt: skip
+    assert last.evaluation is not None
+    assert plain.evaluate()["eval/loss"] == last.evaluation["eval/loss"]
 
 
 def test_early_stopping_counts_evaluations_without_a_lower_loss(

@@ -39,6 +39,8 @@ _METAVARS: Mapping[object, str] = {
     str: "TEXT",
     Sources: "TEXT",
     tuple[float, ...]: "NUMBER,...",
+    Mapping[str, str]: "NAME=COLUMN,...",
+    Mapping[str, float]: "PATTERN=NUMBER,...",
 }
 _UNSET = (None, ())  # of a flag, and of one that can be repeated
 
@@ -125,7 +127,7 @@ def _flag(key: str, option: Option) -> Callable[[Command], Command]:
 def _metavar(option: Option) -> str:
     if option.choices:
         return f"[{'|'.join(option.choices)}]"
-    return _METAVARS.get(option.kind, "NAME=COLUMN,...")
+    return _METAVARS[option.kind]
 
 
 def _shown(value: object) -> str:

@@ -1,7 +1,7 @@
 """The optimizers, gradient clipping and the learning-rate schedules.
 
-To add an optimizer: a function as those of ``OPTIMIZERS``, a line there and its name in
-``dpo.train_config.Optimizer``.
+To add an optimizer: a class or function as those of ``OPTIMIZERS``, a line there, and its name and
+options in ``dpo.train_config``. A state of it is a tensor in ``state[parameter]``.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +9,13 @@ from typing import Final
 
 import torch
 
+from dpo.optim.adamw8bit import AdamW8bit
 from dpo.optim.clipping import clip_gradients
-from dpo.optim.groups import ParameterGroup, parameter_groups, set_learning_rate
-from dpo.optim.lion import lion
+from dpo.optim.groups import ParameterGroup, parameter_groups, rate_scales, set_learning_rate
+from dpo.optim.lion import Lion
+from dpo.optim.schedule_free import ScheduleFreeAdamW
 from dpo.optim.schedules import SCHEDULES, make_schedule
-from dpo.optim.torchs import adafactor, adamw
+from dpo.optim.torchs import MuonAndAdamW, adafactor, adamw
 
 __all__ = [
     "OPTIMIZERS",
@@ -22,13 +24,17 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
     "parameter_groups",
+    "rate_scales",
     "set_learning_rate",
 ]
 
 OPTIMIZERS: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
     "adamw": adamw,
+    "adamw8bit": AdamW8bit,
     "adafactor": adafactor,
-    "lion": lion,
+    "lion": Lion,
+    "muon": MuonAndAdamW,
+    "schedule-free": ScheduleFreeAdamW,
 }
 
 

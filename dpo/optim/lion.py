@@ -16,11 +16,13 @@ class Lion(torch.optim.Optimizer):
     def __init__(
         self,
         params: Sequence[ParameterGroup],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        *,
+        learning_rate: float,
+        beta1: float,
+        beta2: float,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        defaults = {"lr": learning_rate, "betas": (beta1, beta2), "weight_decay": 0.0}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -38,10 +40,3 @@ class Lion(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(direction, alpha=-group["lr"])
                 momentum.lerp_(gradient, 1 - beta2)
-
-
-def lion(
-    groups: Sequence[ParameterGroup], *, learning_rate: float, beta1: float, beta2: float
-) -> torch.optim.Optimizer:
-    """Make a `Lion`."""
-    return Lion(groups, learning_rate, (beta1, beta2))

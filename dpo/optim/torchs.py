@@ -1,4 +1,4 @@
-"""Torch's own optimizers."""
+"""Torch's own optimizers, and what is made of them."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -35,3 +35,45 @@ def adafactor(groups: Sequence[ParameterGroup], *, learning_rate: float) -> torc
     A step is the learning rate, at most 1 / sqrt(step), times the size of the parameter.
     """
     return torch.optim.Adafactor(groups, lr=learning_rate)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the hidden matrices, AdamW for all else, as one optimizer.
+
+    Muon steps along the momentum with its singular values made equal (Jordan 2024,
+    kellerjordan.github.io/posts/muon), which is meant for maps between hidden vectors; embeddings,
+    output head, norms and biases are AdamW's by convention. The steps of Muon are scaled to the
+    size of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation 4), so one learning rate is for
+    both. The two share the groups and the states of this optimizer.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[ParameterGroup],
+        *,
+        learning_rate: float,
+        momentum: float,
+        beta1: float,
+        beta2: float,
+        epsilon: float,
+    ) -> None:
+        super().__init__(params, {"lr": learning_rate})
+        hidden = [group for group in self.param_groups if group["is_hidden"]]
+        others = [group for group in self.param_groups if not group["is_hidden"]]
+        self.parts: list[torch.optim.Optimizer] = []
+        if hidden:
+            scaling = "match_rms_adamw"
+            muon = torch.optim.Muon(hidden, learning_rate, momentum=momentum, adjust_lr_fn=scaling)
+            self.parts.append(muon)
+        if others:
+            options = {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
+            self.parts.append(adamw(others, learning_rate=learning_rate, **options))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        for part in self.parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for part in self.parts:
+            part.step()
