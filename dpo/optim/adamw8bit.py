@@ -20,6 +20,7 @@ CHUNK: Final = 2**20  # values that are float32 at once, whole blocks: bounds th
 State = dict[str, Tensor]
 _MOMENTS: Final = {"mean": torch.int8, "root": torch.uint8}
 _GOLDEN: Final = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are as even as can be
+_BELOW_ONE: Final = 1 - 2**-24  # the last float32
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -82,7 +83,7 @@ def quantise(values: Tensor, dtype: torch.dtype, *, offset: float = 0.5) -> tupl
     scales = blocks.abs().amax(dim=1)  # (B,)
     shares = blocks.abs().div_(scales.clamp(min=torch.finfo(values.dtype).tiny)[:, None])
     most = torch.iinfo(dtype).max
-    numbers = shares.sqrt_().sqrt_().mul_(most).add_(offset).floor_()
+    numbers = shares.sqrt_().sqrt_().mul_(most).add_(min(offset, _BELOW_ONE)).floor_()
     numbers.clamp_(max=most)  # float32 rounds 255 + 0.999999 to 256
     return numbers.copysign_(blocks).to(dtype), scales
 
