@@ -65,13 +65,13 @@ def count_rows(sizes: Sequence[int], config: MixConfig) -> list[int]:
     """Return how many rows of each set make up an epoch, given how many each has: (S,) both.
 
     The share of a set is its weight, or its size to the power 1 / temperature (Arivazhagan et al.
-    2019, arXiv 1907.05019, section 3.2); the counts are those shares of all rows, rounded by the
+    2019, arXiv 1907.05019); the counts are those shares of all rows, rounded by the
     largest remainders so that their sum is exact.
     """
     total = sum(sizes) if config.rows is None else config.rows
-    weights = config.weights or [size ** (1 / (config.temperature or 1.0)) for size in sizes]
-    largest = max(weights)
-    shares = [weight / largest for weight in weights]
+    weights = config.weights or sizes
+    power, largest = 1 / (config.temperature or 1.0), max(weights)
+    shares = [(weight / largest) ** power for weight in weights]  # at most 1: never infinite
     exact = [total * share / sum(shares) for share in shares]
     counts = [int(rows) for rows in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda index: counts[index] - exact[index])

@@ -42,6 +42,8 @@ def test_counts_are_the_shares_rounded_and_their_sum_is_exact(
         # 5000^(1/2) : 500^(1/2) = 3.1623 : 1, of 5500
         (MixConfig(temperature=2.0), [4179, 1321]),
         (MixConfig(temperature=math.inf), [2750, 2750]),
+        (MixConfig(temperature=0.01), [5500, 0]),  # 5000^100 is no float
+        (MixConfig(temperature=1e-310), [5500, 0]),
         (MixConfig(temperature=math.inf, rows=2000), [1000, 1000]),
         (MixConfig(weights=(3.0, 1.0)), [4125, 1375]),
         (MixConfig(weights=(1.5e308, 0.5e308), rows=4), [3, 1]),
