@@ -324,7 +324,7 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     ),
     "unknown architecture": (
         lambda folder: change_config(folder, model_type="t5"),
-        ("{}/config.json: model_type 't5' is not supported; supported are llama",),
+        ("{}/config.json: model_type 't5' is not supported; supported are ",),
     ),
     "wrong type": (
         lambda folder: change_config(folder, num_key_value_heads="two"),

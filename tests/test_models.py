@@ -53,9 +53,10 @@ LLAMA3_ROPE: dict[str, Any] = {
 }
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
-    "rope_theta": 5e5,
+    "rope_theta": 1e4,
     "factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 128,
 }
 ONE_KIND_OF_HEADS: dict[str, Any] = {
     key: value for key, value in SIZES.items() if key != "num_key_value_heads"
@@ -424,12 +425,11 @@ def test_config_from_before_transformers_5_means_the_same(variant: str, tmp_path
     assert parse_config(config | OLDER_CONFIGS[variant]) == expected
 
 
-@pytest.mark.parametrize("variant", ["gemma2", "gemma3_text", "gpt2", "smollm3"])
-def test_config_may_leave_out_that_the_embedding_is_tied(variant: str, tmp_path: Path) -> None:
-    save_peer(variant, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    del config["tie_word_embeddings"]
-    assert parse_config(config).ties_embeddings
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_entries_that_are_left_out_are_those_of_transformers(name: str) -> None:
+    sizes = {"gpt2": GPT2_SIZES, "gpt_neox": ONE_KIND_OF_HEADS}.get(name, SIZES)
+    whole = transformers.AutoConfig.for_model(name, **sizes)
+    assert parse_config({"model_type": name, **sizes}) == parse_config(whole.to_dict())
 
 
 def test_names_of_experts_before_transformers_5_mean_the_same(tmp_path: Path) -> None:

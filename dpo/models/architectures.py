@@ -293,7 +293,7 @@ _GEMMA_DEFAULTS: Final = {
 
 ARCHITECTURES: Final[dict[str, Architecture]] = {
     "llama": Architecture(_llama),
-    "mistral": Architecture(_mistral),
+    "mistral": Architecture(_mistral, defaults={"sliding_window": 4096}),
     "mixtral": Architecture(
         _mixtral,
         defaults={
