@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo.segments import Segments, TokenStream, move, plan_attention
-from dpo.tokenized_pairs import TokenIds, TokenizedPair
+from dpo.tokenized_pairs import TokenIds, TokenizedPair, model_ids
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,8 @@ def collate_answers(
     """Put prompts with any number of answers each into one stream; see ``collate``.
 
     Equal prompts become one root, equal answers to it one child, which is scored for each of them.
-    An answer without tokens is counted and takes no place.
+    An answer without tokens is counted and takes no place; tokens that stand as context
+    (``as_context``) are read and not scored.
 
     Raises:
         ValueError: a prompt is empty, or there is no answer.
@@ -235,7 +236,7 @@ def collate_forest(
         tuple(map(len, laid_ids)),
         tuple(None if parent is None else place[parent] for parent in laid_parents),
     )
-    lengths = [0 if segment is None else len(ids[segment]) for segment in scored]
+    lengths = [0 if segment is None else int((ids[segment] >= 0).sum()) for segment in scored]
     return _index_answers(laid_ids, segments, [place[segment] for segment in present], lengths)
 
 
@@ -261,17 +262,18 @@ def _index_answers(
 ) -> AnswerBatch:
     """Build the stream of segments ``ids`` and the indexes of the tokens of ``answer_segments``.
 
-    ``lengths`` are those of all answers, 0 for one without a segment.
+    ``lengths`` are the scored tokens of all answers, 0 for one without a segment.
     """
     predictors = []
     for segment in answer_segments:
         *_, prompt, _ = segments.path(segment)
         last_of_prompt = segments.starts[prompt] + segments.lengths[prompt] - 1
-        predictors.append(np.concatenate([[last_of_prompt], segments.tokens([segment])[:-1]]))
-    targets = np.concatenate([ids[segment] for segment in answer_segments])
+        before = np.concatenate([[last_of_prompt], segments.tokens([segment])[:-1]])
+        predictors.append(before[ids[segment] >= 0])
+    targets = np.concatenate([ids[segment][ids[segment] >= 0] for segment in answer_segments])
     return AnswerBatch(
         stream=TokenStream(
-            input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64)),
+            input_ids=torch.from_numpy(model_ids(np.concatenate(ids)).astype(np.int64)),
             positions=torch.from_numpy(segments.positions()),
             plan=plan_attention(segments),
         ),

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from dpo.errors import InputError
 from dpo.files import JSON
@@ -26,6 +26,7 @@ class Tokens:
 
 
 Content: TypeAlias = Text | Tokens  # of a prompt or an answer
+AnswerTurns = Literal["all", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class PreferencePair:
         tools: JSON schemas of functions, handed to the chat template.
         chat_template_kwargs: further variables of the chat template, such as ``enable_thinking``;
             for conversations alone.
+        answer_turns: lets answers hold messages of others between those of the assistant, and says
+            which of the assistant's are trained on: "all" or the "last"; None refuses such answers.
 
     Raises:
         InputError: fields are empty, of the wrong type or out of range; all of them are named.
@@ -66,13 +69,14 @@ class PreferencePair:
     id: str | None = field(default=None, compare=False)
     tools: tuple[JSON, ...] | None = None
     chat_template_kwargs: Mapping[str, JSON] | None = None
+    answer_turns: AnswerTurns | None = None
 
     def __post_init__(self) -> None:
         faults = [*_text_faults("prompt", self.prompt)]
         answers = {"chosen": self.chosen, "rejected": self.rejected}
         there = {name: answer for name, answer in answers.items() if answer is not None}
         for name, answer in there.items():
-            faults += _answer_faults(name, answer)
+            faults += _answer_faults(name, answer, self.answer_turns)
         if not there:
             faults += ["chosen and rejected are both missing"]
         if not faults and self.chosen == self.rejected:
@@ -88,6 +92,10 @@ class PreferencePair:
             faults += _argument_faults(self.chat_template_kwargs)
             if not isinstance(self.prompt, tuple):
                 faults += ["chat_template_kwargs are for conversations, and the prompt is none"]
+        if self.answer_turns not in (None, *get_args(AnswerTurns)):
+            faults += [f"answer_turns must be all or last, found {self.answer_turns!r}"]
+        if self.answer_turns is not None and not isinstance(self.prompt, tuple):
+            faults += ["answer_turns is for conversations, and the prompt is none"]
         if faults:
             raise InputError("; ".join(faults))
 
@@ -134,16 +142,19 @@ def _token_faults(name: str, ids: tuple[object, ...]) -> Iterator[str]:
             return
 
 
-def _answer_faults(name: str, answer: Content) -> Iterator[str]:
+def _answer_faults(name: str, answer: Content, turns: str | None) -> Iterator[str]:
     faults = [*_text_faults(name, answer)]
     yield from faults
     if faults or isinstance(answer, str | Tokens):
         return
     for index, message in enumerate(answer):
         if message["role"] != "assistant":
+            if turns is not None and 0 < index < len(answer) - 1:
+                continue
             yield (
                 f"{name}[{index}] is a {message['role']} message, which would be trained on as if "
-                "the assistant had said it: answers hold assistant messages alone"
+                "the assistant had said it: answers hold assistant messages alone, or with "
+                "answer_turns begin and end with them"
             )
         elif not message.get("tool_calls") and not text_of(message).strip():
             yield f"{name}[{index}] is empty"

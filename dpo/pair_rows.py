@@ -34,18 +34,21 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, pairwise, product
-from typing import Literal, NamedTuple, TypeAlias, TypedDict
+from typing import Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 from dpo.errors import InputError
 from dpo.files import JSON
-from dpo.pair import Content, Message, PreferencePair, Text, Tokens, kind
+from dpo.pair import AnswerTurns, Content, Message, PreferencePair, Text, Tokens, kind
 
 PAIRED = ("prompt", "chosen", "rejected")
 RANKED = ("prompt", "answers", "scores")
 UNPAIRED = ("prompt", "completion", "label")
 PAIRED_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 UNPAIRED_IDS = ("prompt_ids", "completion_ids", "label")
-OPTIONAL = ("weight", "margin", "label_prob", "source", "id", "tools", "chat_template_kwargs")
+OPTIONAL = (
+    *("weight", "margin", "label_prob", "source", "id"),
+    *("tools", "chat_template_kwargs", "answer_turns"),
+)
 FIELDS = tuple(dict.fromkeys(PAIRED + RANKED + UNPAIRED + PAIRED_IDS + UNPAIRED_IDS + OPTIONAL))
 RANKED_LAYOUT = "ranked answers"
 RankedPairs = Literal["all", "best", "list"]
@@ -71,6 +74,7 @@ class _Optional(TypedDict):
     id: str | None
     tools: tuple[JSON, ...] | None
     chat_template_kwargs: Mapping[str, JSON] | None
+    answer_turns: AnswerTurns | None
 
 
 class _Split(NamedTuple):
@@ -81,7 +85,12 @@ class _Split(NamedTuple):
 
 
 def parse_rows(
-    row: JSON, *, columns: Mapping[str, str], default_id: str, ranked: RankedPairs = "all"
+    row: JSON,
+    *,
+    columns: Mapping[str, str],
+    default_id: str,
+    ranked: RankedPairs = "all",
+    answer_turns: AnswerTurns | None = None,
 ) -> list[ParsedRow]:
     """Turn one decoded row into its pair, or into the pairs of the answers that it ranks.
 
@@ -93,6 +102,7 @@ def parse_rows(
         default_id: the pair's id if the row has none.
         ranked: which answers of a ranked row make a pair: "all" of different scores, the "best"
             (the first of several) with each worse one, or as a "list" each with the next worse one.
+        answer_turns: of conversations that have no column of this name.
 
     Raises:
         InputError: the row is no pair, or ranks nothing; says which field, what was found and what
@@ -114,6 +124,7 @@ def parse_rows(
         )
     fields = {name: value for name, value in fields.items() if name in form or name in OPTIONAL}
     fields.setdefault("id", default_id)
+    fields.setdefault("answer_turns", answer_turns)
     if form is RANKED:
         pairs = [_pair(each)[1] for each in _ranked(fields, ranked)]
         return [ParsedRow(RANKED_LAYOUT, pair, form) for pair in pairs]
@@ -255,7 +266,18 @@ def _optional(fields: Mapping[str, JSON]) -> _Optional:
         "chat_template_kwargs": _arguments(
             _decoded("chat_template_kwargs", fields.get("chat_template_kwargs"))
         ),
+        "answer_turns": _turns(fields.get("answer_turns")),
     }
+
+
+def _turns(value: JSON) -> AnswerTurns | None:
+    if value is None:
+        return None
+    found = [choice for choice in get_args(AnswerTurns) if choice == value]
+    if not found:
+        raise InputError(f"answer_turns must be all or last, found {value!r}")
+    turns: AnswerTurns = found[0]
+    return turns
 
 
 def _openai_fields(row: Mapping[str, JSON]) -> dict[str, JSON]:

@@ -1,7 +1,8 @@
 """Preference pairs written out as the text that a model reads."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple, TypeAlias
 
 from dpo.errors import InputError
 from dpo.pair import Content, Message, PreferencePair, Tokens, text_of
@@ -10,12 +11,22 @@ from dpo.templates import ChatTemplate
 _SHOWN_CHARACTERS = 40  # of two texts, from where they differ
 
 
+class Piece(NamedTuple):
+    """A part of an answer; what is not scored is context of what follows."""
+
+    text: str
+    is_scored: bool
+
+
+Answer: TypeAlias = tuple[Piece, ...]  # one that is scored, or several by turns
+
+
 class PairTexts(NamedTuple):
     """The text up to the answers, and what follows it in each of the two; None: no such answer."""
 
     prompt: str
-    chosen: str | None
-    rejected: str | None
+    chosen: Answer | None
+    rejected: Answer | None
 
 
 def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts:
@@ -42,18 +53,53 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
             prompt, tools=pair.tools, variables=variables, add_generation_prompt=True
         )
 
-    def write(answer: Content | None) -> str | None:
-        if answer is None or isinstance(answer, str):
-            return answer
+    def write(answer: Content | None) -> Answer | None:
+        if answer is None:
+            return None
+        if isinstance(answer, str):
+            return (Piece(answer, is_scored=True),)
         assert template is not None
         assert isinstance(prompt, tuple)
         assert isinstance(answer, tuple)
-        whole = template.render(
-            _conversation(prompt, answer), tools=pair.tools, variables=variables
-        )
-        return _rest(whole, start, template.name)
+
+        def written(messages: int, *, begins_answer: bool = False) -> str:
+            assert template is not None
+            conversation = _conversation(prompt, answer[:messages]) if messages else prompt
+            return template.render(
+                conversation,
+                tools=pair.tools,
+                variables=variables,
+                add_generation_prompt=begins_answer,
+            )
+
+        ends = [(written(len(answer)), True)]
+        if pair.answer_turns is not None:
+            ends = list(_ends_of_turns(answer, written, last_only=pair.answer_turns == "last"))
+        return tuple(_pieces(start, ends, template.name))
 
     return PairTexts(start, write(pair.chosen), write(pair.rejected))
+
+
+def _ends_of_turns(
+    answer: Sequence[Message], written: Callable[..., str], *, last_only: bool
+) -> Iterator[tuple[str, bool]]:
+    """Yield the text up to the end of each part of an answer, and whether the part is scored.
+
+    The assistant's messages are scored, or the last alone; what makes the model begin one is not.
+    """
+    for index, message in enumerate(answer):
+        if message["role"] == "assistant":
+            if index:
+                yield written(index, begins_answer=True), False
+            yield written(index + 1), not last_only or index == len(answer) - 1
+
+
+def _pieces(start: str, ends: Iterable[tuple[str, bool]], name: str) -> Iterator[Piece]:
+    """Cut a conversation at the ends of its parts; neighbours of one kind are one piece."""
+    for is_scored, group in groupby(ends, key=lambda end: end[1]):
+        *_, (whole, _) = group
+        yield Piece(_rest(whole, start, name), is_scored)
+        start = whole
 
 
 def written_texts(pair: PreferencePair) -> Iterator[str]:

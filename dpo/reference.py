@@ -404,10 +404,9 @@ def _answer_key(prompt_ids: TokenIds, answer_ids: TokenIds) -> bytes:
 
 def _check(pair: TokenizedPair, answer_ids: TokenIds, log_probs: Floats) -> None:
     """Refuse log-probs that cannot be those of an answer of ``pair``."""
-    if log_probs.shape != answer_ids.shape:
-        raise ValueError(
-            f"pair {pair.id!r}: {log_probs.shape} log-probs for {answer_ids.shape} answer tokens"
-        )
+    scored = int((answer_ids >= 0).sum())
+    if log_probs.shape != (scored,):
+        raise ValueError(f"pair {pair.id!r}: {log_probs.shape} log-probs for {scored} tokens")
     bad = np.flatnonzero(~np.isfinite(log_probs))
     if len(bad):
         raise RunError(

@@ -107,7 +107,7 @@ class MicroBatches:
             share_prefix=self.share_prefix,
         )
         if self.draw_seed is not None:
-            tokens = self.pairs.lengths()[list(rows), 1:].sum(axis=1).tolist()
+            tokens = self.pairs.scored_lengths[list(rows)].sum(axis=1).tolist()
             batch = replace(batch, draws=draw(rows, tokens, seed=self.draw_seed, step=step))
         if self.with_chains:
             batch = replace(batch, chain=torch.from_numpy(self.pairs.chains[list(rows)]))

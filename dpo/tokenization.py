@@ -36,7 +36,7 @@ import numpy as np
 from dpo import token_cache
 from dpo.errors import InputError
 from dpo.pair import PreferencePair, Tokens
-from dpo.pair_texts import PairTexts, write_pair, written_texts
+from dpo.pair_texts import Answer, PairTexts, write_pair, written_texts
 from dpo.preferences import list_faults
 from dpo.templates import CHATML, ChatTemplate
 from dpo.tokenize_config import TokenizeOptions
@@ -46,6 +46,7 @@ from dpo.tokenized_pairs import (
     TokenizationReport,
     TokenizedPair,
     TokenizedPairs,
+    as_context,
     columns_of,
 )
 from dpo.tokenizer import Tokenizer
@@ -260,7 +261,7 @@ class _Tokenizing:
         """Return the start of the prompt, its last words, and these with each of the answers."""
         cut = self._tokenizer.last_cut(texts.prompt)
         words = texts.prompt[cut:]
-        answers = (texts.chosen or "", texts.rejected or "")
+        answers = (answer[0].text if answer else "" for answer in (texts.chosen, texts.rejected))
         return [texts.prompt[:cut], words, *(words + answer for answer in answers)]
 
     def _join(
@@ -276,14 +277,22 @@ class _Tokenizing:
         """Set the answers' tokens apart from the prompt's, and see to the begin and the end."""
         prompt, size, is_plain = start + words, len(words), isinstance(pair.prompt, str)
 
-        def apart(whole: list[int], answer: str | None) -> list[int]:
+        def apart(whole: list[int], answer: Answer | None) -> list[int]:
             if answer is None:
                 return []
             if whole[:size] == words:
-                return self._closed(name, whole[size:], is_plain)
-            if name not in self.notes.boundary_merges[-1:]:
-                self.notes.boundary_merges.append(name)
-            return self._closed(name, self._tokenizer.encode_after(answer), is_plain)
+                first = whole[size:]
+            else:
+                first = self._tokenizer.encode_after(answer[0].text)
+                if name not in self.notes.boundary_merges[-1:]:
+                    self.notes.boundary_merges.append(name)
+            pieces = [first, *(self._tokenizer.encode_after(piece.text) for piece in answer[1:])]
+            pieces[-1] = self._closed(name, pieces[-1], is_plain)
+            return [
+                id_ if piece.is_scored else as_context(id_)
+                for piece, ids in zip(answer, pieces, strict=True)
+                for id_ in ids
+            ]
 
         chosen, rejected = apart(with_chosen, texts.chosen), apart(with_rejected, texts.rejected)
         if any(map(self._tokenizer.has_special, written_texts(pair))):
@@ -333,6 +342,9 @@ def _fit(ids: _Ids, options: TokenizeOptions, bos_id: int | None) -> _Fitted:
     fitted = _cut(ids, options, bos_id)
     if fitted.chosen == fitted.rejected:
         raise _UnfitError("chosen and rejected are the same tokens")
+    for answer in (fitted.chosen, fitted.rejected):
+        if answer and all(id_ < 0 for id_ in answer):
+            raise _UnfitError("nothing that is trained on is left of an answer that is cut")
     cuts = [
         f"{name} {len(before)} to {len(after)} tokens"
         for name, before, after in zip(ids._fields, ids, fitted, strict=True)

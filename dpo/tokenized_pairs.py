@@ -22,6 +22,9 @@ _NAMED_ROWS = 20
 class TokenizedPair:
     """A preference pair as the model reads it; of an unpaired row one answer has no tokens.
 
+    A token of an answer that is context and not scored, such as one of another speaker between two
+    turns of the assistant, stands as ``-1 - id`` (``as_context``).
+
     Attributes:
         prompt_ids: int32, at least one.
         chosen_ids: int32; follows the prompt.
@@ -41,6 +44,16 @@ class TokenizedPair:
     label_prob: float = 1.0
     id: str = ""
     source: str | None = None
+
+
+def as_context(id_: int) -> int:
+    """Return how a token of an answer stands that is not scored; its own inverse."""
+    return -1 - id_
+
+
+def model_ids(ids: TokenIds) -> TokenIds:
+    """Return the tokens as the model reads them, scored or not."""
+    return np.where(ids < 0, -1 - ids, ids)
 
 
 class TokenizedPairs(Sequence[TokenizedPair]):
@@ -130,6 +143,14 @@ class TokenizedPairs(Sequence[TokenizedPair]):
     @cached_property
     def _lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets).reshape(-1, 3)
+
+    @cached_property
+    def scored_lengths(self) -> NDArray[np.int64]:
+        """Count the tokens of each pair's answers that are scored: (P, 2) int64."""
+        if not (np.asarray(self.tokens) < 0).any():
+            return self._lengths[:, 1:]
+        ends = np.concatenate([[0], np.cumsum(np.asarray(self.tokens) >= 0)])[self.offsets]
+        return np.diff(ends).reshape(-1, 3)[:, 1:]
 
     @property
     def has_chosen(self) -> NDArray[np.bool_]:

@@ -325,12 +325,12 @@ class Trainer:
     def _total_weight(self, rows: Sequence[int]) -> float:
         """Sum of the loss's pair weights over a whole step, known before the first forward pass."""
         pairs = self.batches.pairs
-        lengths = torch.from_numpy(pairs.lengths()[rows]).float()  # (P, 3)
+        lengths = torch.from_numpy(pairs.scored_lengths[rows]).float()  # (P, 2)
         nothing = torch.zeros(len(rows))
         data = PairLogProbs(
             *(nothing,) * 4,
-            chosen_tokens=lengths[:, 1],
-            rejected_tokens=lengths[:, 2],
+            chosen_tokens=lengths[:, 0],
+            rejected_tokens=lengths[:, 1],
             weight=torch.from_numpy(pairs.weights[rows]),
             margin=torch.from_numpy(pairs.margins[rows]),
             label_prob=torch.from_numpy(pairs.label_probs[rows]),

@@ -371,6 +371,47 @@ def test_moving_averages_of_alpha_dpo_start_at_zero() -> None:
     assert make_loss("alpha_dpo").update(pairs).tolist() == pytest.approx([0.2, 0.1])
 
 
+# Answers of several turns
+
+
+def with_turns(pairs: TokenizedPairs) -> TokenizedPairs:
+    """Make context of every other token of the answers, but for the last."""
+    rows = []
+    for pair in pairs:
+        answers = {"chosen_ids": pair.chosen_ids.copy(), "rejected_ids": pair.rejected_ids.copy()}
+        for answer in answers.values():
+            answer[-2::-2] = -1 - answer[-2::-2]
+        rows.append(replace(pair, **answers))  # type: ignore[arg-type]
+    return columns_of(rows)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sft", "ld_dpo", "sampo", "tdpo2", "wpo", "kto"])
+def test_steps_of_turns_do_not_depend_on_how_they_are_cut(
+    name: str, make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs = with_turns(make_pairs(8))
+    for split in SPLITS:
+        assert_equal_runs(
+            make_trainer(make_model, pairs, name, **split),
+            make_trainer(make_model, pairs, name, micro_batch_size=8),
+            steps=1,
+        )
+
+
+def test_tokens_of_context_are_read_and_not_scored(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    """Against the log-probs of whole answers, of which every other is taken."""
+    pairs = make_pairs(8)
+    plain = Trainer(make_model(dtype=torch.float64), pairs, PLAIN)
+    turned = Trainer(make_model(dtype=torch.float64), with_turns(pairs), PLAIN)
+    assert plain.batches.reference is not None
+    assert turned.batches.reference is not None
+    for whole, part in zip(plain.batches.reference, turned.batches.reference, strict=True):
+        for of_whole, of_part in zip(whole, part, strict=True):
+            np.testing.assert_allclose(of_part, of_whole[::-1][::2][::-1], rtol=0, atol=1e-6)
+
+
 # Moving references
 
 

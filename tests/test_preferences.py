@@ -780,3 +780,42 @@ class TestTokenIds:
     def test_ids_and_texts_do_not_mix_in_code(self) -> None:
         with pytest.raises(InputError, match="must all be text, messages or token ids"):
             PreferencePair("p", Tokens((1,)), Tokens((2,)))
+
+
+class TestTurns:
+    ROW: ClassVar[dict[str, Any]] = {
+        "prompt": [{"role": "user", "content": "2+2?"}],
+        "chosen": [
+            {"role": "assistant", "content": "calc"},
+            {"role": "tool", "content": "4"},
+            {"role": "assistant", "content": "It is 4"},
+        ],
+        "rejected": [{"role": "assistant", "content": "five"}],
+    }
+
+    def test_row_says_which_turns_are_trained_on(self, tmp_path: Path) -> None:
+        row = {**self.ROW, "answer_turns": "last"}
+        (pair,) = read_pairs(write_rows(tmp_path / "turns.jsonl", row))
+        assert pair.answer_turns == "last"
+        write_pairs([pair], tmp_path / "again.jsonl")
+        assert read_pairs(tmp_path / "again.jsonl") == [pair]
+
+    @pytest.mark.parametrize(
+        ("changes", "fault"),
+        [
+            ({}, r"chosen\[1\] is a tool message, .* or with answer_turns begin and end with them"),
+            ({"answer_turns": "first"}, "answer_turns must be all or last, found 'first'"),
+            (
+                {"answer_turns": "all", "chosen": [{"role": "user", "content": "?"}]},
+                r"chosen\[0\] is a user message",
+            ),
+            (
+                {"answer_turns": "all", "prompt": "q", "chosen": "a", "rejected": "b"},
+                "answer_turns is for conversations, and the prompt is none",
+            ),
+        ],
+    )
+    def test_faulty_rows(self, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
+        path = write_rows(tmp_path / "turns.jsonl", {**self.ROW, **changes})
+        with pytest.raises(InputError, match=fault):
+            read_pairs(path)

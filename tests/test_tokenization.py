@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.errors import InputError
+from dpo.pair import AnswerTurns
 from dpo.preferences import Message, PreferencePair, Tokens
 from dpo.tokenization import (
     TokenizationReport,
@@ -17,7 +18,7 @@ from dpo.tokenization import (
     columns_of,
     tokenize_pairs,
 )
-from dpo.tokenized_pairs import RowNote
+from dpo.tokenized_pairs import RowNote, model_ids
 from dpo.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 SPECIALS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -206,6 +207,69 @@ class TestConversations:
             tokenize(TALK, CHAT, TokenizeOptions(template="none"))
         with pytest.raises(InputError, match="template is chatml, but no row is a conversation"):
             tokenize(TEXT, CHAT, TokenizeOptions(template="chatml"))
+
+
+class TestTurns:
+    """Answers with messages of others between those of the assistant."""
+
+    TURNS: tuple[Message, ...] = (
+        *said("calc"),
+        {"role": "tool", "content": "4"},
+        *said("It is 4"),
+    )
+    BETWEEN = "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n"
+
+    def pair(self, turns: AnswerTurns) -> PreferencePair:
+        return replace(TALK, chosen=self.TURNS, answer_turns=turns)
+
+    def test_all_that_the_assistant_says_is_scored(self) -> None:
+        found = tokenize(self.pair("all"), CHAT)
+        first, last = CHAT.encode("calc<|im_end|>\n"), CHAT.encode("It is 4<|im_end|>\n")
+        context = [-1 - id_ for id_ in CHAT.encode(self.BETWEEN)]
+        assert found.chosen_ids.tolist() == [*first, *context, *last]
+        assert found.prompt_ids.tolist() == CHAT.encode(PREFIX)
+        assert found.rejected_ids.tolist() == CHAT.encode("five<|im_end|>\n")
+
+    def test_the_last_turn_alone_can_be_scored(self) -> None:
+        found = tokenize(self.pair("last"), CHAT)
+        context = [-1 - id_ for id_ in CHAT.encode("calc<|im_end|>\n" + self.BETWEEN)]
+        last = CHAT.encode("It is 4<|im_end|>\n")
+        assert found.chosen_ids.tolist() == [*context, *last]
+
+    def test_scored_tokens_are_counted_apart(self) -> None:
+        pairs = tokenize_pairs([self.pair("last")], CHAT).pairs
+        scored = len(CHAT.encode("It is 4<|im_end|>\n"))
+        assert pairs.scored_lengths.tolist() == [[scored, len(pairs[0].rejected_ids)]]
+        assert pairs.lengths()[0, 1] == len(pairs[0].chosen_ids) > scored
+
+    def test_model_reads_the_whole_conversation(self) -> None:
+        found = tokenize(self.pair("last"), CHAT)
+        whole = "calc<|im_end|>\n" + self.BETWEEN + "It is 4<|im_end|>\n"
+        assert model_ids(found.chosen_ids).tolist() == CHAT.encode(whole)
+
+    def test_several_turns_of_the_assistant_are_parted_by_what_begins_one(self) -> None:
+        turns = replace(TALK, chosen=said("4") + said("!"), answer_turns="all")
+        context = [-1 - id_ for id_ in CHAT.encode("<|im_start|>assistant\n")]
+        expected = [*CHAT.encode("4<|im_end|>\n"), *context, *CHAT.encode("!<|im_end|>\n")]
+        assert tokenize(turns, CHAT).chosen_ids.tolist() == expected
+
+    def test_answer_cut_to_what_is_not_scored_is_dropped(self) -> None:
+        limit = TokenizeOptions(max_length=len(CHAT.encode(PREFIX)) + 5, truncation="keep-start")
+        pairs = [self.pair("last"), TALK]
+        report = tokenize_pairs(
+            [replace(pair, id=str(row)) for row, pair in enumerate(pairs)], CHAT, limit
+        ).report
+        assert report.dropped == (
+            RowNote("0", "nothing that is trained on is left of an answer that is cut"),
+        )
+
+    def test_they_come_back_from_the_cache(self, tmp_path: Path) -> None:
+        first = tokenize_pairs([self.pair("all")], CHAT, cache_dir=tmp_path)
+        other = tokenize_pairs([self.pair("last")], CHAT, cache_dir=tmp_path)
+        again = tokenize_pairs([self.pair("all")], CHAT, cache_dir=tmp_path)
+        assert again.report.cache == "found"
+        assert other.report.cache == "stored"
+        assert again.pairs[0].chosen_ids.tolist() == first.pairs[0].chosen_ids.tolist()
 
 
 class TestUnpairedRows:
