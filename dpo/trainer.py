@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dpo.averaging import averaged_weights, keep_moving_average
 from dpo.batching import GroupSampler, StepSampler
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
+from dpo.displacement import DisplacementAlarm
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.losses import Loss, PairLogProbs, make_loss
@@ -37,6 +38,7 @@ from dpo.policy import Policy
 from dpo.precision import precision_of
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
+from dpo.sources import sources_of
 from dpo.throughput import Throughput, peak_memory_mib
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
@@ -171,8 +173,11 @@ class Trainer:
         self.best_step: int | None = None
         self.evaluations_since_best = 0
         self.should_stop = False
-        self._window, self._throughput = MetricSums(), Throughput()
+        self._sources = sources_of(pairs)
+        self._eval_sources = None if eval_pairs is None else sources_of(eval_pairs)
+        self._window, self._throughput = MetricSums(self._sources), Throughput()
         self._norms: list[Tensor] = []
+        self._alarm = DisplacementAlarm()
 
     def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
         if not len(pairs):
@@ -380,7 +385,7 @@ class Trainer:
             ``step`` and the metrics under ``eval/``.
         """
         assert self.eval_batches is not None, "the trainer has no eval_pairs"
-        sums = MetricSums()
+        sums = MetricSums(self._eval_sources)
         self.module.eval()
         with self.averaged_weights():
             for rows in self.eval_batches.split_sorted(range(len(self.eval_batches.pairs))):
@@ -403,21 +408,34 @@ class Trainer:
 
     def _close_window(self) -> dict[str, float]:
         """Turn what was gathered since the last line of metrics into one."""
-        norms = self._norms
+        window = self._window.result()
         line = {
             "step": self.step,
             "epoch": self.step / self.sampler.steps_per_epoch,
             **dict.fromkeys(ALWAYS_LOGGED, math.nan),  # what a skipped step has none of
-            **self._window.result(),
-            "grad_norm": float(torch.stack(norms).mean()) if norms else math.nan,
+            **window,
+            **self._gradient_metrics(),
             "learning_rate": self._learning_rate_at(self.step - 1),
             **self._throughput.rates(),
             "mem/peak_mib": peak_memory_mib(self.device),
             "data/tokens": self.tokens_seen,
             "health/nonfinite": self.skipped_steps,
         }
-        self._window, self._throughput, self._norms = MetricSums(), Throughput(), []
+        if self.starts_at_reference and "displacement/chosen" in window:
+            line["displacement/alarm"] = float(self._alarm.hears(window))
+        self._window, self._throughput = MetricSums(self._sources), Throughput()
+        self._norms = []
         return line
+
+    def _gradient_metrics(self) -> dict[str, float]:
+        bound = self.config.max_grad_norm
+        if not self._norms:
+            return {"grad_norm": math.nan}
+        norms = torch.stack(self._norms)
+        if bound is None:
+            return {"grad_norm": float(norms.mean())}
+        mean, clipped = torch.stack([norms.mean(), (norms > bound).to(norms.dtype).mean()]).tolist()
+        return {"grad_norm": mean, "health/clip_share": clipped}
 
     def _emit(self, metrics: Metrics) -> None:
         for callback in self.callbacks:
@@ -434,6 +452,8 @@ class Trainer:
             "best_loss": self.best_loss if self.best_step is not None else None,
             "best_step": self.best_step,
             "evaluations_since_best": self.evaluations_since_best,
+            "displaced_windows": self._alarm.windows,
+            "displaced_margin": self._alarm.first_margin,
             "loss_scale": float(self.scaler.get_scale()),
             **self._identity(),
         }
@@ -464,6 +484,9 @@ class Trainer:
         self.best_loss = math.inf if self.best_step is None else float(state["best_loss"])
         self.evaluations_since_best = int(state["evaluations_since_best"])
         self.should_stop = self._is_out_of_patience()
+        self._alarm = DisplacementAlarm(
+            int(state.get("displaced_windows", 0)), float(state.get("displaced_margin", 0.0))
+        )
         if self.precision.scales_loss:
             self.scaler.update(float(state["loss_scale"]))
 
