@@ -33,12 +33,10 @@ class StepResult:
     """What the pairs of a step gave.
 
     Attributes:
-        sums: for the metrics.
         losses: (P,) loss of each pair, without gradient.
         running: (S,) the loss's running statistics after the step.
     """
 
-    sums: MetricSums
     losses: Tensor
     running: Tensor
 
@@ -49,6 +47,7 @@ def differentiate(
     micro_batches: Sequence[Sequence[int]],
     rows: Sequence[int],
     *,
+    sums: MetricSums,
     running: Tensor,
     mismatch: Tensor,
     total_weight: float,
@@ -61,6 +60,7 @@ def differentiate(
         score: gives the log-probs of a micro-batch, differentiable where gradients are enabled.
         micro_batches: the rows of the step, cut up.
         rows: the same in the order of the step.
+        sums: gets what the metrics are made of.
         running: (S,) the loss's running statistics before the step.
         mismatch: as in ``PairLogProbs``.
         total_weight: sum of the pairs' weights.
@@ -68,9 +68,9 @@ def differentiate(
     """
     if loss.sees_whole_step:
         return _differentiate_whole(
-            loss, score, micro_batches, rows, running, mismatch, total_weight, scale
+            loss, score, micro_batches, rows, sums, running, mismatch, total_weight, scale
         )
-    sums, losses = MetricSums(), []
+    losses = []
     for batch_rows in micro_batches:
         scored = score(batch_rows)
         pairs = replace(scored.loss_pairs, running=running, mismatch=mismatch)
@@ -78,7 +78,7 @@ def differentiate(
         scale((loss.pair_weights(pairs) * values).sum() / total_weight).backward()
         sums.add(loss, scored, values.detach())
         losses.append(values.detach())
-    return StepResult(sums, torch.cat(losses), running)
+    return StepResult(torch.cat(losses), running)
 
 
 def _differentiate_whole(
@@ -86,6 +86,7 @@ def _differentiate_whole(
     score: Score,
     micro_batches: Sequence[Sequence[int]],
     rows: Sequence[int],
+    sums: MetricSums,
     running: Tensor,
     mismatch: Tensor,
     total_weight: float,
@@ -109,7 +110,7 @@ def _differentiate_whole(
     slopes = torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)
     sizes = [len(batch_rows) for batch_rows in micro_batches]
     parts = zip(*(slope[places].split(sizes) for slope in slopes), strict=True)
-    sums, losses = MetricSums(), values.detach()[places]
+    losses = values.detach()[places]
     for batch_rows, part, of_batch in zip(micro_batches, parts, losses.split(sizes), strict=True):
         scored = first or score(batch_rows)
         outputs = [getattr(scored.loss_pairs, name) for name in leaves]
@@ -118,7 +119,7 @@ def _differentiate_whole(
             [output for output, _ in with_graph], [scale(slope) for _, slope in with_graph]
         )
         sums.add(loss, scored, of_batch)
-    return StepResult(sums, losses, pairs.running)
+    return StepResult(losses, pairs.running)
 
 
 def evaluate(
@@ -127,11 +128,12 @@ def evaluate(
     micro_batches: Sequence[Sequence[int]],
     rows: Sequence[int],
     *,
+    sums: MetricSums,
     running: Tensor,
     mismatch: Tensor,
-) -> MetricSums:
-    """Return the sums of metrics over ``rows`` as of one step; arguments as above."""
-    sums, whole = MetricSums(), []
+) -> None:
+    """Add to ``sums`` what the metrics over ``rows`` are made of, as if they were one step."""
+    whole = []
     for batch_rows in micro_batches:
         scored = score(batch_rows)
         pairs = replace(scored.loss_pairs, running=running, mismatch=mismatch)
@@ -143,7 +145,6 @@ def evaluate(
     if whole:
         places = _places(micro_batches, rows, whole[0].chosen.device)
         sums.assign_losses(loss(_in_order(whole, places))[places])
-    return sums
 
 
 def mean_log_ratio(score: Score, micro_batches: Sequence[Sequence[int]]) -> Tensor:

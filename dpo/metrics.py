@@ -49,28 +49,57 @@ displacement/chosen              mean u: below 0 where the chosen answers became
 displacement/share_u_negative    share of u < 0
 ================================ ===================================================================
 
+Of each source, where the data has several (``dpo.sources`` names them, 16 at most):
+
+================================ ===================================================================
+source/<name>/loss               loss of its pairs
+source/<name>/rewards/accuracy   rewards/accuracy of its pairs
+source/<name>/rewards/margin     rewards/margin of its pairs
+source/<name>/pairs              how many they are in the window
+================================ ===================================================================
+
+All of these stand under ``eval/`` in the line of an evaluation. A line about steps has besides, of
+the steps since the last:
+
+================================ ===================================================================
+step                             optimizer steps done; also of an evaluation
+epoch                            passes over the data done
+grad_norm                        mean L2 norm of the gradient before clipping
+learning_rate                    of the last step, before the factors of train.rates
+displacement/alarm               1 where ``dpo.displacement`` gives the alarm, else 0
+perf/step_s                      mean seconds of a step
+perf/pairs_per_s                 pairs / seconds
+perf/tokens_per_s                tokens / seconds, a prompt and each of its answers counted once
+mem/peak_mib                     most memory so far: allocated on a GPU, resident of the process
+data/tokens                      tokens trained on since the first step
+health/clip_share                share of steps whose gradient norm was above train.max_grad_norm
+health/nonfinite                 steps skipped since the first
+================================ ===================================================================
+
 Of rows with one answer, the metrics of an answer count those that have it; the metrics of gaps and
 of differences count no such row. The ``kl`` metrics are estimates over given answers, not over the
 policy's own: gauges of drift. A metric whose denominator is 0 is left out; those of
 ``ALWAYS_LOGGED`` stand in every line of ``metrics.jsonl`` about a step, as null where the step was
 skipped.
 
-Shapes: P pairs, K tokens, C columns, M sums.
+Shapes: P pairs, K tokens, C columns, M sums, S sources.
 
 To add a metric: its numerator and denominator in one of the ``_*_quotients``, or a line in
 ``_derived`` if it is made of several.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dpo.losses import Loss, PairLogProbs
 from dpo.losses.base import MAX_EXPONENT, PAIR_COLUMNS
+from dpo.sources import Sources
 
 if TYPE_CHECKING:
     from dpo.scoring import ScoredPairs
@@ -85,6 +114,7 @@ _QUANTILES: Final = {
     "rewards/margin_p95": 0.95,
 }
 _BINS: Final = 10
+_BY_SOURCE: Final = ("loss", "rewards/accuracy", "rewards/margin")
 
 Quotients = dict[str, tuple[Tensor, Tensor]]  # numerators and denominators, each yet to be summed
 
@@ -113,8 +143,10 @@ def k3_estimate(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 class MetricSums:
     """One window; feed it each micro-batch, read it once."""
 
-    def __init__(self) -> None:
-        """Start an empty window."""
+    def __init__(self, sources: Sources | None = None) -> None:
+        """Start an empty window; with ``sources`` it has metrics of each, and is fed by ``add``."""
+        self._sources = sources
+        self._rows: list[int] = []  # of the data, as the columns
         self._has_reference = True
         self._columns: list[Tensor] = []  # (C, P) of each micro-batch
         self._token_sums: list[Tensor] = []  # (2, 3) of each micro-batch
@@ -132,6 +164,7 @@ class MetricSums:
             weights = loss.pair_weights(scored.loss_pairs)
             rewards = loss.rewards(scored.loss_pairs)
         has_reference = reference is not None
+        self._rows += scored.batch.rows
         self.update(pairs, losses, weights, rewards, statistics, has_reference=has_reference)
 
     @torch.no_grad()
@@ -170,6 +203,7 @@ class MetricSums:
     def merge(self, other: "MetricSums") -> None:
         """Add the window of ``other`` to this one."""
         self._has_reference &= other._has_reference
+        self._rows += other._rows
         self._columns += other._columns
         self._token_sums += other._token_sums
 
@@ -182,24 +216,59 @@ class MetricSums:
         token_sums = torch.stack([gap.new_zeros(2, len(_TOKEN_METRICS)), *self._token_sums])
         sums = torch.cat([_summed(quotients), token_sums.sum(dim=0)], dim=1)  # (2, M)
         levels = torch.tensor(list(_QUANTILES.values()), dtype=gap.dtype, device=gap.device)
-        values = torch.cat([sums.flatten(), gap.nanquantile(levels)]).tolist()
+        of_sources = self._source_sums(quotients)
+        values = torch.cat([sums.flatten(), gap.nanquantile(levels), *of_sources]).tolist()
 
         names = [*quotients, *_TOKEN_METRICS]
         numerators, denominators = values[: len(names)], values[len(names) : 2 * len(names)]
-        ratios = {
-            name: numerator / denominator
-            for name, numerator, denominator in zip(names, numerators, denominators, strict=True)
-            if denominator
-        }
-        quantiles = dict(zip(_QUANTILES, values[2 * len(names) :], strict=True))
+        ratios = _ratios(names, numerators, denominators)
+        rest = values[2 * len(names) :]
+        quantiles = dict(zip(_QUANTILES, rest, strict=False))
         if "_gap" not in ratios:
             quantiles = {}  # no row has two answers
         metrics = {**ratios, **quantiles, **_derived(ratios)}
+        metrics |= self._source_metrics(rest[len(_QUANTILES) :])
         return {name: value for name, value in metrics.items() if self._is_public(name)}
+
+    def _source_sums(self, quotients: Quotients) -> list[Tensor]:
+        """Sum ``_BY_SOURCE`` over the pairs of each source: (S * 2 * 3,), or nothing."""
+        if self._sources is None:
+            return []
+        of_names = [quotients[name] for name in _BY_SOURCE]
+        values = torch.stack([*(n for n, _ in of_names), *(d for _, d in of_names)], dim=1)
+        numbers = torch.from_numpy(self._sources.numbers[self._rows]).to(values.device)
+        sums = values.new_zeros(len(self._sources.names), values.shape[1])  # (S, 6)
+        return [sums.index_add_(0, numbers, values).flatten()]
+
+    def _source_metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """Return the metrics of the sources that the window holds."""
+        if self._sources is None:
+            return {}
+        metrics: dict[str, float] = {}
+        counts = np.bincount(self._sources.numbers[self._rows]).tolist()
+        width, middle = 2 * len(_BY_SOURCE), len(_BY_SOURCE)
+        for number, (name, count) in enumerate(zip(self._sources.names, counts, strict=False)):
+            if count:
+                of_source = sums[number * width : (number + 1) * width]
+                ratios = _ratios(_BY_SOURCE, of_source[:middle], of_source[middle:])
+                ratios["pairs"] = count
+                metrics |= {f"source/{name}/{metric}": value for metric, value in ratios.items()}
+        return metrics
 
     def _is_public(self, name: str) -> bool:
         against_reference = name.startswith(("kl/", "displacement/"))
         return not name.startswith("_") and (self._has_reference or not against_reference)
+
+
+def _ratios(
+    names: Sequence[str], numerators: Sequence[float], denominators: Sequence[float]
+) -> dict[str, float]:
+    """Divide, but where the denominator is 0."""
+    return {
+        name: numerator / denominator
+        for name, numerator, denominator in zip(names, numerators, denominators, strict=True)
+        if denominator
+    }
 
 
 _TOKEN_METRICS: Final = ("entropy", "token_accuracy", "kl/k3_tok")

@@ -21,6 +21,7 @@ import torch
 from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
+from dpo.displacement import ADVICE
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import refuse_another_run, training_identity
@@ -184,6 +185,7 @@ class _Run:
         self.config, self.models, self.trainer, self.console = config, models, trainer, console
         self.folder = Path(config.out)
         self.saved_step = 0
+        self.has_warned = False  # of displacement
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same run."""
@@ -221,9 +223,15 @@ class _Run:
         ) as bar:
             for step in trainer:
                 bar.update(step.number, status=_status(step.metrics))
+                self._warn_of_displacement(step.metrics)
                 if self._best_step() == step.number or (every and step.number % every == 0):
                     self._save()
         self._save()
+
+    def _warn_of_displacement(self, metrics: Metrics | None) -> None:
+        if metrics and metrics.get("displacement/alarm") and not self.has_warned:
+            self.console.warn(f"step {self.trainer.step}: {ADVICE}")
+            self.has_warned = True
 
     def _save(self) -> None:
         """Write a checkpoint, unless that of this step is written, and remove old ones."""

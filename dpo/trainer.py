@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dpo.accumulation import StepResult, differentiate, evaluate, mean_log_ratio
 from dpo.averaging import averaged_weights, keep_moving_average
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
+from dpo.displacement import DisplacementAlarm
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.live_reference import LiveReference
@@ -41,6 +42,7 @@ from dpo.precision import precision_of
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.sampling import make_sampler
 from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
+from dpo.sources import sources_of
 from dpo.throughput import Throughput, peak_memory_mib
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
@@ -194,8 +196,11 @@ class Trainer:
         self.best_step: int | None = None
         self.evaluations_since_best = 0
         self.should_stop = False
-        self._window, self._throughput = MetricSums(), Throughput()
+        self._sources = sources_of(pairs)
+        self._eval_sources = None if eval_pairs is None else sources_of(eval_pairs)
+        self._window, self._throughput = MetricSums(self._sources), Throughput()
         self._norms: list[Tensor] = []
+        self._alarm = DisplacementAlarm()
 
     def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
         if not len(pairs):
@@ -284,27 +289,31 @@ class Trainer:
         """
         started = time.perf_counter()
         rows = self.sampler.rows(self.step)
-        result = self._differentiate(rows, self._total_weight(rows))
+        sums = MetricSums(self._sources)
+        result = self._differentiate(rows, self._total_weight(rows), sums)
         set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm)
         if self._is_finite(norm, result.losses):
             self._update(norm)
             self.running = result.running
-            self._window.merge(result.sums)
+            self._window.merge(sums)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens = int(self.batches.pairs.lengths()[rows].sum())
         self.tokens_seen += tokens
         self._throughput.add(len(rows), tokens, time.perf_counter() - started)
 
-    def _differentiate(self, rows: Sequence[int], total_weight: float) -> StepResult:
+    def _differentiate(
+        self, rows: Sequence[int], total_weight: float, sums: MetricSums
+    ) -> StepResult:
         """Add the gradient of a step of ``rows`` to that of the parameters."""
         return differentiate(
             self.loss,
             partial(self._score, batches=self.batches, step=self.step + 1),
             self.batches.split(rows),
             rows,
+            sums=sums,
             running=self.running,
             mismatch=self._mismatch(self.mismatched, rows),
             total_weight=total_weight,
@@ -363,7 +372,7 @@ class Trainer:
         guilty = []
         for row in rows:
             self.optimizer.zero_grad(set_to_none=True)
-            losses = self._differentiate([row], total_weight=1.0).losses
+            losses = self._differentiate([row], 1.0, MetricSums()).losses
             norm = clip_gradients(self.module.parameters(), None)
             if not bool(norm.isfinite() & losses.isfinite().all()):
                 guilty.append(row)
@@ -443,12 +452,14 @@ class Trainer:
         assert self.eval_batches is not None, "the trainer has no eval_pairs"
         rows = range(len(self.eval_batches.pairs))
         self.module.eval()
+        sums = MetricSums(self._eval_sources)
         with self.averaged_weights():
-            sums = evaluate(
+            evaluate(
                 self.loss,
                 partial(self._score, batches=self.eval_batches),
                 self.eval_batches.split_sorted(rows),
                 rows,
+                sums=sums,
                 running=self.running,
                 mismatch=self._mismatch(self.eval_mismatched, rows),
             )
@@ -469,21 +480,34 @@ class Trainer:
 
     def _close_window(self) -> dict[str, float]:
         """Turn what was gathered since the last line of metrics into one."""
-        norms = self._norms
+        window = self._window.result()
         line = {
             "step": self.step,
             "epoch": self.step / self.sampler.steps_per_epoch,
             **dict.fromkeys(ALWAYS_LOGGED, math.nan),  # what a skipped step has none of
-            **self._window.result(),
-            "grad_norm": float(torch.stack(norms).mean()) if norms else math.nan,
+            **window,
+            **self._gradient_metrics(),
             "learning_rate": self._learning_rate_at(self.step - 1),
             **self._throughput.rates(),
             "mem/peak_mib": peak_memory_mib(self.device),
             "data/tokens": self.tokens_seen,
             "health/nonfinite": self.skipped_steps,
         }
-        self._window, self._throughput, self._norms = MetricSums(), Throughput(), []
+        if self.starts_at_reference and {"displacement/chosen", "rewards/margin"} <= window.keys():
+            line["displacement/alarm"] = float(self._alarm.hears(window))
+        self._window, self._throughput = MetricSums(self._sources), Throughput()
+        self._norms = []
         return line
+
+    def _gradient_metrics(self) -> dict[str, float]:
+        bound = self.config.max_grad_norm
+        if not self._norms:
+            return {"grad_norm": math.nan}
+        norms = torch.stack(self._norms)
+        if bound is None:
+            return {"grad_norm": float(norms.mean())}
+        mean, clipped = torch.stack([norms.mean(), (norms > bound).to(norms.dtype).mean()]).tolist()
+        return {"grad_norm": mean, "health/clip_share": clipped}
 
     def _emit(self, metrics: Metrics) -> None:
         for callback in self.callbacks:
@@ -500,6 +524,8 @@ class Trainer:
             "best_loss": self.best_loss if self.best_step is not None else None,
             "best_step": self.best_step,
             "evaluations_since_best": self.evaluations_since_best,
+            "displaced_windows": self._alarm.windows,
+            "displaced_margin": self._alarm.first_margin,
             "loss_scale": float(self.scaler.get_scale()),
             **self._identity(),
         }
@@ -535,6 +561,9 @@ class Trainer:
         self.best_loss = math.inf if self.best_step is None else float(state["best_loss"])
         self.evaluations_since_best = int(state["evaluations_since_best"])
         self.should_stop = self._is_out_of_patience()
+        self._alarm = DisplacementAlarm(
+            int(state.get("displaced_windows", 0)), float(state.get("displaced_margin", 0.0))
+        )
         if self.precision.scales_loss:
             self.scaler.update(float(state["loss_scale"]))
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -18,8 +18,13 @@ from dpo.log_probs import TokenLogProbs
 from dpo.losses import PairLogProbs, make_loss
 from dpo.losses.base import PAIR_COLUMNS
 from dpo.metrics import MetricSums, TokenStatistics, k3_estimate
+from dpo.models import Decoder
 from dpo.scoring import ScoredPairs
 from dpo.segments import Segments, TokenStream, plan_attention
+from dpo.sources import MOST, Sources, sources_of
+from dpo.tokenized_pairs import TokenizedPairs, columns_of
+from dpo.train_config import TrainConfig
+from dpo.trainer import Trainer
 
 SIGMOID = make_loss("sigmoid", beta=0.1)
 
@@ -470,8 +475,132 @@ def test_scored_micro_batch_without_a_reference_has_none_of_its_metrics() -> Non
     assert not any(name.startswith(("kl/", "displacement/")) for name in metrics)
 
 
-def test_table_of_the_module_lists_every_metric() -> None:
-    window, sums = random_window(0, 24), MetricSums()
-    window.add_to(sums)
+def test_table_of_the_module_lists_every_metric_of_a_step(
+    make_model: Callable[..., Decoder], make_pairs: Callable[..., TokenizedPairs]
+) -> None:
+    config = TrainConfig(batch_size=8, steps=2, learning_rate=1e-2)
+    *_, last = Trainer(make_model(), make_pairs(8), config)
+    assert last.metrics is not None
     table = re.findall(r"^([a-z_/0-9]+) {2,}", dpo.metrics.__doc__ or "", re.MULTILINE)
-    assert sorted(table) == sorted(sums.result())
+    assert sorted(table) == sorted(last.metrics)
+
+
+# Sources
+
+
+def with_sources(pairs: TokenizedPairs, *names: str | None) -> TokenizedPairs:
+    """Give row after row a source, in turn."""
+    named = [replace(pair, source=names[row % len(names)]) for row, pair in enumerate(pairs)]
+    return columns_of(named)
+
+
+def test_sources_are_ordered_by_frequency_and_named_by_plain_characters(
+    make_pairs: Callable[..., TokenizedPairs],
+) -> None:
+    found = sources_of(with_sources(make_pairs(10), "a/b c", None, "a b\u00e9-1.0", None, "a_b_c"))
+    assert found is not None
+    assert found.names == ("a_b_c", "unnamed", "a_b\u00e9-1.0")
+    assert found.numbers.tolist() == [0, 1, 2, 1, 0] * 2
+
+
+@pytest.mark.parametrize("name", [None, "one"])
+def test_one_source_needs_no_telling_apart(
+    make_pairs: Callable[..., TokenizedPairs], name: str | None
+) -> None:
+    assert sources_of(with_sources(make_pairs(4), name)) is None
+
+
+@pytest.mark.parametrize("frequent", ["frequent", "other"])
+def test_rarest_of_many_sources_are_one(
+    make_pairs: Callable[..., TokenizedPairs], frequent: str
+) -> None:
+    names = [frequent, *(f"s{number}" for number in range(MOST + 3))]
+    found = sources_of(with_sources(make_pairs(2 * len(names)), *names))
+    assert found is not None
+    assert found.names[-1] == "other"
+    assert len(set(found.names)) == len(found.names) <= MOST
+    assert {found.names[found.numbers[row]] for row in (-1, -2, -3)} == {"other"}
+    assert found.names[found.numbers[0]] == frequent
+
+
+@given(order=st.permutations(range(12)), cut=st.integers(0, 12))
+@settings(max_examples=20, deadline=None)
+def test_metrics_of_sources_are_those_of_their_pairs_alone(order: list[int], cut: int) -> None:
+    window, rows = random_window(0, 12), np.array(order)
+    sources = Sources(("a", "b", "absent"), np.arange(12) % 2)
+    parts = [MetricSums(sources), MetricSums(sources)]
+    for sums, part in zip(parts, (order[:cut], order[cut:]), strict=True):
+        if part:
+            add_rows(sums, window, part)
+    parts[0].merge(parts[1])
+    found = parts[0].result()
+    for number, name in enumerate(("a", "b")):
+        alone = MetricSums()
+        window.rows(rows[rows % 2 == number].tolist()).add_to(alone)
+        expected = alone.result()
+        for metric in ("loss", "rewards/accuracy", "rewards/margin"):
+            assert found[f"source/{name}/{metric}"] == pytest.approx(expected[metric], rel=1e-12)
+        assert found[f"source/{name}/pairs"] == 6
+    assert not [name for name in found if "absent" in name]
+
+
+def test_loss_that_is_not_a_number_stays_in_its_source() -> None:
+    window = random_window(0, 4)
+    losses = window.losses.clone()
+    losses[0] = math.nan
+    sums = MetricSums(Sources(("a", "b"), np.array([0, 1, 1, 0])))
+    add_rows(sums, replace(window, losses=losses), [0, 1, 2, 3])
+    metrics = sums.result()
+    assert math.isnan(metrics["source/a/loss"])
+    assert math.isfinite(metrics["source/b/loss"])
+
+
+def add_rows(sums: MetricSums, window: Window, rows: list[int]) -> None:
+    """Add rows of a window as a scored micro-batch of the loss that the window is of."""
+    part = window.rows(rows)
+    scored = scored_pairs(reference=None)
+    scored = replace(
+        scored,
+        batch=replace(scored.batch, rows=tuple(rows)),
+        pairs=part.pairs,
+        loss_pairs=part.pairs,
+    )
+    sums.add(SIGMOID, scored, part.losses)
+
+
+def test_evaluation_tells_sources_apart_whatever_the_batch_size(
+    make_model: Callable[..., Decoder], make_pairs: Callable[..., TokenizedPairs]
+) -> None:
+    pairs = with_sources(make_pairs(8), "web/a", "web/a", "book")
+    results = []
+    for size in (1, 8):
+        config = TrainConfig(batch_size=4, steps=2, learning_rate=1e-2, micro_batch_size=size)
+        model = make_model(dtype=torch.float64)
+        trainer = Trainer(model, make_pairs(4, seed=1), config, eval_pairs=pairs)
+        trainer.train()
+        results.append(trainer.evaluate())
+    assert results[0] == pytest.approx(results[1], abs=1e-10)
+    assert results[0]["eval/source/web_a/pairs"] == 6
+    shares = [results[0][f"eval/source/{name}/rewards/accuracy"] for name in ("web_a", "book")]
+    assert (6 * shares[0] + 2 * shares[1]) / 8 == results[0]["eval/rewards/accuracy"]
+
+
+# Gradients
+
+
+def test_clip_share_is_that_of_the_steps_of_the_window(
+    make_model: Callable[..., Decoder], make_pairs: Callable[..., TokenizedPairs]
+) -> None:
+    """Of two steps that move next to nothing, the bound lies between the norms."""
+
+    def lines(max_grad_norm: float | None, log_every: int) -> list[Mapping[str, float]]:
+        config = TrainConfig(
+            batch_size=4, steps=2, log_every=log_every, max_grad_norm=max_grad_norm
+        )
+        steps = Trainer(make_model(), make_pairs(), config)
+        return [step.metrics for step in steps if step.metrics is not None]
+
+    first, second = lines(None, 1)
+    assert "health/clip_share" not in first
+    (both,) = lines((first["grad_norm"] + second["grad_norm"]) / 2, 2)
+    assert both["health/clip_share"] == 0.5

@@ -346,6 +346,27 @@ def test_loss_without_a_reference_makes_no_reference_pass(
     assert metrics(config.out)[-1]["loss"] < metrics(config.out)[0]["loss"]
 
 
+# --- what it warns of ---------------------------------------------------------------------------
+
+BOTH_DOWN = """
+def loss(pairs):
+    return pairs.chosen + 9 * pairs.rejected
+"""
+
+
+def test_displacement_is_warned_of_once(
+    tmp_path: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "both_down.py").write_text(BOTH_DOWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"steps": 14, "batch_size": 16, "learning_rate": 0.01}
+    said = said_by(changed(config, loss=LossConfig("both_down:loss"), **options))
+    lines = [line for line in said.splitlines() if "likelihood displacement" in line]
+    raised = [line["step"] for line in metrics(config.out) if line["displacement/alarm"]]
+    assert len(lines) == 1 < len(raised)
+    assert f"step {raised[0]}: likelihood displacement: for 10 lines of metrics" in lines[0]
+
+
 # --- how it ends --------------------------------------------------------------------------------
 
 POISON = """
@@ -482,6 +503,25 @@ def test_what_saves_memory_or_time_leaves_the_losses_as_they_are(
     expected = [line["loss"] for line in metrics(config.out)]
     found = [line["loss"] for line in metrics(tmp_path / "OTHER")]
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_average_of_the_weights_is_what_is_saved(config: RunConfig, keep_best: bool) -> None:
+    """The best step is one before the last: the held-out answers are the worse ones."""
+    worse = write_pairs(
+        Path(str(config.data)).with_name("worse.jsonl"), chosen="no", rejected="yes"
+    )
+    options = {"eval_every": 1, "save_every": 1, "keep": 4, "keep_best": keep_best}
+    started(changed(config, eval_data=str(worse), ema_decay=0.5, **options))
+    step = 1 if keep_best else 4
+    checkpoint = Path(config.out) / "checkpoints" / f"step-{step:06d}"
+    states, saved = (
+        load_file(checkpoint / "optimizer.safetensors"),
+        load_file(Path(config.out) / "model" / "model.safetensors"),
+    )
+    assert all(torch.equal(saved[name], states[f"{name}/moving_average"]) for name in saved)
+    weights = load_file(checkpoint / "model.safetensors")
+    assert step == 1 or not any(torch.equal(saved[name], weights[name]) for name in saved)
 
 
 # --- methods that need more than pairs and a cached reference -------------------------------------
