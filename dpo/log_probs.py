@@ -1,12 +1,13 @@
 """Log-probabilities of answer tokens without ever holding the logits.
 
 Shapes: N tokens in the stream, K answer tokens, D hidden size, V vocabulary, C vocabulary entries
-in a tile.
+in a tile, R rank of the head's update.
 
 Only the K positions that predict an answer token reach the vocabulary, and the vocabulary is walked
 in tiles: a (K, C) tile of logits is folded into a running log-sum-exp and thrown away; the backward
 pass makes it again. Tiles run over the vocabulary and not over tokens, so each row of the weight's
-gradient is written once.
+gradient is written once. An update of the head's weight is never added to it: its factors are more
+columns, ``(h, s h A^T) (W, B)^T = h (W + s B A)^T``.
 """
 
 from __future__ import annotations
@@ -68,8 +69,11 @@ def token_log_probs(
     """
     if tile_bytes is None:
         tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else TILE_BYTES
+    up = None if head.update is None else head.update.up
+    if head.update is not None:
+        hidden = torch.cat([hidden, head.update.project(hidden)], dim=1)  # (K, D + R)
     log_probs, entropy, is_top = _TiledLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, tile_bytes
+        hidden, head.weight, up, head.bias, targets, head.scale, head.softcap, tile_bytes
     )
     return TokenLogProbs(log_probs, entropy, is_top)
 
@@ -82,13 +86,14 @@ class _TiledLogProbs(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        up: Tensor | None,
         bias: Tensor | None,
         targets: Tensor,
         scale: float,
         softcap: float | None,
         tile_bytes: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        head = _TileMaker(hidden, weight, bias, scale, softcap, tile_bytes)
+        head = _TileMaker(hidden, weight, up, bias, scale, softcap, tile_bytes)
         rows = len(hidden)
         top = hidden.new_full((rows,), -torch.inf, dtype=head.wide)  # running max of z
         total = torch.zeros_like(top)  # sum of e^(z - top)
@@ -105,7 +110,7 @@ class _TiledLogProbs(torch.autograd.Function):
             top = new_top
         log_normalizer = top + total.log()
         log_probs = head.target_logits(targets) - log_normalizer
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
+        ctx.save_for_backward(hidden, weight, up, bias, targets, log_normalizer)
         ctx.options = (scale, softcap, tile_bytes, head.narrow)
         entropy, is_top = log_normalizer - total_z / total, argmax == targets
         ctx.mark_non_differentiable(entropy, is_top)
@@ -114,13 +119,15 @@ class _TiledLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]  # (K,); entropy and is_top have none
-        hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
+        hidden, weight, up, bias, targets, log_normalizer = ctx.saved_tensors
         scale, softcap, tile_bytes, narrow = ctx.options
-        head = _TileMaker(hidden, weight, bias, scale, softcap, tile_bytes, narrow)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        head = _TileMaker(hidden, weight, up, bias, scale, softcap, tile_bytes, narrow)
+        wants_hidden, wants_weight, wants_up, wants_bias = ctx.needs_input_grad[:4]
         grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if wants_hidden else None
         grad_weight = torch.empty_like(weight) if wants_weight else None
+        grad_up = torch.empty_like(up) if wants_up else None
         grad_bias = torch.empty_like(bias) if wants_bias else None
+        size = weight.shape[1]
         narrow_hidden = hidden.to(narrow)
 
         # d log_prob / d z = 1[target] - softmax(z): first the softmax, tile by tile
@@ -132,9 +139,11 @@ class _TiledLogProbs(torch.autograd.Function):
                 tile.mul_(slope)
             grad_logits = tile.to(narrow)  # (K, C)
             if grad_hidden is not None:
-                grad_hidden += grad_logits @ weight[start:stop].to(narrow)
+                grad_hidden += grad_logits @ head.rows(slice(start, stop)).to(narrow)
             if grad_weight is not None:
-                grad_weight[start:stop] = grad_logits.T @ narrow_hidden
+                grad_weight[start:stop] = grad_logits.T @ narrow_hidden[:, :size]
+            if grad_up is not None:
+                grad_up[start:stop] = grad_logits.T @ narrow_hidden[:, size:]
             if grad_bias is not None:
                 grad_bias[start:stop] = tile.sum(dim=0)
 
@@ -142,13 +151,16 @@ class _TiledLogProbs(torch.autograd.Function):
         slope = head.slope(head.target_logits(targets))
         ones = grad if slope is None else grad * slope  # (K,)
         if grad_hidden is not None:
-            grad_hidden += ones[:, None] * weight.index_select(0, targets)
+            grad_hidden += ones[:, None] * head.rows(targets)
         if grad_weight is not None:
-            grad_weight.index_add_(0, targets, (ones[:, None] * hidden).to(weight.dtype))
+            one_rows = ones[:, None] * hidden[:, :size]
+            grad_weight.index_add_(0, targets, one_rows.to(weight.dtype))
+        if grad_up is not None:
+            grad_up.index_add_(0, targets, (ones[:, None] * hidden[:, size:]).to(grad_up.dtype))
         if grad_bias is not None:
             grad_bias.index_add_(0, targets, ones.to(grad_bias.dtype))
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_up, grad_bias, None, None, None, None
 
 
 class _TileMaker:
@@ -161,6 +173,7 @@ class _TileMaker:
         self,
         hidden: Tensor,
         weight: Tensor,
+        up: Tensor | None,
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
@@ -172,7 +185,7 @@ class _TileMaker:
             narrow = torch.get_autocast_dtype(device)
         self.narrow = hidden.dtype if narrow is None else narrow
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.hidden, self.weight, self.up, self.bias = hidden, weight, up, bias
         self.scale, self.softcap = scale, softcap
         self.tile_size = max(64, tile_bytes // (self.wide.itemsize * max(1, len(hidden))))
 
@@ -181,15 +194,21 @@ class _TileMaker:
         hidden = self.hidden.to(self.narrow)
         with torch.autocast(self.hidden.device.type, enabled=False):
             for start in range(0, len(self.weight), self.tile_size):
-                weight = self.weight[start : start + self.tile_size].to(self.narrow)
+                weight = self.rows(slice(start, start + self.tile_size)).to(self.narrow)
                 tile = (hidden @ weight.T).to(self.wide)
                 if self.bias is not None:
                     tile += self.bias[start : start + self.tile_size]
                 yield start, self._bound(tile)
 
+    def rows(self, index: slice | Tensor) -> Tensor:
+        """Rows of the weight; with an update, (W, B): its factor beside it."""
+        if self.up is None:
+            return self.weight[index]
+        return torch.cat([self.weight[index], self.up[index]], dim=1)
+
     def target_logits(self, targets: Tensor) -> Tensor:
         """(K,) logits of ``targets``, as products in ``wide``: 16 bits lose the last digits."""
-        chosen = self.weight.index_select(0, targets).to(self.wide)  # (K, D)
+        chosen = self.rows(targets).to(self.wide)  # (K, D), or (K, D + R)
         logits = torch.linalg.vecdot(self.hidden.to(self.wide), chosen)
         if self.bias is not None:
             logits = logits + self.bias.index_select(0, targets)

@@ -10,7 +10,7 @@ To add a schedule: a function of those three and a line in ``SCHEDULES``, by whi
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -23,18 +23,34 @@ ParameterGroup = dict[str, Any]  # as torch.optim takes it
 FUSED_DEVICES: Final = frozenset({"cpu", "cuda", "mps", "xpu"})
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[ParameterGroup]:
-    """Divide the parameters that are trained into those with weight decay and those without.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, rate_scales: Mapping[str, float] | None = None
+) -> list[ParameterGroup]:
+    """Divide the parameters that are trained by their weight decay and learning rate.
 
     Decayed are the matrices, embeddings among them, and not the biases and the gains of norms: the
     usual convention, also transformers'. A tied parameter is listed once; the order is the model's.
+
+    Args:
+        model: whose parameters are trained where they require a gradient.
+        weight_decay: of the matrices.
+        rate_scales: factors on the learning rate by parameter name, 1 where there is none; kept as
+            ``lr_scale`` of a group.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    scales = rate_scales or {}
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = parameter.dim() < 2, scales.get(name, 1.0)
+            members.setdefault(kind, []).append(parameter)
+    return [
+        {
+            "params": members[kind],
+            "weight_decay": 0.0 if kind[0] else weight_decay,
+            "lr_scale": kind[1],
+        }
+        for kind in sorted(members)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def adamw(
@@ -120,9 +136,9 @@ def make_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Change the learning rate of every group of ``optimizer``."""
+    """Change the learning rate of every group of ``optimizer``, times the group's ``lr_scale``."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:

@@ -99,6 +99,7 @@ class Trainer:
         eval_pairs: TokenizedPairs | None = None,
         eval_reference: ReferenceLogProbs | None = None,
         starts_at_reference: bool = True,
+        rate_scales: Mapping[str, float] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         """Prepare the run; nothing is computed yet but a reference that is not given.
@@ -114,6 +115,7 @@ class Trainer:
             eval_reference: reference log-probs of ``eval_pairs``.
             starts_at_reference: the policy is its own reference, so the first loss is known and
                 checked.
+            rate_scales: factors on the learning rate by parameter name; 1 where there is none.
             callbacks: called with the trainer and each line of metrics.
 
         Raises:
@@ -150,7 +152,7 @@ class Trainer:
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
         self.optimizer = make_optimizer(
             self.config.optimizer,
-            parameter_groups(policy, self.config.weight_decay),
+            parameter_groups(policy, self.config.weight_decay, rate_scales),
             learning_rate=self.config.learning_rate,
             beta1=self.config.beta1,
             beta2=self.config.beta2,
@@ -418,9 +420,9 @@ class Trainer:
         }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights, the optimizer state by parameter name, and the random state."""
+        """Return the trained weights, the optimizer state by parameter name, the random state."""
         return {
-            "model": {name: p.detach() for name, p in self.module.named_parameters()},
+            "model": {name: p.detach() for name, p in self._trained()},
             "optimizer": optimizer_tensors(self.optimizer, self.module),
             "random": {"cpu": torch.get_rng_state()},
         }
@@ -435,7 +437,7 @@ class Trainer:
         """
         refuse_another_run(state, self._identity(), source="this state")
         with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self._trained():
                 parameter.copy_(tensors["model"][name])
         restore_optimizer(self.optimizer, self.module, tensors["optimizer"])
         torch.set_rng_state(tensors["random"]["cpu"])
@@ -448,6 +450,9 @@ class Trainer:
         self.should_stop = self._is_out_of_patience()
         if self.precision.scales_loss:
             self.scaler.update(float(state["loss_scale"]))
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def _identity(self) -> Identity:
         eval_pairs = None if self.eval_batches is None else self.eval_batches.pairs

@@ -105,6 +105,8 @@ def test_flag_sets_its_key(key: str) -> None:
         "eval_data_split": ("--eval-data", "E"),
         "eval_data_revision": ("--eval-data", "E"),
         "loss.name": (),
+        **{f"adapter.{name}": ("--adapter", "lora") for name in ("rank", "alpha", "targets")},
+        "adapter.rslora": ("--adapter", "lora"),
     }.get(key, ())
     if key == "loss.name":
         arguments, value = [flag.opts[0], "hinge"], "hinge"

@@ -22,6 +22,11 @@ _FLAGS = {  # where the flag is not the last part of the key
     "loss.name": "loss",
     "train.share_prefix": "prefix-sharing",
     "reference_cache.dir": "reference-cache",
+    "adapter.kind": "adapter",
+    "adapter.rank": "adapter-rank",
+    "adapter.alpha": "adapter-alpha",
+    "adapter.targets": "adapter-targets",
+    "adapter.base": "adapter-base",
 }
 _LOSS_OPTIONS = {  # the two that most losses have; the others are given by --set loss.NAME=VALUE
     "loss.beta": Option(float, is_optional=False, help="The loss's strength of the reference."),

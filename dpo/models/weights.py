@@ -7,7 +7,7 @@ memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,7 @@ from dpo.errors import InputError
 from dpo.files import write_json
 from dpo.models.config import ModelConfig, read_config
 from dpo.models.decoder import Decoder
+from dpo.quantization import quantize_linears
 from dpo.tensor_files import write_tensors
 
 SINGLE: Final = "model.safetensors"
@@ -34,6 +35,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> Decoder:
     """Load a decoder from a model folder.
 
@@ -41,10 +43,12 @@ def load_model(
         folder: holds config.json and model.safetensors, or shards with an index.
         dtype: of the parameters in memory, whatever they are stored as.
         device: where they go.
+        quantize: a name in ``dpo.quantization.SCHEMES``, in which the linear layers of the blocks
+            are held, each from the moment its weight is read; None for none.
 
     Raises:
-        InputError: a file is missing, damaged, or does not fit config.json; all faults of one kind
-        together.
+        InputError: a file is missing, damaged, or does not fit config.json, all faults of one kind
+        together; or there is no such scheme.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -53,13 +57,20 @@ def load_model(
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.ties_embeddings:
         del expected[_TIED]
-    files = weight_files(folder)
+    quantized = {} if quantize is None else quantize_linears(model, quantize)
     weights: dict[str, Tensor] = {}
-    for path in files:
-        weights |= _read_file(path, expected, dtype, torch.device(device))
-    missing = sorted(expected.keys() - weights.keys())
+    missing = set(expected)
+    for path in weight_files(folder):
+        for name, weight in _read_file(path, expected, dtype, torch.device(device)):
+            missing.discard(name)
+            if layer := quantized.get(name.removesuffix(".weight")):
+                layer.take(weight)
+            else:
+                weights[name] = weight
     if missing:
-        raise InputError(f"{folder}: {len(missing)} weights are missing: {_listed(missing)}")
+        raise InputError(
+            f"{folder}: {len(missing)} weights are missing: {_listed(sorted(missing))}"
+        )
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model
@@ -96,7 +107,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _read_file(
     path: Path, expected: Mapping[str, torch.Size], dtype: torch.dtype, device: torch.device
-) -> dict[str, Tensor]:
+) -> Iterator[tuple[str, Tensor]]:
     """Read the tensors of one file that are ``expected``, checking shapes before touching data."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
@@ -122,7 +133,8 @@ def _read_file(
             ]
             if unfit:
                 raise InputError(f"{path}: {len(unfit)} weights do not fit: {_listed(unfit)}")
-            return {name: file.get_tensor(name).to(dtype) for name in kept}
+            for name in kept:
+                yield name, file.get_tensor(name).to(dtype)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut off: {error}") from error
 
