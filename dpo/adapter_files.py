@@ -7,6 +7,7 @@ held.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,17 +116,19 @@ def read_adapter(folder: Path) -> AdapterFolder:
         adapter,
         base=config.get("base_model_name_or_path") or "",
         base_revision=config.get("revision"),
-        dropout=config.get("lora_dropout") or 0.0,
+        dropout=config.get("lora_dropout", 0.0),
     )
 
 
 def _faults(config: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        whole = isinstance(value, int) if key == "r" else isinstance(value, int | float)
-        if value is None or not whole or isinstance(value, bool) or value <= 0:
-            kind = "a positive integer" if key == "r" else "a positive number"
-            yield f"{key} must be {kind}, got {value!r}"
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank <= 0:
+        yield f"r must be a positive integer, got {rank!r}"
+    if not (type(alpha) is int or type(alpha) is float) or not 0 < alpha < math.inf:
+        yield f"lora_alpha must be a positive number, got {alpha!r}"
+    dropout = config.get("lora_dropout", 0)
+    if type(dropout) not in (int, float):
+        yield f"lora_dropout must be a number, got {dropout!r}"
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(key), str | None):
             yield f"{key} must be a text, got {config[key]!r}"

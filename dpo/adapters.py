@@ -218,19 +218,27 @@ def rate_scales(model: nn.Module, b_rate_ratio: float) -> Mapping[str, float]:
 def merge_adapter(model: Decoder) -> None:
     """Make every layer a plain linear one with the weight that it stands for, in place.
 
-    An output projection that was tied to the embedding and has an update is one of its own then.
+    Quantized layers too: their weights are those that they compute with. An output projection that
+    was tied to the embedding and has an update is one of its own then.
     """
     for name, layer in adapted_layers(model).items():
-        base = layer.base
-        merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-        merged.weight = nn.Parameter(layer.merged_weight().to(layer.weight.dtype))
-        merged.bias = base.bias
-        model.set_submodule(name, merged)
+        weight = layer.merged_weight().to(layer.weight.dtype)
+        model.set_submodule(name, _plain(weight, layer.base.bias))
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, QuantizedLinear):
+            model.set_submodule(name, _plain(module.weight, module.bias))
     vars(model).pop("output_head", None)
     if model.config.ties_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
         source = {**model.config.source, "tie_word_embeddings": False}
         model.config = replace(model.config, ties_embeddings=False, source=source)
     model.requires_grad_(True)
+
+
+def _plain(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    linear.register_parameter("bias", bias)
+    return linear
 
 
 def _adapted_head(original: Callable[[], OutputHead], layer: AdaptedLinear) -> OutputHead:

@@ -30,6 +30,8 @@ from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
 
+GENERATION_CONFIG = "generation_config.json"
+
 _NAMED_ROWS = 20
 
 

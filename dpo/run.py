@@ -26,7 +26,7 @@ from dpo.device import choose_device, explained_lack_of_memory
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import Identity, refuse_another_run, training_identity
-from dpo.inputs import Inputs, Models, find_models, load_inputs, pin_revisions
+from dpo.inputs import GENERATION_CONFIG, Inputs, Models, find_models, load_inputs, pin_revisions
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, save_model
 from dpo.models.transforms import checkpoint_activations, compile_blocks
@@ -36,8 +36,6 @@ from dpo.reference_pass import References, obtain_references
 from dpo.report import write_report
 from dpo.run_folder import CHECKPOINTS, RunLog, find_checkpoint, go_on_from, write_reproduction
 from dpo.trainer import Metrics, NonFiniteError, Trainer
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -168,6 +166,9 @@ def _make_trainer(
     if loss.needs_reference:
         references = obtain_references(config, models, inputs, console, device=device, model=policy)
     policy = policy or _load_policy(config, models, device)
+    known = models.policy.adapter
+    if known is not None and known.dropout:
+        console.warn(f"{known.path} was trained with a dropout of {known.dropout}; here is none")
     if config.adapter.kind is not None:
         adapter, targets = config.adapter.build(), config.adapter.targets
         add_adapter(policy, adapter, targets=targets, seed=config.train.seed)
