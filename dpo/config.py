@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
+from dpo.adapter_config import AdapterConfig
 from dpo.errors import InputError
 from dpo.mixing import MixConfig
 from dpo.pair_rows import RankedPairs
@@ -95,6 +96,7 @@ class RunConfig:
     tokenize: TokenizeOptions = field(default_factory=TokenizeOptions)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     reference_cache: ReferenceCacheConfig = field(default_factory=ReferenceCacheConfig)
 
     def __post_init__(self) -> None:

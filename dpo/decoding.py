@@ -157,6 +157,8 @@ def choose_tokens(log_probs: Tensor, options: GenerateOptions, uniforms: Tensor)
 def _logits(hidden: Tensor, head: OutputHead) -> Tensor:
     """(B, V) logits in float32, or float64 of a float64 model."""
     logits = F.linear(hidden, head.weight, head.bias)
+    if head.update is not None:
+        logits = logits + head.update(hidden)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo.log_probs import HeadGradients, Predictions, TileMaker, default_tile_bytes
+from dpo.log_probs import (
+    HeadGradients,
+    Predictions,
+    TileMaker,
+    default_tile_bytes,
+    with_update,
+)
 
 
 def reference_kl(
@@ -27,9 +33,10 @@ def reference_kl(
         tile_bytes: as for ``token_log_probs``.
     """
     size = tile_bytes or default_tile_bytes(policy.hidden.device)
-    frozen = (reference.hidden.detach(), reference.head)
+    hidden, up = with_update(policy)
+    frozen = (with_update(reference)[0].detach(), reference.head.detached())
     divergence: Tensor = _TiledKl.apply(  # type: ignore[no-untyped-call]
-        policy.hidden, policy.head.weight, policy.head.bias, policy.head, *frozen, size
+        hidden, policy.head.weight, up, policy.head.bias, policy.head, *frozen, size
     )
     return divergence
 
@@ -42,16 +49,18 @@ class _TiledKl(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        up: Tensor | None,
         bias: Tensor | None,
         head: Any,
         reference_hidden: Tensor,
         reference_head: Any,
         tile_bytes: int,
     ) -> Tensor:
-        policy = TileMaker(hidden, weight, bias, head.scale, head.softcap, tile_bytes)
+        policy = TileMaker(hidden, weight, up, bias, head.scale, head.softcap, tile_bytes)
         reference = TileMaker(
             reference_hidden,
-            reference_head.weight.detach(),
+            reference_head.weight,
+            None if reference_head.update is None else reference_head.update.up,
             reference_head.bias,
             reference_head.scale,
             reference_head.softcap,
@@ -80,7 +89,7 @@ class _TiledKl(torch.autograd.Function):
         grad = grads[0]  # (K,)
         normalizer, reference_normalizer = ctx.saved_tensors
         policy, reference = ctx.tiles
-        gradients = HeadGradients(policy, *ctx.needs_input_grad[:3])
+        gradients = HeadGradients(policy, *ctx.needs_input_grad[:4])
         # d KL / d z = softmax(z) - softmax(z_ref)
         for (start, tile), (_, other) in zip(policy.tiles(), reference.tiles(), strict=True):
             slope = policy.slope(tile)

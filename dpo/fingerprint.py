@@ -44,6 +44,20 @@ def weights_fingerprint(folder: Path) -> str:
     return _combined(digests, read_json(folder / "config.json"))
 
 
+def adapter_fingerprint(base: str, weights: Path, config: Mapping[str, JSON]) -> str:
+    """Return the fingerprint of a model that is a base and an adapter.
+
+    Args:
+        base: fingerprint of the base.
+        weights: file of the adapter's weights, read through once.
+        config: whatever else the adapter's mathematics depends on.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return _combined([base, *_file_digests(weights)], config)
+
+
 def module_fingerprint(module: nn.Module, config: Mapping[str, JSON]) -> str:
     """Return the fingerprint of a model in memory.
 

@@ -5,17 +5,26 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
+from dpo.adapter_files import (
+    AdapterFolder,
+    adapter_weights,
+    is_adapter,
+    load_adapter,
+    read_adapter,
+)
 from dpo.config import RunConfig
 from dpo.errors import InputError
-from dpo.fingerprint import weights_fingerprint
+from dpo.fingerprint import adapter_fingerprint, weights_fingerprint
 from dpo.hub import commit_of, fetch_model
 from dpo.mismatch import mismatched_rows
 from dpo.mixing import describe_share, mix, named, set_names
-from dpo.models import ModelConfig, read_config
+from dpo.models import Decoder, ModelConfig, load_model, read_config
 from dpo.models.weights import weight_files
 from dpo.pair import Content
 from dpo.pair_rows import RANKED_LAYOUT, RankedPairs
@@ -24,20 +33,26 @@ from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
 
+GENERATION_CONFIG = "generation_config.json"
+
 _NAMED_ROWS = 20
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model on disk, in Hugging Face layout.
+    """A model on disk, in Hugging Face layout, with or without an adapter upon it.
 
     Attributes:
-        path: the folder.
-        commit: of a model on the Hub; None for a local one.
+        path: the folder; that of the base if there is an adapter.
+        commit: of a model or an adapter on the Hub; None for a local one.
+        adapter: what is laid over the model, or None.
+        quantize: the scheme in which its linear layers are held, or None.
     """
 
     path: Path
     commit: str | None
+    adapter: AdapterFolder | None = None
+    quantize: str | None = None
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -46,8 +61,37 @@ class ModelFolder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of weights and mathematics; reads the weights through."""
-        return weights_fingerprint(self.path)
+        """Hash of weights and mathematics as they are on disk; reads the weights through."""
+        base = weights_fingerprint(self.path)
+        if self.adapter is None:
+            return base
+        weights = adapter_weights(self.adapter.path)
+        return adapter_fingerprint(base, weights, asdict(self.adapter.adapter))
+
+    @property
+    def name(self) -> Path:
+        """The folder that the model is known by."""
+        return self.path if self.adapter is None else self.adapter.path
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Load the tokenizer: the adapter's if it has one, else the base's."""
+        has_own = (self.name / "tokenizer.json").exists()
+        return load_tokenizer(self.name if has_own else self.path)
+
+    def load(self, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+        """Load the model.
+
+        Args:
+            dtype: of the parameters in memory; those of an adapter are float32 at least.
+            device: where they go.
+
+        Raises:
+            InputError: a file is missing, damaged, or does not fit the others.
+        """
+        model = load_model(self.path, dtype=dtype, device=device, quantize=self.quantize)
+        if self.adapter is not None:
+            load_adapter(model, self.adapter.path)
+        return model
 
 
 @dataclass(frozen=True)
@@ -97,13 +141,17 @@ def find_models(config: RunConfig) -> Models:
     """Find the models of ``config``, and refuse before any work what can be seen without loading.
 
     Raises:
-        InputError: a file is absent, or the tokenizer makes tokens that a model has no embedding
-            for.
+        InputError: a file is absent, the tokenizer makes tokens that a model has no embedding for,
+            or the base of an adapter is given and there is no adapter.
     """
-    policy = reference = _find_model(config.model, config.revision)
+    adapter = config.adapter
+    how = {"base": adapter.base, "quantize": adapter.quantize}
+    policy = reference = find_model(config.model, config.revision, **how)
     if config.reference is not None:
-        reference = _find_model(config.reference, config.reference_revision)
-    models = Models(policy, reference, load_tokenizer(policy.path))
+        reference = find_model(config.reference, config.reference_revision, **how)
+    if adapter.base is not None and policy.adapter is None and reference.adapter is None:
+        raise InputError(f"adapter.base is {adapter.base}, but {policy.name} is no adapter")
+    models = Models(policy, reference, policy.load_tokenizer())
     for folder in (models.policy, models.reference):
         weight_files(folder.path)
         if models.tokenizer.vocab_size > folder.config.vocab_size:
@@ -113,6 +161,37 @@ def find_models(config: RunConfig) -> Models:
                 f"{models.tokenizer.vocab_size - 1}: they do not belong together"
             )
     return models
+
+
+def find_model(
+    name: str, revision: str | None, *, base: str | None = None, quantize: str | None = None
+) -> ModelFolder:
+    """Find a model, or an adapter and the base that it belongs to.
+
+    Args:
+        name: a folder, or an id on the Hub.
+        revision: of a model on the Hub.
+        base: the base of an adapter; None: the one that it names.
+        quantize: scheme in which the linear layers are to be held.
+
+    Raises:
+        InputError: there is no such model, an adapter lacks a file, or its base is not found.
+    """
+    path = fetch_model(name, revision)
+    commit = None if path == Path(name) else commit_of(path)
+    if not is_adapter(path):
+        return ModelFolder(path, commit, quantize=quantize)
+    adapter = read_adapter(path)
+    adapter_weights(path)
+    if base is not None:
+        adapter = replace(adapter, base=base, base_revision=None)
+    if not adapter.base:
+        raise InputError(f"{path} is an adapter and names no base: give adapter.base")
+    try:
+        base_path = fetch_model(adapter.base, adapter.base_revision)
+    except InputError as error:
+        raise InputError(f"the base of the adapter {path}: {error}; give adapter.base") from error
+    return ModelFolder(base_path, commit, adapter, quantize)
 
 
 def load_inputs(config: RunConfig, models: Models, console: Console) -> Inputs:
@@ -213,11 +292,6 @@ def cache_folder(kind: str) -> Path:
 
 def _digest(prompt: Content, seed: int) -> bytes:
     return hashlib.blake2b(repr((seed, prompt)).encode(), digest_size=16).digest()
-
-
-def _find_model(name: str, revision: str | None) -> ModelFolder:
-    path = fetch_model(name, revision)
-    return ModelFolder(path, None if path == Path(name) else commit_of(path))
 
 
 @dataclass(frozen=True)

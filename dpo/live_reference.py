@@ -58,9 +58,8 @@ class LiveReference:
         """Return what the reference predicts at each answer token, without gradient."""
         with self._in_place():
             predicted = predict_answers(policy, texts)
-            head = predicted.head  # of the policy's parameters, which get their weights back
-            bias = None if head.bias is None else head.bias.detach()
-            return replace(predicted, head=replace(head, weight=head.weight.detach(), bias=bias))
+            # the parameters get the policy's weights back
+            return replace(predicted, head=predicted.head.detached())
 
     @torch.no_grad()
     def follow(self, share: float) -> None:

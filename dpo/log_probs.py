@@ -1,12 +1,13 @@
 """Log-probabilities of answer tokens without ever holding the logits.
 
 Shapes: N tokens in the stream, K answer tokens, D hidden size, V vocabulary, C vocabulary entries
-in a tile.
+in a tile, R rank of the head's update.
 
 Only the K positions that predict an answer token reach the vocabulary, and the vocabulary is walked
 in tiles: a (K, C) tile of logits is folded into a running log-sum-exp and thrown away; the backward
 pass makes it again. Tiles run over the vocabulary and not over tokens, so each row of the weight's
-gradient is written once.
+gradient is written once. An update of the head's weight is never added to it: its factors are more
+columns, ``(h, s h A^T) (W, B)^T = h (W + s B A)^T``.
 """
 
 from __future__ import annotations
@@ -88,9 +89,11 @@ def token_log_probs(
             ``TILE_BYTES``.
         with_square: compute ``log_square`` too.
     """
+    hidden, up = with_update(Predictions(hidden, head))
     results = _TiledLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden,
         head.weight,
+        up,
         head.bias,
         targets,
         head.scale,
@@ -99,6 +102,17 @@ def token_log_probs(
         with_square,
     )
     return TokenLogProbs(*results)
+
+
+def with_update(predicted: Predictions) -> tuple[Tensor, Tensor | None]:
+    """Return the hidden states, and the factor that makes logits of their last R columns.
+
+    They are (K, D + R) and (V, R) of a head with an update, else (K, D) and None.
+    """
+    update, hidden = predicted.head.update, predicted.hidden
+    if update is None:
+        return hidden, None
+    return torch.cat([hidden, update.project(hidden)], dim=1), update.up
 
 
 def default_tile_bytes(device: torch.device) -> int:
@@ -114,6 +128,7 @@ class _TiledLogProbs(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        up: Tensor | None,
         bias: Tensor | None,
         targets: Tensor,
         scale: float,
@@ -121,7 +136,7 @@ class _TiledLogProbs(torch.autograd.Function):
         tile_bytes: int,
         with_square: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        head = TileMaker(hidden, weight, bias, scale, softcap, tile_bytes)
+        head = TileMaker(hidden, weight, up, bias, scale, softcap, tile_bytes)
         rows = len(hidden)
         top = hidden.new_full((rows,), -torch.inf, dtype=head.wide)  # running max of z
         total = torch.zeros_like(top)  # sum of e^(z - top)
@@ -141,7 +156,7 @@ class _TiledLogProbs(torch.autograd.Function):
             top = new_top
         log_normalizer = top + total.log()
         log_probs = head.target_logits(targets) - log_normalizer
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normalizer)
+        ctx.save_for_backward(hidden, weight, up, bias, targets, log_normalizer)
         ctx.options = (scale, softcap, tile_bytes, head.narrow)
         entropy, is_top = log_normalizer - total_z / total, argmax == targets
         ctx.mark_non_differentiable(entropy, is_top)
@@ -154,10 +169,10 @@ class _TiledLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]  # (K,); the others have none
-        hidden, weight, bias, targets, log_normalizer = ctx.saved_tensors
+        hidden, weight, up, bias, targets, log_normalizer = ctx.saved_tensors
         scale, softcap, tile_bytes, narrow = ctx.options
-        head = TileMaker(hidden, weight, bias, scale, softcap, tile_bytes, narrow)
-        gradients = HeadGradients(head, *ctx.needs_input_grad[:3])
+        head = TileMaker(hidden, weight, up, bias, scale, softcap, tile_bytes, narrow)
+        gradients = HeadGradients(head, *ctx.needs_input_grad[:4])
 
         # d log_prob / d z = 1[target] - softmax(z): first the softmax, tile by tile
         for start, tile in head.tiles():
@@ -172,46 +187,58 @@ class _TiledLogProbs(torch.autograd.Function):
 
 
 class HeadGradients:
-    """Gradients of hidden states (K, D), weight (V, D) and bias (V,) from those of the logits.
+    """Gradients of what makes logits, from those of the logits.
 
-    Those that are not wanted are None.
+    Of the hidden states (K, D), with an update (K, D + R); of the weight (V, D); of the update's
+    factor (V, R); of the bias (V,). Those that are not wanted are None.
     """
 
     def __init__(
-        self, head: TileMaker, wants_hidden: bool, wants_weight: bool, wants_bias: bool
+        self,
+        head: TileMaker,
+        wants_hidden: bool,
+        wants_weight: bool,
+        wants_up: bool,
+        wants_bias: bool,
     ) -> None:
         """Begin; every tile of the vocabulary must be added once."""
         self.head, self.narrow_hidden = head, head.hidden.to(head.narrow)
-        hidden, weight, bias = head.hidden, head.weight, head.bias
-        self.hidden = torch.zeros_like(hidden, dtype=head.wide) if wants_hidden else None
-        self.weight = torch.empty_like(weight) if wants_weight else None
-        self.bias = torch.empty_like(bias) if wants_bias and bias is not None else None
+        self.hidden = torch.zeros_like(head.hidden, dtype=head.wide) if wants_hidden else None
+        self.weight = torch.empty_like(head.weight) if wants_weight else None
+        self.up = torch.empty_like(head.up) if wants_up and head.up is not None else None
+        self.bias = torch.empty_like(head.bias) if wants_bias and head.bias is not None else None
+        self.size = head.weight.shape[1]
 
     def add_tile(self, start: int, tile: Tensor) -> None:
         """Add the gradient of the (K, C) raw products from vocabulary index ``start`` on."""
-        stop = start + tile.shape[1]
+        rows = slice(start, start + tile.shape[1])
         narrow = tile.to(self.head.narrow)  # (K, C)
         if self.hidden is not None:
-            self.hidden += narrow @ self.head.weight[start:stop].to(self.head.narrow)
+            self.hidden += narrow @ self.head.rows(rows).to(self.head.narrow)
         if self.weight is not None:
-            self.weight[start:stop] = narrow.T @ self.narrow_hidden
+            self.weight[rows] = narrow.T @ self.narrow_hidden[:, : self.size]
+        if self.up is not None:
+            self.up[rows] = narrow.T @ self.narrow_hidden[:, self.size :]
         if self.bias is not None:
-            self.bias[start:stop] = tile.sum(dim=0)
+            self.bias[rows] = tile.sum(dim=0)
 
     def add_targets(self, targets: Tensor, gradient: Tensor) -> None:
         """Add the (K,) gradient of the raw product of each row's target; after all tiles."""
+        ones, hidden = gradient[:, None], self.head.hidden
         if self.hidden is not None:
-            self.hidden += gradient[:, None] * self.head.weight.index_select(0, targets)
+            self.hidden += ones * self.head.rows(targets)
         if self.weight is not None:
-            of_rows = (gradient[:, None] * self.head.hidden).to(self.weight.dtype)
+            of_rows = (ones * hidden[:, : self.size]).to(self.weight.dtype)
             self.weight.index_add_(0, targets, of_rows)
+        if self.up is not None:
+            self.up.index_add_(0, targets, (ones * hidden[:, self.size :]).to(self.up.dtype))
         if self.bias is not None:
             self.bias.index_add_(0, targets, gradient.to(self.bias.dtype))
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients in the dtypes of what they are of."""
+    def result(self) -> tuple[Tensor | None, ...]:
+        """Return the gradients, in that order, in the dtypes of what they are of."""
         hidden = None if self.hidden is None else self.hidden.to(self.head.hidden.dtype)
-        return hidden, self.weight, self.bias
+        return hidden, self.weight, self.up, self.bias
 
 
 class TileMaker:
@@ -224,6 +251,7 @@ class TileMaker:
         self,
         hidden: Tensor,
         weight: Tensor,
+        up: Tensor | None,
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
@@ -235,7 +263,7 @@ class TileMaker:
             narrow = torch.get_autocast_dtype(device)
         self.narrow = hidden.dtype if narrow is None else narrow
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.hidden, self.weight, self.up, self.bias = hidden, weight, up, bias
         self.scale, self.softcap = scale, softcap
         self.tile_size = max(64, tile_bytes // (self.wide.itemsize * max(1, len(hidden))))
 
@@ -244,15 +272,21 @@ class TileMaker:
         hidden = self.hidden.to(self.narrow)
         with torch.autocast(self.hidden.device.type, enabled=False):
             for start in range(0, len(self.weight), self.tile_size):
-                weight = self.weight[start : start + self.tile_size].to(self.narrow)
+                weight = self.rows(slice(start, start + self.tile_size)).to(self.narrow)
                 tile = (hidden @ weight.T).to(self.wide)
                 if self.bias is not None:
                     tile += self.bias[start : start + self.tile_size]
                 yield start, self._bound(tile)
 
+    def rows(self, index: slice | Tensor) -> Tensor:
+        """Rows of the weight; with an update, (W, B): its factor beside it."""
+        if self.up is None:
+            return self.weight[index]
+        return torch.cat([self.weight[index], self.up[index]], dim=1)
+
     def target_logits(self, targets: Tensor) -> Tensor:
         """(K,) logits of ``targets``, as products in ``wide``: 16 bits lose the last digits."""
-        chosen = self.weight.index_select(0, targets).to(self.wide)  # (K, D)
+        chosen = self.rows(targets).to(self.wide)  # (K, D), or (K, D + R)
         logits = torch.linalg.vecdot(self.hidden.to(self.wide), chosen)
         if self.bias is not None:
             logits = logits + self.bias.index_select(0, targets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dpo.adapter_files import AdapterFolder, is_adapter, read_adapter
 from dpo.config import RunConfig
 from dpo.files import atomic_write
 
@@ -26,21 +27,25 @@ def write_model_card(
     """Write ``folder/README.md``: base model, data, method, held-out metrics before and after.
 
     Args:
-        folder: of the trained model.
+        folder: of the trained model, or of the adapter to its base.
         config: of the run.
         evaluations: from the first one to that of the model in ``folder``; maybe none.
     """
-    base = [] if Path(config.model).exists() else [f"base_model: {config.model}"]
+    adapter = read_adapter(folder) if is_adapter(folder) else None
+    base, revision = config.model, config.revision
+    if adapter is not None:
+        base, revision = adapter.base, adapter.base_revision
     lines = [
         "---",
-        "library_name: transformers",
-        *base,
+        f"library_name: {'transformers' if adapter is None else 'peft'}",
+        *([] if Path(base).exists() else [f"base_model: {base}"]),
         "tags: [dpo, preference-optimization]",
         "---",
         "",
         f"# {_named(config.model)}, trained on preferences",
         "",
-        f"- base model: `{_named(config.model)}`" + _revision(config.revision),
+        f"- base model: `{_named(base)}`" + _revision(revision),
+        *([] if adapter is None else [_of_adapter(adapter, config)]),
         f"- preference pairs: {', '.join(f'`{_named(source)}`' for source in config.sources)}"
         + _revision(config.data_revision),
         f"- loss: `{config.loss.name}`"
@@ -58,6 +63,15 @@ def write_model_card(
         lines += [f"| {name} | {before:.4f} | {after:.4f} |" for name, before, after in shown]
         lines.append("")
     atomic_write(folder / "README.md", "\n".join(lines))
+
+
+def _of_adapter(found: AdapterFolder, config: RunConfig) -> str:
+    adapter, held = found.adapter, config.adapter.quantize
+    return (
+        f"- {'DoRA' if adapter.is_dora else 'LoRA'} adapter: rank {adapter.rank}, alpha "
+        f"{adapter.alpha:g}{', rank-stabilized' if adapter.is_rslora else ''}"
+        f"{f', trained on the base in {held}' if held else ''}; `dpo merge` makes a plain model"
+    )
 
 
 def _named(source: str) -> str:

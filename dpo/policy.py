@@ -1,16 +1,40 @@
 """What the engine asks of a model: the one protocol between models and everything else.
 
-Shapes: N tokens in the stream, D hidden size, V vocabulary.
+Shapes: N tokens in the stream, D hidden size, V vocabulary, R rank of an update.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.segments import TokenStream
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update ``scale * up @ down`` of a weight, in its two factors.
+
+    Attributes:
+        down: (R, D).
+        up: (V, R).
+        scale: what the update is multiplied by.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return what ``up`` is multiplied by, (..., R) of (..., D), in the dtype of products."""
+        return F.linear(hidden, self.down.to(hidden.dtype)) * self.scale
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the update's part of a product, (..., V) of (..., D)."""
+        return F.linear(self.project(hidden), self.up.to(hidden.dtype))
 
 
 @dataclass(frozen=True)
@@ -22,12 +46,22 @@ class OutputHead:
         bias: (V,) or None.
         scale: factor on the logits.
         softcap: bounds logits by ``c * tanh(z / c)`` (Gemma 2); None for no bound.
+        update: what is added to ``weight``, which is then frozen; None for nothing.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    update: LowRank | None = None
+
+    def detached(self) -> OutputHead:
+        """Return the same map without gradient, in the memory that its tensors have now."""
+        update = self.update
+        if update is not None:
+            update = replace(update, down=update.down.detach(), up=update.up.detach())
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias, update=update)
 
 
 @runtime_checkable

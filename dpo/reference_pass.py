@@ -10,8 +10,8 @@ import torch
 
 from dpo.config import RunConfig
 from dpo.files import JSON
-from dpo.inputs import Inputs, Models, cache_folder
-from dpo.models import Decoder, load_model
+from dpo.inputs import Inputs, ModelFolder, Models, cache_folder
+from dpo.models import Decoder
 from dpo.precision import precision_of
 from dpo.progress import Console
 from dpo.reference import (
@@ -61,13 +61,15 @@ def obtain_references(
         RunError: the cache holds other values than the model gives, or one is not finite.
     """
     switches: dict[str, JSON] = {"tf32": True} if config.train.tf32 else {}
+    if models.reference.quantize is not None:
+        switches["quantization"] = models.reference.quantize
     cache = ReferenceCache(
         Path(config.reference_cache.dir or cache_folder("reference")),
-        model=str(models.reference.path),
+        model=str(models.reference.name),
         fingerprint=models.reference.fingerprint,
         numerics=numerics(precision=config.train.dtype, device=device.type, **switches),
     )
-    scorer = _Scorer(config, models.reference.path, device, model)
+    scorer = _Scorer(config, models.reference, device, model)
     pairs = scorer.obtain(inputs.pairs, cache, console, "reference")
     if inputs.eval_pairs is None:
         return References(pairs)
@@ -80,7 +82,7 @@ class _Scorer:
     """Scores pairs with the reference model, which is loaded when it is first needed."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, device: torch.device, model: Decoder | None
+        self, config: RunConfig, folder: ModelFolder, device: torch.device, model: Decoder | None
     ) -> None:
         self.train, self.folder, self.device, self.model = config.train, folder, device, model
         self.precision = precision_of(config.train)
@@ -120,7 +122,7 @@ class _Scorer:
     def _loaded(self) -> Decoder:
         if self.model is None:
             dtype = self.precision.parameters
-            self.model = load_model(self.folder, dtype=dtype, device=self.device)
+            self.model = self.folder.load(dtype=dtype, device=self.device)
         return self.model
 
 

@@ -18,16 +18,26 @@ from types import FrameType
 
 import torch
 
+from dpo.adapter_files import save_adapter
+from dpo.adapters import adapted_layers, add_adapter, rate_scales
 from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
-from dpo.identity import refuse_another_run, training_identity
-from dpo.inputs import Inputs, ModelFolder, Models, find_models, load_inputs, pin_revisions
+from dpo.identity import Identity, refuse_another_run, training_identity
+from dpo.inputs import (
+    GENERATION_CONFIG,
+    Inputs,
+    ModelFolder,
+    Models,
+    find_models,
+    load_inputs,
+    pin_revisions,
+)
 from dpo.model_card import write_model_card
-from dpo.models import Decoder, load_model, save_model
+from dpo.models import Decoder, save_model
 from dpo.models.transforms import checkpoint_activations, compile_blocks
 from dpo.precision import precision_of
 from dpo.progress import Console
@@ -35,8 +45,6 @@ from dpo.reference_pass import References, obtain_references
 from dpo.report import write_report
 from dpo.run_folder import CHECKPOINTS, RunLog, find_checkpoint, go_on_from, write_reproduction
 from dpo.trainer import Metrics, NonFiniteError, Trainer, uses_live_reference
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,7 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         checkpoint = find_checkpoint(folder, config.train.resume, console)
         device = choose_device(config.train)
         models = find_models(config)
+        _check_adapter(config, models)
         inputs = load_inputs(config, models, console)
         config = pin_revisions(config, models, inputs)
         if checkpoint is not None:
@@ -111,7 +120,7 @@ def _refuse_another_run(
         InputError: it is of another run, or lacks the best model that is to be kept.
     """
     training = training_identity(config.train, config.loss.build(), inputs.pairs, inputs.eval_pairs)
-    identity = {**models.fingerprints(), **training}
+    identity = {**_models_identity(config, models), **training}
     refuse_another_run(checkpoint.state, identity, source=str(checkpoint.path))
     best = checkpoint.state["best_step"]
     if not config.train.keep_best or best is None:
@@ -121,6 +130,35 @@ def _refuse_another_run(
             f"cannot resume from {checkpoint.path} with train.keep_best: {path}, the best so far, "
             "was not kept; go on with --no-keep-best"
         )
+
+
+def _models_identity(config: RunConfig, models: Models) -> Identity:
+    """Return what a checkpoint must have in common with the run beside what the trainer knows."""
+    return {**models.fingerprints(), "adapter": config.adapter.identity()}
+
+
+def _check_adapter(config: RunConfig, models: Models) -> None:
+    """Refuse options of an adapter that the model at hand would ignore.
+
+    Raises:
+        InputError: an adapter is asked for twice, or an option asks for one that there is not.
+    """
+    has_adapter = models.policy.adapter is not None
+    if has_adapter and config.adapter.kind is not None:
+        raise InputError(
+            f"adapter.kind is {config.adapter.kind}, but {models.policy.name} is an adapter "
+            "already, which is trained on: leave adapter.kind away, or merge it first (dpo merge)"
+        )
+    for name in ("quantize", "b_rate_ratio"):
+        if (
+            getattr(config.adapter, name) is not None
+            and not has_adapter
+            and not config.adapter.kind
+        ):
+            raise InputError(
+                f"adapter.{name} needs an adapter to train: give adapter.kind, or a model that is "
+                "an adapter"
+            )
 
 
 def _make_trainer(
@@ -147,11 +185,17 @@ def _make_trainer(
                 config, models, beside, console, device=device, model=policy
             )
     policy = policy or _load_policy(config, models.policy, device)
+    known = models.policy.adapter
+    if known is not None and known.dropout:
+        console.warn(f"{known.path} was trained with a dropout of {known.dropout}; here is none")
+    if config.adapter.kind is not None:
+        adapter, targets = config.adapter.build(), config.adapter.targets
+        add_adapter(policy, adapter, targets=targets, seed=config.train.seed)
     if config.train.activation_checkpointing:
         checkpoint_activations(policy)
     if config.train.compile:
         compile_blocks(policy)
-    if config.train.dtype == "bfloat16":
+    if config.train.dtype == "bfloat16" and not adapted_layers(policy):
         console.warn(
             "bfloat16 weights do not move at the learning rates of DPO, which lie below their "
             "resolution: bf16-mixed keeps float32 weights"
@@ -168,12 +212,13 @@ def _make_trainer(
         eval_mismatched_reference=mismatched.eval_pairs,
         reference_weights=reference_weights,
         starts_at_reference=is_own_reference,
+        rate_factors=rate_scales(policy, config.adapter.b_rate_ratio or 1.0),
     )
 
 
 def _load_policy(config: RunConfig, folder: ModelFolder, device: torch.device) -> Decoder:
     dtype = precision_of(config.train).parameters
-    return load_model(folder.path, dtype=dtype, device=device)
+    return folder.load(dtype=dtype, device=device)
 
 
 class _Run:
@@ -238,7 +283,7 @@ class _Run:
         trainer, checkpoints = self.trainer, self.folder / CHECKPOINTS
         if trainer.step == self.saved_step:
             return
-        state = {**trainer.state(), **self.models.fingerprints()}
+        state = {**trainer.state(), **_models_identity(self.config, self.models)}
         save_checkpoint(checkpoints, trainer.step, trainer.tensors(), state)
         self.saved_step = trainer.step
         prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
@@ -258,7 +303,7 @@ class _Run:
         evaluations = [line for line in log.evaluations() if line["step"] <= step]
         with atomic_directory(self.folder / "model", replace=True) as model_folder:
             with self.trainer.averaged_weights():
-                save_model(policy, model_folder)
+                self._save_policy(policy, model_folder)
             self.models.tokenizer.save(model_folder)
             if (source / GENERATION_CONFIG).exists():
                 shutil.copyfile(source / GENERATION_CONFIG, model_folder / GENERATION_CONFIG)
@@ -271,6 +316,18 @@ class _Run:
             first=evaluations[0] if evaluations else None,
             last=evaluations[-1] if evaluations else None,
         )
+
+    def _save_policy(self, policy: Decoder, folder: Path) -> None:
+        """Write the model, or its adapter alone if it has one."""
+        if not adapted_layers(policy):
+            save_model(policy, folder)
+            return
+        base, revision = self.config.model, self.config.revision
+        if (known := self.models.policy.adapter) is not None:
+            base, revision = known.base, known.base_revision
+        if Path(base).exists():
+            base = str(Path(base).resolve())
+        save_adapter(policy, folder, base=base, base_revision=revision)
 
 
 def _status(metrics: Metrics | None) -> str | None:

@@ -21,7 +21,6 @@ from dpo.errors import InputError, RunError
 from dpo.files import atomic_write
 from dpo.inputs import find_models, load_all_pairs
 from dpo.losses import Loss, make_loss
-from dpo.models import load_model
 from dpo.policy import Policy
 from dpo.precision import PRECISIONS, Precision, precision_of
 from dpo.progress import Console
@@ -120,7 +119,7 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
         if loss.needs_reference:
             references = obtain_references(config, models, inputs, console, device=device)
         precision = precision_of(config.train)
-        policy = load_model(models.policy.path, dtype=precision.parameters, device=device)
+        policy = models.policy.load(dtype=precision.parameters, device=device)
         batches = MicroBatches(
             inputs.pairs,
             references.pairs,

@@ -116,6 +116,7 @@ class Trainer:
         eval_mismatched_reference: ReferenceLogProbs | None = None,
         reference_weights: Mapping[str, Tensor] | None = None,
         starts_at_reference: bool = True,
+        rate_factors: Mapping[str, float] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         """Prepare the run; nothing is computed yet but a reference that is not given.
@@ -136,6 +137,7 @@ class Trainer:
                 the reference is live (`uses_live_reference`); else the policy as it starts.
             starts_at_reference: the policy is its own reference, so the first loss is known and
                 checked.
+            rate_factors: on the learning rate by parameter name, besides those of ``config.rates``.
             callbacks: called with the trainer and each line of metrics.
 
         Raises:
@@ -177,6 +179,8 @@ class Trainer:
         self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
         scales = rate_scales(policy, self.config.rates)
+        for name, factor in (rate_factors or {}).items():
+            scales[name] = scales.get(name, 1.0) * factor
         self.optimizer = make_optimizer(
             self.config.optimizer,
             parameter_groups(policy, self.config.weight_decay, scales),
@@ -531,9 +535,9 @@ class Trainer:
         }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the weights, the optimizer state by parameter name, and the random state."""
+        """Return the trained weights, the optimizer state by parameter name, the random state."""
         return {
-            "model": {name: p.detach() for name, p in self.module.named_parameters()},
+            "model": {name: p.detach() for name, p in self._trained()},
             "optimizer": optimizer_tensors(self.optimizer, self.module),
             "random": {"cpu": torch.get_rng_state()},
             "loss": {"running": self.running},
@@ -570,9 +574,12 @@ class Trainer:
     def restore_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over the weights of what ``tensors`` returned and the optimizer's averages."""
         with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self._trained():
                 parameter.copy_(tensors["model"][name])
         restore_optimizer(self.optimizer, self.module, tensors["optimizer"])
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def _identity(self) -> Identity:
         eval_pairs = None if self.eval_batches is None else self.eval_batches.pairs

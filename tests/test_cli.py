@@ -112,6 +112,8 @@ def test_flag_sets_its_key(key: str) -> None:
         "mix.temperature": ("--data", "other.jsonl"),
         "mix.rows": ("--data", "other.jsonl"),
         "loss.name": (),
+        **{f"adapter.{name}": ("--adapter", "lora") for name in ("rank", "alpha", "targets")},
+        "adapter.rslora": ("--adapter", "lora"),
     }.get(key, ())
     if key == "loss.name":
         arguments, value = [flag.opts[0], "hinge"], "hinge"

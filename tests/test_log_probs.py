@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo.log_probs import TokenLogProbs, token_log_probs
-from dpo.policy import OutputHead
+from dpo.policy import LowRank, OutputHead
 
 K, D, V = 6, 5, 150
 
@@ -41,6 +41,24 @@ def test_gradients_pass_gradcheck(scale: float, softcap: float | None) -> None:
 
     leaves = tuple(leaf.requires_grad_() for leaf in (hidden, weight, bias))
     assert torch.autograd.gradcheck(scored, leaves)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), HEADS.values(), ids=HEADS)
+def test_gradients_of_an_update_pass_gradcheck(scale: float, softcap: float | None) -> None:
+    hidden, weight, bias, targets = problem()
+    generator = torch.Generator().manual_seed(1)
+    down = torch.randn(2, D, generator=generator, dtype=torch.float64)
+    up = torch.randn(V, 2, generator=generator, dtype=torch.float64)
+
+    def scored(hidden: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        head = OutputHead(weight, bias, scale, softcap, LowRank(down, up, 0.5))
+        return token_log_probs(hidden, targets, head, tile_bytes=64 * K * 8).log_probs
+
+    leaves = tuple(leaf.requires_grad_() for leaf in (hidden, weight, bias, down, up))
+    assert torch.autograd.gradcheck(scored, leaves)
+    merged = OutputHead(weight + 0.5 * up @ down, bias, scale, softcap)
+    expected = token_log_probs(hidden, targets, merged).log_probs
+    torch.testing.assert_close(scored(*leaves), expected)
 
 
 @settings(deadline=None, max_examples=30)

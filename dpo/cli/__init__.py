@@ -35,6 +35,9 @@ COMMANDS = {
         "dpo.cli.reference:reference",
         "Compute the reference log-probs of a data set and keep them for later runs.",
     ),
+    "merge": Entry(
+        "dpo.cli.merge:merge", "Write the plain model that an adapter makes of its base."
+    ),
     "generate": Entry(
         "dpo.cli.generate:generate", "Continue a text or answer a message with a saved model."
     ),

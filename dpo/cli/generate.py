@@ -14,6 +14,7 @@ from dpo.train_config import Device
 @click.command
 @click.argument("model")
 @click.option("--revision", help="Commit, branch or tag of a model on the Hub.")
+@click.option("--adapter-base", help="Base of a model that is an adapter [default: its own].")
 @click.option("--prompt", help="What to continue or answer [default: all of stdin].")
 @click.option(
     "--chat/--raw",
@@ -54,6 +55,7 @@ def generate(
     model: str,
     *,
     revision: str | None,
+    adapter_base: str | None,
     prompt: str | None,
     is_chat: bool | None,
     dtype: Any,  # click has checked it
@@ -72,17 +74,15 @@ def generate(
     from dpo.decoding import GenerateOptions
     from dpo.device import choose_device
     from dpo.generate import generate as generate_texts
-    from dpo.hub import fetch_model
-    from dpo.models import load_model
+    from dpo.inputs import find_model
     from dpo.precision import PRECISIONS
-    from dpo.tokenizer import load_tokenizer
     from dpo.train_config import TrainConfig
 
     how = GenerateOptions(**options)
     where = choose_device(TrainConfig(device=device, dtype=dtype))
-    folder = fetch_model(model, revision)
-    tokenizer = load_tokenizer(folder)
-    decoder = load_model(folder, dtype=PRECISIONS[dtype].parameters, device=where)
+    folder = find_model(model, revision, base=adapter_base)
+    tokenizer = folder.load_tokenizer()
+    decoder = folder.load(dtype=PRECISIONS[dtype].parameters, device=where)
     if is_chat is None:
         is_chat = tokenizer.chat_template is not None
     started = time.perf_counter()

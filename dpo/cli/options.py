@@ -26,6 +26,11 @@ _FLAGS = {  # where the flag is not the last part of the key
     "mix.weights": "mix-weights",
     "mix.temperature": "mix-temperature",
     "mix.rows": "mix-rows",
+    "adapter.kind": "adapter",
+    "adapter.rank": "adapter-rank",
+    "adapter.alpha": "adapter-alpha",
+    "adapter.targets": "adapter-targets",
+    "adapter.base": "adapter-base",
 }
 _LOSS_OPTIONS = {  # the two that most losses have; the others are given by --set loss.NAME=VALUE
     "loss.beta": Option(float, is_optional=False, help="The loss's strength of the reference."),

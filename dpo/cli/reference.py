@@ -17,6 +17,7 @@ _NO_OUTPUT = Setting("out", "nothing but the cache", "dpo reference")
     "columns", "ranked", "on_bad_row", "tokenize.", "train.seed",
     "train.micro_batch_size", "train.tokens_per_micro_batch", "train.dtype", "train.tf32",
     "train.device", "train.threads", "train.share_prefix",
+    "adapter.quantize", "adapter.base",
 )  # fmt: skip
 @click.pass_context
 def reference(

@@ -12,6 +12,7 @@ from dpo.progress import Console
     "data", "data_split", "data_revision", "columns", "ranked", "on_bad_row", "out",
     "tokenize.", "loss.", "train.micro_batch_size", "train.tokens_per_micro_batch",
     "train.dtype", "train.tf32", "train.device", "train.threads", "train.share_prefix",
+    "adapter.quantize", "adapter.base",
 )  # fmt: skip
 @click.pass_context
 def score(context: click.Context, /, *, print_config: bool, quiet: bool, **_flags: object) -> None:

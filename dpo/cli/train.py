@@ -11,7 +11,7 @@ from dpo.progress import Console
     "model", "revision", "data", "mix.", "data_split", "data_revision",
     "eval_data", "eval_data_split", "eval_data_revision", "eval_split", "columns", "ranked",
     "on_bad_row", "out", "reference", "reference_revision", "reference_cache.", "tokenize.",
-    "loss.", "train.",
+    "loss.", "train.", "adapter.",
 )  # fmt: skip
 @click.pass_context
 def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flags: object) -> None:

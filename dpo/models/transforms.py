@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo.models.decoder import Decoder
+from dpo.quantization import QuantizedLinear
 
 
 def checkpoint_activations(model: Decoder) -> None:
@@ -26,6 +29,12 @@ def checkpoint_activations(model: Decoder) -> None:
 
 
 def compile_blocks(model: Decoder) -> None:
-    """Compile each block for streams of any length, in place; all blocks share one graph."""
+    """Compile each block for streams of any length, in place; all blocks share one graph.
+
+    Quantized layers are left out of it: the making of a weight from codes cannot be traced.
+    """
+    modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    for module in modules:
+        module.forward = torch.compiler.disable(module.forward)
     for block in model.model.layers:
         block.compile(dynamic=True)

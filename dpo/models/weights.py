@@ -21,6 +21,7 @@ from dpo.models.architectures import ARCHITECTURES
 from dpo.models.config import ModelConfig, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.layouts import StoredTensor
+from dpo.quantization import QuantizedLinear, quantize_linears
 from dpo.tensor_files import write_tensors
 
 SINGLE: Final = "model.safetensors"
@@ -38,6 +39,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> Decoder:
     """Load a decoder from a model folder.
 
@@ -45,10 +47,12 @@ def load_model(
         folder: holds config.json and model.safetensors, or shards with an index.
         dtype: of the parameters in memory, whatever they are stored as.
         device: where they go.
+        quantize: a name in ``dpo.quantization.SCHEMES``, in which the linear layers of the blocks
+            are held, each from the moment its weight is read; None for none.
 
     Raises:
-        InputError: a file is missing, damaged, or does not fit config.json; all faults of one kind
-        together.
+        InputError: a file is missing, damaged, or does not fit config.json, all faults of one kind
+        together; or there is no such scheme.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -56,15 +60,19 @@ def load_model(
         model = Decoder(config)
     parameters = dict(model.named_parameters())
     stored = _stored(model)
+    quantized = {} if quantize is None else quantize_linears(model, quantize)
     weights: dict[str, Tensor] = {}
     found: set[str] = set()
     for path in weight_files(folder):
         for tensor, value in _read_file(path, config, stored, parameters, torch.device(device)):
             found.add(tensor.name)
             _place(weights, tensor, value.to(dtype), parameters)
-    missing = sorted(stored.keys() - found)
+            _quantize(weights, tensor, quantized)
+    missing = stored.keys() - found
     if missing:
-        raise InputError(f"{folder}: {len(missing)} weights are missing: {_listed(missing)}")
+        raise InputError(
+            f"{folder}: {len(missing)} weights are missing: {_listed(sorted(missing))}"
+        )
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model
@@ -90,6 +98,15 @@ def _place(
         if part.parameter not in weights:
             weights[part.parameter] = tensor.new_empty(parameters[part.parameter].shape)
         weights[part.parameter][part.expert] = tensor
+
+
+def _quantize(
+    weights: dict[str, Tensor], stored: StoredTensor, quantized: Mapping[str, QuantizedLinear]
+) -> None:
+    """Move what ``stored`` has put into ``weights`` to the layers that hold it in codes."""
+    for part in stored.parts:
+        if layer := quantized.get(part.parameter.removesuffix(".weight")):
+            layer.take(weights.pop(part.parameter))
 
 
 def weight_files(folder: Path) -> list[Path]:
