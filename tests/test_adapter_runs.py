@@ -17,7 +17,7 @@ from dpo.adapter_config import AdapterConfig
 from dpo.adapter_files import CONFIG, WEIGHTS, read_adapter
 from dpo.adapters import Adapter
 from dpo.cli import main
-from dpo.config import RunConfig
+from dpo.config import LossConfig, RunConfig
 from dpo.errors import InputError
 from dpo.files import read_json
 from dpo.progress import Console
@@ -337,3 +337,34 @@ def test_pure_bfloat16_is_no_danger_to_an_adapter(config: RunConfig) -> None:
     assert "bfloat16 weights do not move" not in said_by(changed(config, dtype="bfloat16"))
     saved = load_file(Path(config.out) / "model" / WEIGHTS)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+# --- methods whose reference is in memory ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [("sigmoid", {"reference_sync_every": 2}), ("tdpo2", {})],
+    ids=["a reference that moves", "tdpo"],
+)
+def test_live_reference_is_other_adapters_for_the_same_base(
+    config: RunConfig,
+    tmp_path: Path,
+    make_model_folder: Callable[..., Path],
+    adapter: AdapterConfig,
+    loss: str,
+    options: dict[str, Any],
+) -> None:
+    untied = make_model_folder(tmp_path / "untied", tie_word_embeddings=False)
+    config = replace(config, model=str(untied), adapter=adapter, loss=LossConfig(loss))
+    config = changed(config, steps=6, save_every=2, keep=3, **options)
+    started(config)
+    losses = [line["loss"] for line in metrics(config.out) if "loss" in line]
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-5)
+    reference = load_file(Path(config.out) / "checkpoints/step-000002/reference.safetensors")
+    assert {name.rpartition(".")[2] for name in reference} <= {"down", "up", "magnitude"}
+    resumed = replace(config, out=str(tmp_path / "RESUMED"))
+    checkpoint = str(Path(config.out) / "checkpoints/step-000002")
+    started(changed(resumed, resume=checkpoint))
+    assert weights(resumed.out) == weights(config.out)
