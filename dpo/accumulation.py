@@ -19,6 +19,7 @@ from torch import Tensor
 from dpo.losses import Loss, PairLogProbs
 from dpo.losses.base import NOT_GIVEN, PAIR_COLUMNS
 from dpo.metrics import MetricSums
+from dpo.routing import RouterUse, balance_loss, total_use
 from dpo.scoring import ScoredPairs
 
 Score = Callable[[Sequence[int]], ScoredPairs]  # runs the policy over rows
@@ -35,10 +36,12 @@ class StepResult:
     Attributes:
         losses: (P,) loss of each pair, without gradient.
         running: (S,) the loss's running statistics after the step.
+        balance: (), ``balance_loss`` of the step, or None without routers.
     """
 
     losses: Tensor
     running: Tensor
+    balance: Tensor | None = None
 
 
 def differentiate(
@@ -52,8 +55,11 @@ def differentiate(
     mismatch: Tensor,
     total_weight: float,
     scale: Scale,
+    router_weight: float | None = None,
 ) -> StepResult:
     """Add the gradient of ``sum(w loss) / total_weight`` over a step to that of the parameters.
+
+    With ``router_weight`` also that of so many times the balance loss of the step's experts.
 
     Args:
         loss: the loss.
@@ -65,10 +71,20 @@ def differentiate(
         mismatch: as in ``PairLogProbs``.
         total_weight: sum of the pairs' weights.
         scale: applied to what is differentiated.
+        router_weight: None for a policy that records no routers.
     """
-    if loss.sees_whole_step:
+    if loss.sees_whole_step or router_weight is not None:
         return _differentiate_whole(
-            loss, score, micro_batches, rows, sums, running, mismatch, total_weight, scale
+            loss,
+            score,
+            micro_batches,
+            rows,
+            sums,
+            running,
+            mismatch,
+            total_weight,
+            scale,
+            router_weight,
         )
     losses = []
     for batch_rows in micro_batches:
@@ -91,15 +107,22 @@ def _differentiate_whole(
     mismatch: Tensor,
     total_weight: float,
     scale: Scale,
+    router_weight: float | None,
 ) -> StepResult:
     """Score all pairs, take the slopes of the loss, and differentiate the log-probs with them."""
     first = None
     if len(micro_batches) == 1:  # its graph is kept, and no second pass needed
         first = score(micro_batches[0])
-        scored_pairs = [first.loss_pairs]
+        seen = [(first.loss_pairs, first.router)]
     else:
         with torch.no_grad():
-            scored_pairs = [score(batch_rows).loss_pairs for batch_rows in micro_batches]
+            passes = map(score, micro_batches)
+            seen = [(scored.loss_pairs, scored.router) for scored in passes]
+    scored_pairs = [pairs for pairs, _ in seen]
+    balance = router_slope = None
+    if router_weight is not None:
+        balance, router_slope = _balance([use for _, use in seen if use is not None])
+        router_slope = router_weight * router_slope
     places = _places(micro_batches, rows, scored_pairs[0].chosen.device)
     pairs = _in_order(scored_pairs, places)
     leaves = {name: getattr(pairs, name).detach().requires_grad_() for name in _sloped(pairs)}
@@ -114,12 +137,22 @@ def _differentiate_whole(
     for batch_rows, part, of_batch in zip(micro_batches, parts, losses.split(sizes), strict=True):
         scored = first or score(batch_rows)
         outputs = [getattr(scored.loss_pairs, name) for name in leaves]
+        if scored.router is not None and router_slope is not None:
+            outputs, part = [*outputs, scored.router.shares], (*part, router_slope)
         with_graph = [pair for pair in zip(outputs, part, strict=True) if pair[0].requires_grad]
         torch.autograd.backward(
             [output for output, _ in with_graph], [scale(slope) for _, slope in with_graph]
         )
         sums.add(loss, scored, of_batch)
-    return StepResult(losses, pairs.running)
+    return StepResult(losses, pairs.running, balance)
+
+
+def _balance(uses: Sequence[RouterUse]) -> tuple[Tensor, Tensor]:
+    """Return the balance loss of a step, (), and its slope at the shares of any part, (X,)."""
+    use = total_use(uses)
+    shares = use.shares.detach().requires_grad_()
+    loss = balance_loss(replace(use, shares=shares))
+    return loss.detach(), torch.autograd.grad(loss, shares)[0]
 
 
 def evaluate(

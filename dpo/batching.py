@@ -27,6 +27,7 @@ class AnswerBatch:
         targets: (K,) int64, the answer tokens themselves.
         answers: (K,) int64, the answer each token belongs to, counted over the prompts in turn.
         answer_count: A.
+        answer_segments: the segment of each answer that is there.
     """
 
     stream: TokenStream
@@ -34,6 +35,15 @@ class AnswerBatch:
     targets: Tensor
     answers: Tensor
     answer_count: int
+    answer_segments: tuple[int, ...]
+
+    def reads(self) -> Tensor:
+        """Count for each token of the stream the answers that it is read for, (N,) float32."""
+        segments = self.stream.plan.segments
+        counts = np.zeros(len(segments.lengths), np.float32)
+        for segment in self.answer_segments:
+            counts[segments.path(segment)] += 1
+        return torch.from_numpy(np.repeat(counts, segments.lengths))
 
     def sum_per_answer(self, values: Tensor) -> Tensor:
         """Sum (K,) values of answer tokens to (A,)."""
@@ -281,6 +291,7 @@ def _index_answers(
         targets=torch.from_numpy(targets.astype(np.int64)),
         answers=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         answer_count=len(lengths),
+        answer_segments=tuple(answer_segments),
     )
 
 

@@ -37,6 +37,7 @@ def training_identity(
         "batch_size": config.batch_size,
         "seed": config.seed,
         "group_prompts": config.group_prompts,
+        "router_loss": config.router_loss,
         "reference_sync_every": config.reference_sync_every,
         "reference_sync_share": config.reference_sync_share,
         "dtype": config.dtype,

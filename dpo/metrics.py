@@ -65,6 +65,7 @@ the steps since the last:
 step                             optimizer steps done; also of an evaluation
 epoch                            passes over the data done
 grad_norm                        mean L2 norm of the gradient before clipping
+router/balance                   mean ``dpo.routing.balance_loss`` of a step, with train.router_loss
 learning_rate                    of the last step, before the factors of train.rates
 displacement/alarm               1 where ``dpo.displacement`` gives the alarm, else 0
 perf/step_s                      mean seconds of a step

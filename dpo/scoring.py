@@ -22,6 +22,8 @@ from dpo.losses.token_level import AnswerTokens
 from dpo.policy import Policy
 from dpo.precision import Precision
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs
+from dpo.routing import Routed, RouterUse
+from dpo.segments import move
 from dpo.tokenized_pairs import TokenizedPairs
 
 _WINDOW = 1024  # rows packed at a time where their order is free
@@ -123,12 +125,14 @@ class ScoredPairs:
         tokens: its answer tokens, (K,) each.
         pairs: the same summed over each answer, (P,) each; a missing reference is zero.
         loss_pairs: what the loss sees: ``pairs`` with what it asks for, and its own log-probs.
+        router: the use of experts, if the policy records it.
     """
 
     batch: PairBatch
     tokens: TokenLogProbs
     pairs: PairLogProbs
     loss_pairs: PairLogProbs
+    router: RouterUse | None = None
 
 
 def score_batch(
@@ -136,6 +140,8 @@ def score_batch(
     batch: PairBatch,
     loss: Loss | None = None,
     live_reference: LiveReference | None = None,
+    *,
+    with_router: bool = False,
 ) -> ScoredPairs:
     """Run ``policy`` over ``batch``, differentiably.
 
@@ -144,6 +150,7 @@ def score_batch(
         batch: with the reference log-probs, unless the reference is live.
         loss: what it asks for is put into ``loss_pairs``; the log-probs alone if None.
         live_reference: run first, without gradient.
+        with_router: the policy is `Routed` and records its routers.
     """
     statistic = None if loss is None else loss.token_statistic
     of_reference = None
@@ -152,6 +159,10 @@ def score_batch(
         found = token_log_probs(of_reference.hidden, batch.texts.targets, of_reference.head)
         batch = replace(batch, reference=found.log_probs.detach())
     predicted = predict_answers(policy, batch.texts)
+    router = None
+    if with_router:
+        assert isinstance(policy, Routed)
+        router = policy.router_use(move(batch.texts.reads(), predicted.hidden.device))
     tokens = token_log_probs(
         predicted.hidden,
         batch.texts.targets,
@@ -172,7 +183,7 @@ def score_batch(
         loss_pairs = _with_statistic(loss_pairs, batch, typicality)
     if statistic == "reference_kl" and of_reference is not None:
         loss_pairs = _with_statistic(loss_pairs, batch, reference_kl(predicted, of_reference))
-    return ScoredPairs(batch, tokens, pairs, _with_extras(loss_pairs, batch))
+    return ScoredPairs(batch, tokens, pairs, _with_extras(loss_pairs, batch), router)
 
 
 def _pairs(batch: PairBatch, log_probs: Tensor, reference: Tensor) -> PairLogProbs:

@@ -41,6 +41,7 @@ _RANGES: dict[str, _Range] = {
     "beta1": _FRACTION,
     "beta2": _FRACTION,
     "epsilon": _ABOVE_ZERO,
+    "router_loss": _ABOVE_ZERO,
     "reference_sync_every": _AT_LEAST_ONE,
     "reference_sync_share": ("in (0, 1]", lambda value: 0 < value <= 1),
     "momentum": _FRACTION,
@@ -153,6 +154,9 @@ class TrainConfig:
         bool, "Put the pairs of a prompt into the same step, which computes it once."
     ] = False
 
+    router_loss: Annotated[
+        float | None, "Weight of the loss that keeps experts evenly used, > 0; none: without it."
+    ] = None
     reference_sync_every: Annotated[
         int | None, "Move the reference towards the policy every so many steps, >= 1; none: never."
     ] = None

@@ -40,6 +40,7 @@ from dpo.optim import (
 from dpo.policy import Policy
 from dpo.precision import precision_of
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
+from dpo.routing import Routed
 from dpo.sampling import make_sampler
 from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
 from dpo.sources import sources_of
@@ -163,6 +164,10 @@ class Trainer:
         self.starts_at_reference = starts_at_reference
         if self.config.reference_sync_every is not None and not self.loss.needs_reference:
             raise InputError(f"train.reference_sync_every: {self.loss} has no reference to move")
+        if self.config.router_loss is not None and not (
+            isinstance(policy, Routed) and policy.record_routers()
+        ):
+            raise InputError("train.router_loss: the policy has no experts that a router chooses")
         self.live_reference = (
             LiveReference(policy, reference_weights)
             if uses_live_reference(self.loss, self.config)
@@ -204,6 +209,7 @@ class Trainer:
         self._eval_sources = None if eval_pairs is None else sources_of(eval_pairs)
         self._window, self._throughput = MetricSums(self._sources), Throughput()
         self._norms: list[Tensor] = []
+        self._balances: list[Tensor] = []
         self._alarm = DisplacementAlarm()
 
     def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
@@ -301,6 +307,7 @@ class Trainer:
         if self._is_finite(norm, result.losses):
             self._update(norm)
             self.running = result.running
+            self._balances += [] if result.balance is None else [result.balance]
             self._window.merge(sums)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -322,6 +329,7 @@ class Trainer:
             mismatch=self._mismatch(self.mismatched, rows),
             total_weight=total_weight,
             scale=self.scaler.scale,
+            router_weight=self.config.router_loss,
         )
 
     def _mismatch(self, batches: MicroBatches | None, rows: Sequence[int]) -> Tensor:
@@ -333,7 +341,13 @@ class Trainer:
     def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
         batch = batches.collate(rows, step=step).to(self.device)
         with self.precision.context(self.device):
-            return score_batch(self.policy, batch, self.loss, self.live_reference)
+            return score_batch(
+                self.policy,
+                batch,
+                self.loss,
+                self.live_reference,
+                with_router=self.config.router_loss is not None,
+            )
 
     def _total_weight(self, rows: Sequence[int]) -> float:
         """Sum of the loss's pair weights over a whole step, known before the first forward pass."""
@@ -492,6 +506,7 @@ class Trainer:
             **window,
             **self._gradient_metrics(),
             "learning_rate": self._learning_rate_at(self.step - 1),
+            **self._router_metrics(),
             **self._throughput.rates(),
             "mem/peak_mib": peak_memory_mib(self.device),
             "data/tokens": self.tokens_seen,
@@ -500,8 +515,13 @@ class Trainer:
         if self.starts_at_reference and {"displacement/chosen", "rewards/margin"} <= window.keys():
             line["displacement/alarm"] = float(self._alarm.hears(window))
         self._window, self._throughput = MetricSums(self._sources), Throughput()
-        self._norms = []
+        self._norms, self._balances = [], []
         return line
+
+    def _router_metrics(self) -> dict[str, float]:
+        if not self._balances:
+            return {}
+        return {"router/balance": float(torch.stack(self._balances).mean())}
 
     def _gradient_metrics(self) -> dict[str, float]:
         bound = self.config.max_grad_norm

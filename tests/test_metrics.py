@@ -431,6 +431,7 @@ def scored_pairs(*, reference: Tensor | None) -> ScoredPairs:
         targets=torch.tensor([1, 2, 3]),
         answers=torch.tensor([0, 0, 1]),
         answer_count=2,
+        answer_segments=(1, 2),
     )
     one = torch.ones(1)
     pairs = PairLogProbs(
@@ -478,8 +479,9 @@ def test_scored_micro_batch_without_a_reference_has_none_of_its_metrics() -> Non
 def test_table_of_the_module_lists_every_metric_of_a_step(
     make_model: Callable[..., Decoder], make_pairs: Callable[..., TokenizedPairs]
 ) -> None:
-    config = TrainConfig(batch_size=8, steps=2, learning_rate=1e-2)
-    *_, last = Trainer(make_model(), make_pairs(8), config)
+    experts = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = TrainConfig(batch_size=8, steps=2, learning_rate=1e-2, router_loss=0.1)
+    *_, last = Trainer(make_model(**experts), make_pairs(8), config)
     assert last.metrics is not None
     table = re.findall(r"^([a-z_/0-9]+) {2,}", dpo.metrics.__doc__ or "", re.MULTILINE)
     assert sorted(table) == sorted(last.metrics)

@@ -21,6 +21,7 @@ from dpo.models.config import ACTIVATIONS, ModelConfig
 from dpo.models.experts import SparseMLP
 from dpo.models.rope import Rotation, rotation
 from dpo.policy import OutputHead
+from dpo.routing import RouterUse, total_use, use_of
 from dpo.segments import AttentionPlan, Segments, TokenStream
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
@@ -54,6 +55,21 @@ class Decoder(nn.Module):
         """
         hidden: Tensor = self.model(stream)
         return hidden
+
+    def record_routers(self) -> bool:
+        """Let every forward pass keep what ``router_use`` needs; False if there are no experts."""
+        sparse = self._sparse_layers()
+        for layer in sparse:
+            layer.records = True
+        return bool(sparse)
+
+    def router_use(self, weights: Tensor) -> RouterUse:
+        """Return the use of experts in the last forward pass, by (N,) ``weights`` of tokens."""
+        records = [layer.record for layer in self._sparse_layers()]
+        return total_use([use_of(*record, weights) for record in records if record is not None])
+
+    def _sparse_layers(self) -> list[SparseMLP]:
+        return [module for module in self.modules() if isinstance(module, SparseMLP)]
 
     def output_head(self) -> OutputHead:
         """Return the output projection."""

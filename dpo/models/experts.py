@@ -26,6 +26,8 @@ class SparseMLP(nn.Module):
         self.chosen, self.shares_sum_to_one = experts.chosen, experts.shares_sum_to_one
         self.gate = nn.Linear(config.hidden_size, experts.count, bias=False)
         self.experts = ExpertMLPs(config, experts)
+        self.records = False  # whether a forward pass leaves (N, X) shares and (N, C) choices
+        self.record: tuple[Tensor, Tensor] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (N, D) to (N, D)."""
@@ -45,6 +47,8 @@ class SparseMLP(nn.Module):
         logits = self.gate(hidden)  # (N, X)
         shares = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
         largest, chosen = shares.topk(self.chosen, dim=1)
+        if self.records:
+            self.record = shares, chosen
         if self.shares_sum_to_one:
             largest = largest / largest.sum(dim=1, keepdim=True)
         return largest, chosen
