@@ -12,8 +12,8 @@ from dpo.train_config import TrainConfig
 
 
 def make(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    schedule: Any = "constant"
-    config = TrainConfig(optimizer=name, schedule=schedule)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"optimizer": name, "schedule": "constant"}
+    config = TrainConfig(**arguments)
     options = {key: getattr(config, key) for key in ("beta1", "beta2", "epsilon", "momentum")}
     return make_optimizer(name, parameter_groups(model, 0.0), learning_rate=0.1, **options)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import optimization
 
+import dpo.optim
 from dpo.averaging import Averages
 from dpo.checkpoint import load_checkpoint, optimizer_tensors, restore_optimizer, save_checkpoint
 from dpo.errors import InputError
@@ -263,11 +264,15 @@ class TestOtherOptimizers:
 
 
 def make(name: str, groups: Sequence[Any], **changes: float) -> torch.optim.Optimizer:
-    """Make an optimizer with the options of a run that gives none of them."""
-    schedule: Any = "constant"
-    config = TrainConfig(optimizer=name, schedule=schedule, **changes)  # type: ignore[arg-type]
+    """Make an optimizer with the options of a run that gives none but ``changes``."""
+    config = config_of(name, **changes)
     options = {key: getattr(config, key) for key in ("beta1", "beta2", "epsilon", "momentum")}
     return make_optimizer(name, groups, learning_rate=config.learning_rate, **options)
+
+
+def config_of(name: str, **changes: Any) -> TrainConfig:
+    options: dict[str, Any] = {"optimizer": name, "schedule": "constant", **changes}
+    return TrainConfig(**options)
 
 
 def give_gradients(model: nn.Module, seed: int) -> None:
@@ -290,6 +295,15 @@ BYTES = {  # of states for each float32 weight of a matrix, at most
 class TestEveryOptimizer:
     def test_every_name_of_the_config_is_there(self) -> None:
         assert tuple(OPTIMIZERS) == get_args(Optimizer)
+
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_page_for_users_has_a_line_with_its_options(self, name: str) -> None:
+        page = Path(dpo.optim.__file__).parents[1] / "OPTIMIZERS.md"
+        lines = page.read_text(encoding="utf-8").splitlines()
+        (line,) = [line for line in lines if line.startswith(f"| `{name}` |")]
+        for option in ("beta1", "beta2", "epsilon", "momentum"):
+            own = getattr(config_of(name), option) is not None
+            assert own == (f"`{option}`" in line or ("as `adamw`" in line and option != "momentum"))
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_states_are_as_large_as_promised(self, name: str) -> None:
