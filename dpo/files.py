@@ -243,6 +243,18 @@ def append_jsonl(path: Path, record: Mapping[str, JSON]) -> None:
         file.write(line)
 
 
+def append_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Append to a file, making it if needed."""
+    with _named(path), path.open("ab") as file:
+        file.write(data)
+
+
+def append_file(path: Path, source: Path) -> None:
+    """Append what ``source`` holds to a file, a block at a time."""
+    with _named(path), path.open("ab") as file, source.open("rb") as data:
+        shutil.copyfileobj(data, file, 2**20)
+
+
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Name the file in errors of writing, as those of opening do."""

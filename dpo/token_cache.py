@@ -6,23 +6,40 @@ and the manifest of their hashes. It is complete or not there, checked when read
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from dpo.files import atomic_directory, read_json, verify_manifest, write_json, write_manifest
+from dpo.files import (
+    append_bytes,
+    append_file,
+    atomic_directory,
+    atomic_write,
+    read_json,
+    remove_leftovers,
+    verify_manifest,
+    write_manifest,
+)
 from dpo.pair import PreferencePair, plain_json
 from dpo.pair_rows import pair_to_row
-from dpo.tokenized_pairs import RowNote, Tokenization, TokenizationReport, TokenizedPairs
+from dpo.tokenized_pairs import (
+    RowNote,
+    Tokenization,
+    TokenizationReport,
+    TokenizedPair,
+    TokenizedPairs,
+    columns_of,
+)
 
 _FORMAT = 1  # raise it when the same key would give other tokens
-_COLUMNS = ("tokens", "offsets", "weights", "margins", "label_probs")
+_COLUMNS = ("offsets", "tokens", "weights", "margins", "label_probs")  # the widest dtype first
+_DTYPES = {"int64": "I64", "int32": "I32", "float32": "F32"}  # numpy -> safetensors
+_ABANDONED_SECONDS = 86_400.0  # a chunk of rows is written at least once a day
 _Number = TypeVar("_Number", np.int32, np.int64, np.float32)
 
 
@@ -35,29 +52,69 @@ def content_key(pairs: Sequence[PreferencePair], *others: str) -> str:
     return digest.hexdigest()
 
 
-def store(folder: Path, result: Tokenization) -> None:
-    """Write an entry, in place of one that is there.
+@contextmanager
+def new_entry(folder: Path) -> Iterator["Entry"]:
+    """Yield an entry to add rows to; it is in place, of another one too, when the block ends well.
 
     Raises:
         OSError: a file could not be written; nothing is left of the entry.
     """
+    remove_leftovers(folder.parent, older_than_seconds=_ABANDONED_SECONDS)
     with atomic_directory(folder, replace=True) as temporary:
-        columns = {name: getattr(result.pairs, name) for name in _COLUMNS}
-        path = temporary / "columns.safetensors"
-        path.touch()  # with the usual permissions: safetensors lets the owner alone read its files
-        try:
-            save_file(columns, path)
-        except SafetensorError as error:
-            raise OSError(f"{path}: {error}") from error
-        write_json(
-            temporary / "rows.json",
-            {
-                "ids": list(result.pairs.ids),
-                "sources": list(result.pairs.sources),
-                "report": asdict(result.report),
-            },
-        )
+        yield Entry(temporary)
         write_manifest(temporary)
+
+
+class Entry:
+    """An entry that is being written: a file grows for each column until ``finish`` joins them.
+
+    In memory it holds the ids and the sources of its rows, and no tokens.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._dtypes: dict[str, np.dtype[Any]] = {}  # of the columns, in their order
+        self._tokens = 0
+        self._ids: list[str] = []
+        self._sources: list[str | None] = []
+
+    def add(self, rows: Sequence[TokenizedPair]) -> None:
+        """Append rows."""
+        chunk = columns_of(rows)
+        columns = {name: getattr(chunk, name) for name in _COLUMNS}
+        is_first = not self._dtypes
+        columns["offsets"] = self._tokens + chunk.offsets[0 if is_first else 1 :]
+        for name, column in columns.items():
+            append_bytes(self._folder / name, column.data)
+            self._dtypes[name] = column.dtype
+        self._tokens += len(chunk.tokens)
+        self._ids += chunk.ids
+        self._sources += chunk.sources
+
+    def finish(self, report: TokenizationReport) -> None:
+        """Write the files of an entry, without its manifest, in place of those of the columns."""
+        path = self._folder / "columns.safetensors"
+        append_bytes(path, self._header())
+        for name in self._dtypes:
+            append_file(path, self._folder / name)
+            (self._folder / name).unlink()
+        rows = {"ids": self._ids, "sources": self._sources, "report": asdict(report)}
+        atomic_write(self._folder / "rows.json", json.dumps(rows, ensure_ascii=False))
+
+    def _header(self) -> bytes:
+        """Return what a safetensors file has before its data, padded so that these are aligned."""
+        header, begin = {}, 0
+        for name, dtype in self._dtypes.items():
+            size = (self._folder / name).stat().st_size
+            header[name] = {
+                "dtype": _DTYPES[dtype.name],
+                "shape": [size // dtype.itemsize],
+                "data_offsets": [begin, begin + size],
+            }
+            begin += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
 
 
 def faults_of(folder: Path) -> list[str]:

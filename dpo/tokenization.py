@@ -94,16 +94,23 @@ def tokenize_pairs(
         raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
     pair_by_id = _by_id(pairs)
     if cache_dir is None:
-        return _tokenize(pair_by_id, tokenizer, options, source, on_bad_row, progress)
+        rows: list[TokenizedPair] = []
+        report = _tokenize(
+            pair_by_id, tokenizer, options, source, on_bad_row, progress, keep=rows.extend
+        )
+        return Tokenization(columns_of(rows), report)
     settings = json.dumps([asdict(options), on_bad_row, sorted(tokenizer.eos_ids)])
     entry = Path(cache_dir) / token_cache.content_key(pairs, tokenizer.fingerprint, settings)
     faults = token_cache.faults_of(entry) if entry.exists() else []
     if entry.exists() and not faults:
         return token_cache.load(entry)
-    result = _tokenize(pair_by_id, tokenizer, options, source, on_bad_row, progress)
-    token_cache.store(entry, result)
+    with token_cache.new_entry(entry) as new:
+        report = _tokenize(
+            pair_by_id, tokenizer, options, source, on_bad_row, progress, keep=new.add
+        )
+        new.finish(report)
     told = f"made again: {faults[0]}" if faults else "stored"
-    return Tokenization(token_cache.load(entry).pairs, replace(result.report, cache=told))
+    return Tokenization(token_cache.load(entry).pairs, replace(report, cache=told))
 
 
 class _Ids(NamedTuple):
@@ -144,14 +151,17 @@ def _tokenize(
     source: str,
     on_bad_row: str,
     progress: Callable[[int, int], object] | None,
-) -> Tokenization:
-    """Tokenize without a cache."""
+    *,
+    keep: Callable[[Sequence[TokenizedPair]], object],
+) -> TokenizationReport:
+    """Hand the tokens of some pairs after the others to ``keep``, and report on all of them."""
     template = _chat_template(pair_by_id.values(), tokenizer, options)
     work = _Tokenizing(tokenizer, options, template)
-    rows: list[TokenizedPair] = []
-    items, done = iter(pair_by_id.items()), 0
+    items, done, kept = iter(pair_by_id.items()), 0, 0
     while chunk := dict(islice(items, _CHUNK)):
-        rows += work.add(chunk)
+        rows = list(work.add(chunk))
+        keep(rows)
+        kept += len(rows)
         done += len(chunk)
         if progress is not None:
             progress(done, len(pair_by_id))
@@ -159,13 +169,13 @@ def _tokenize(
     if notes.faults and on_bad_row == "error":
         raise InputError(list_faults(source, [": ".join(note) for note in notes.faults]))
     dropped = (*notes.dropped, *notes.faults)
-    if not rows:
+    if not kept:
         reasons = [": ".join(note) for note in dropped]
         raise InputError(list_faults(f"{source}: no row is left", reasons))
     is_dated = template is not None and "strftime_now" in template.source
-    report = TokenizationReport(
+    return TokenizationReport(
         rows=len(pair_by_id),
-        kept=len(rows),
+        kept=kept,
         dropped=dropped,
         cut=tuple(notes.cut),
         boundary_merges=tuple(notes.boundary_merges),
@@ -173,7 +183,6 @@ def _tokenize(
         end_tokens_added=tuple(notes.end_tokens_added),
         template_date=date.today().isoformat() if is_dated else None,
     )
-    return Tokenization(columns_of(rows), report)
 
 
 def _chat_template(

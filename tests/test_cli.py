@@ -104,10 +104,7 @@ def test_flag_sets_its_key(key: str) -> None:
         "train.early_stopping": ("--eval-split", "0.5", "--eval-every", "1"),
         "train.decay_share": ("--schedule", "wsd"),
         "train.momentum": ("--optimizer", "muon"),
-<<<<<<< HEAD
         "train.reference_sync_share": ("--reference-sync-every", "1"),
-=======
->>>>>>> optim
         "train.eval_every": ("--eval-split", "0.5"),
         "reference_revision": ("--reference", "R"),
         "eval_data_split": ("--eval-data", "E"),
