@@ -53,18 +53,20 @@ def load_model(
     folder = Path(folder)
     config = read_config(folder)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(config).to(dtype)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if config.ties_embeddings:
         del expected[_TIED]
     quantized = {} if quantize is None else quantize_linears(model, quantize)
+    for layer in quantized.values():  # before whole weights come and go, or memory is in pieces
+        layer.to_empty(device=device)
     weights: dict[str, Tensor] = {}
     missing = set(expected)
     for path in weight_files(folder):
         for name, weight in _read_file(path, expected, dtype, torch.device(device)):
             missing.discard(name)
-            if layer := quantized.get(name.removesuffix(".weight")):
-                layer.take(weight)
+            if (owner := name.removesuffix(".weight")) in quantized:
+                quantized[owner].take(weight)
             else:
                 weights[name] = weight
     if missing:
@@ -133,7 +135,9 @@ def _read_file(
             ]
             if unfit:
                 raise InputError(f"{path}: {len(unfit)} weights do not fit: {_listed(unfit)}")
-            for name in kept:
+        for name in kept:
+            # opened anew, for an open file keeps in memory whatever was read of it
+            with safe_open(path, framework="pt", device=str(device)) as file:
                 yield name, file.get_tensor(name).to(dtype)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut off: {error}") from error
