@@ -61,11 +61,11 @@ class AdaptedLinear(nn.Module):
         """Wrap ``base``; the factors are those of no update, with A still to be drawn."""
         super().__init__()
         self.base, self.adapter = base, adapter
-        weight = base.weight  # (O, I)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.down = nn.Parameter(weight.new_zeros(adapter.rank, weight.shape[1], dtype=dtype))
-        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], adapter.rank, dtype=dtype))
-        self.magnitude = nn.Parameter(self._lengths()) if adapter.is_dora else None
+        like = base.weight if isinstance(base, nn.Linear) else base.scales
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.down = nn.Parameter(like.new_zeros(adapter.rank, base.in_features, dtype=dtype))
+        self.up = nn.Parameter(like.new_zeros(base.out_features, adapter.rank, dtype=dtype))
+        self.magnitude = nn.Parameter(_lengths(base.weight, dtype)) if adapter.is_dora else None
 
     @property
     def weight(self) -> Tensor:
@@ -83,22 +83,20 @@ class AdaptedLinear(nn.Module):
         update = self.update(hidden)
         if self.magnitude is None:
             return output + update
-        ratio = self.magnitude / self._lengths()  # (O,)
+        ratio = self.magnitude / self._sum_lengths()  # (O,)
         product = output if self.base.bias is None else output - self.base.bias
-        # added to the output, so that a ratio of 1 leaves it as it is, bit for bit
-        return output + (ratio - 1).to(product.dtype) * product + ratio.to(update.dtype) * update
+        scaled = ratio.to(product.dtype) * (product + update)
+        return output + (scaled - product)  # so that no update leaves the output bit for bit
 
     def merged_weight(self) -> Tensor:
         """Return the (O, I) weight of the plain layer that equals this one, differentiably."""
         if self.magnitude is None:
             return self._sum()
-        return (self.magnitude / self._lengths())[:, None] * self._sum()
+        return (self.magnitude / self._sum_lengths())[:, None] * self._sum()
 
     @torch.no_grad()
-    def _lengths(self) -> Tensor:
-        """Return the (O,) lengths of the rows of W + s B A."""
-        lengths: Tensor = torch.linalg.vector_norm(self._sum(), dim=1)
-        return lengths
+    def _sum_lengths(self) -> Tensor:
+        return _lengths(self._sum(), self.up.dtype)
 
     def _sum(self) -> Tensor:
         """Return W + s B A, (O, I)."""
@@ -232,6 +230,12 @@ def merge_adapter(model: Decoder) -> None:
         source = {**model.config.source, "tie_word_embeddings": False}
         model.config = replace(model.config, ties_embeddings=False, source=source)
     model.requires_grad_(True)
+
+
+def _lengths(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the (O,) lengths of the rows of (O, I)."""
+    lengths: Tensor = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=dtype)
+    return lengths
 
 
 def _plain(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:

@@ -28,8 +28,8 @@ def merge_folders(
         adapter: a folder, or an id on the Hub.
         out: the folder of the model.
         base: of the adapter; None: the one that it names.
-        quantize: scheme that the base was held in while the adapter was trained: what was trained
-            is then merged bit for bit. None merges onto the base as it is.
+        quantize: scheme that the base was held in while the adapter was trained, to merge what was
+            trained; None merges onto the base as it is.
         dtype: of the weights on disk; the sum is computed in float32.
 
     Raises:

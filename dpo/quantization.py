@@ -40,7 +40,7 @@ class Scheme:
 
     Attributes:
         encode: (O, I) weight to codes, of any shape, and float32 scales.
-        decode: codes, scales and (O, I) to the weight, float32.
+        decode: codes, scales and (O, I) to the weight, in the dtype of the scales.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -74,9 +74,9 @@ def _encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decode_nf4(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
-    values = torch.tensor(NF4_CODES, device=codes.device)
+    values = scales.new_tensor(NF4_CODES)
     pairs = torch.cartesian_prod(values, values)  # (256, 2): what each byte stands for
-    weights = F.embedding(codes.int(), pairs).view(-1, BLOCK) * scales  # (n / 64, 64)
+    weights = F.embedding(codes.int(), pairs).view(-1, BLOCK).mul_(scales)  # (n / 64, 64)
     return weights.flatten()[: shape.numel()].view(shape)
 
 
@@ -108,15 +108,16 @@ class QuantizedLinear(nn.Module):
                 f"adapter.quantize must be one of {', '.join(SCHEMES)}, got {scheme!r}"
             )
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scheme, self.bias = scheme, linear.bias
-        self.register_buffer("codes", torch.empty(0))
-        self.register_buffer("scales", torch.empty(0))
-        self.take(linear.weight.detach())
+        self.scheme, self.bias, self.dtype = scheme, linear.bias, linear.weight.dtype
+        codes, scales = SCHEMES[scheme].encode(linear.weight.detach())
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales.to(torch.promote_types(self.dtype, torch.float32)))
 
     def take(self, weight: Tensor) -> None:
-        """Hold ``weight`` (O, I) from now on."""
-        self.codes, self.scales = SCHEMES[self.scheme].encode(weight)
-        self.dtype = weight.dtype
+        """Hold ``weight`` (O, I) from now on, in the memory that is there."""
+        codes, scales = SCHEMES[self.scheme].encode(weight)
+        self.codes.copy_(codes)
+        self.scales.copy_(scales)
 
     @property
     def weight(self) -> Tensor:

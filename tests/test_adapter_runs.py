@@ -322,7 +322,7 @@ def test_adapter_without_a_base_is_refused(config: RunConfig) -> None:
     entries = {**read_json(folder / CONFIG), "base_model_name_or_path": None}
     (folder / CONFIG).write_text(json.dumps(entries))
     with pytest.raises(InputError, match=r"is an adapter and names no base: give adapter\.base"):
-        started(replace(config, model=str(folder), adapter=AdapterConfig(), out="OTHER"))
+        started(replace(config, model=str(folder), adapter=AdapterConfig(), out=f"{config.out}-2"))
 
 
 def test_dropout_of_an_adapter_that_is_trained_on_is_told(config: RunConfig) -> None:

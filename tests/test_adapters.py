@@ -135,12 +135,13 @@ def test_lengths_of_dora_have_no_gradient() -> None:
 # --- a model ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 def test_new_adapter_changes_nothing_bit_for_bit(
-    make_model: MakeModel, make_pairs: MakePairs, adapter: Adapter, base: str
+    make_model: MakeModel, make_pairs: MakePairs, adapter: Adapter, base: str, dtype: torch.dtype
 ) -> None:
-    model = make_model(attention_bias=True, tie_word_embeddings=False)
+    model = make_model(attention_bias=True, tie_word_embeddings=False, dtype=dtype)
     if base != "none":
         quantize_linears(model, base)
     before = log_probs(model, make_pairs())

@@ -28,9 +28,10 @@ from dpo.adapter_config import Quantization
     help="Numbers on disk; bfloat16 rounds small updates away.",
 )
 def merge(adapter: str, model: str | None, out: Path, quantize: str | None, dtype: str) -> None:
-    """Write the plain model that an adapter makes of its base, for programs that read no adapters.
+    """Write the plain model that an adapter makes of its base.
 
-    The folder has the layout of a model on the Hub, with the adapter's tokenizer.
+    The folder has the layout of a model on the Hub, with the adapter's tokenizer: for programs that
+    read no adapters.
     """
     from dpo.merge import merge_folders
     from dpo.precision import PRECISIONS

@@ -57,10 +57,12 @@ def load_model(
     folder = Path(folder)
     config = read_config(folder)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(config).to(dtype)
     parameters = dict(model.named_parameters())
     stored = _stored(model)
     quantized = {} if quantize is None else quantize_linears(model, quantize)
+    for layer in quantized.values():  # before whole weights come and go, or memory is in pieces
+        layer.to_empty(device=device)
     weights: dict[str, Tensor] = {}
     found: set[str] = set()
     for path in weight_files(folder):
@@ -176,7 +178,9 @@ def _read_file(
             ]
             if unfit:
                 raise InputError(f"{path}: {len(unfit)} weights do not fit: {_listed(unfit)}")
-            for name, each in kept.items():
+        for name, each in kept.items():
+            # opened anew, for an open file keeps in memory whatever was read of it
+            with safe_open(path, framework="pt", device=str(device)) as file:
                 yield each, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut off: {error}") from error

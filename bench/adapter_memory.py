@@ -1,0 +1,107 @@
+"""What training costs in memory, with adapters and without: ``python -m dpo.bench.adapter_memory``.
+
+Each form is measured in a process of its own: the sizes of its tensors, by how much resident memory
+rose at most while the model was loaded, and by how much more while two optimizer steps were done.
+The model has the shape of SmolLM2-135M and random weights, on disk in bfloat16. Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo.adapters import Adapter, add_adapter
+from dpo.bench.machine import peak_mib
+from dpo.models import Decoder, init_model, load_model, parse_config, save_model
+from dpo.precision import precision_of
+from dpo.tokenization import TokenizedPair, columns_of
+from dpo.train_config import Dtype, TrainConfig
+from dpo.trainer import Trainer
+
+SHAPE = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+FORMS: dict[str, tuple[Adapter | None, str | None, Dtype]] = {
+    "all weights": (None, None, "float32"),
+    "LoRA": (Adapter(16), None, "float32"),
+    "DoRA": (Adapter(16, is_dora=True), None, "float32"),
+    "LoRA on int8": (Adapter(16), "int8", "float32"),
+    "LoRA on nf4": (Adapter(16), "nf4", "float32"),
+    "LoRA, bfloat16": (Adapter(16), None, "bfloat16"),
+    "LoRA on nf4, bfloat16": (Adapter(16), "nf4", "bfloat16"),
+}
+COLUMNS = ("weights", "gradients", "optimizer", "peak of loading", "peak of a step above it")
+
+
+@click.command
+@click.option("--form", type=click.Choice(list(FORMS)), hidden=True)
+@click.option("--folder", type=click.Path(path_type=Path), hidden=True)
+def main(form: str | None, folder: Path | None) -> None:
+    """Print a table of the memory that each form of training takes, in MiB."""
+    if form is not None and folder is not None:
+        click.echo(json.dumps(measure(folder, form)))
+        return
+    click.echo(f"| MiB | {' | '.join(COLUMNS)} |\n| --- |{' --- |' * len(COLUMNS)}")
+    with tempfile.TemporaryDirectory() as temporary:
+        save_model(init_model(parse_config(SHAPE)).bfloat16(), Path(temporary))
+        for name in FORMS:
+            command = [sys.executable, "-m", __spec__.name, "--form", name, "--folder", temporary]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found: dict[str, float] = json.loads(output)
+            click.echo(f"| {name} | {' | '.join(f'{found[name]:.0f}' for name in COLUMNS)} |")
+
+
+def measure(folder: Path, form: str) -> dict[str, float | None]:
+    """Load the model in a form, train two steps of two pairs, and return the columns in MiB."""
+    adapter, quantize, dtype = FORMS[form]
+    config = TrainConfig(batch_size=2, steps=2, dtype=dtype)
+    models: list[Decoder] = []
+    trainers: list[Trainer] = []
+
+    def load() -> None:
+        kind = precision_of(config).parameters
+        models.append(load_model(folder, dtype=kind, quantize=quantize))
+        if adapter is not None:
+            add_adapter(models[0], adapter)
+
+    def train() -> None:
+        trainers.append(Trainer(models[0], columns_of([_pair(0), _pair(1)]), config))
+        trainers[0].train()
+
+    peaks = peak_mib(load), peak_mib(train)
+    states = [tensor for state in trainers[0].optimizer.state.values() for tensor in state.values()]
+    trained = [parameter for parameter in models[0].parameters() if parameter.requires_grad]
+    held = [*models[0].parameters(), *models[0].buffers()]
+    return dict(zip(COLUMNS, (_mib(held), _mib(trained), _mib(states), *peaks), strict=True))
+
+
+def _pair(seed: int) -> TokenizedPair:
+    generator = np.random.default_rng(seed)
+    prompt, chosen, rejected = generator.integers(0, 49152, (3, 64)).astype(np.int32)
+    return TokenizedPair(prompt, chosen, rejected, id=f"pair-{seed}")
+
+
+def _mib(tensors: Iterable[Tensor]) -> float:
+    return sum(tensor.nbytes for tensor in tensors) / 2**20
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
