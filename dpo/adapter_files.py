@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from dpo.adapters import AdaptedLinear, Adapter, adapt, adapted_layers, matching
 from dpo.errors import InputError
 from dpo.files import JSON, read_json, write_json
+from dpo.models.architectures import ARCHITECTURES
+from dpo.models.decoder import Decoder
 from dpo.quantization import is_linear
 from dpo.tensor_files import read_tensors, write_tensors
 
@@ -224,6 +226,28 @@ def _misfits(
             yield f"{name}{suffix} has shape {found}, expected {expected.get(part)}"
 
 
+def check_names(model: nn.Module) -> None:
+    """Refuse an adapter that PEFT's layout cannot tell of, by the names of the base's own files.
+
+    Raises:
+        InputError: an adapted layer has another name there, or is part of a joined matrix.
+    """
+    if not isinstance(model, Decoder):
+        return
+    layout = ARCHITECTURES[model.config.architecture].layout
+    linears = [*adapted_layers(model)]
+    lost = [name for name in linears if not layout.keeps(f"{name}.weight")]
+    if not lost:
+        return
+    fit = sorted({name.rpartition(".")[2] for name in linears if name not in lost})
+    stored = layout.rename(f"{lost[0]}.weight")
+    raise InputError(
+        f"adapter.targets: {lost[0]} of a {model.config.architecture} is {stored} in its files, "
+        "joined with others, renamed or turned: an adapter file cannot tell of it. "
+        + (f"Give --adapter-targets {','.join(fit)}" if fit else "Train all weights")
+    )
+
+
 def save_adapter(
     model: nn.Module, folder: Path, *, base: str, base_revision: str | None = None
 ) -> None:
@@ -236,9 +260,11 @@ def save_adapter(
         base_revision: of a base on the Hub.
 
     Raises:
+        InputError: as ``check_names``.
         OSError: a file could not be written.
     """
     layers = adapted_layers(model)
+    check_names(model)
     adapter = next(iter(layers.values())).adapter
     tensors = {
         f"{_PREFIX}{name}{suffix}": layer.get_parameter(part)

@@ -18,7 +18,7 @@ from types import FrameType
 
 import torch
 
-from dpo.adapter_files import save_adapter
+from dpo.adapter_files import check_names, save_adapter
 from dpo.adapters import adapted_layers, add_adapter, rate_scales
 from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
 from dpo.config import RunConfig
@@ -191,6 +191,7 @@ def _make_trainer(
     if config.adapter.kind is not None:
         adapter, targets = config.adapter.build(), config.adapter.targets
         add_adapter(policy, adapter, targets=targets, seed=config.train.seed)
+        check_names(policy)
     if config.train.activation_checkpointing:
         checkpoint_activations(policy)
     if config.train.compile:

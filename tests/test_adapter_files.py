@@ -242,3 +242,25 @@ def test_adapter_without_updates_is_refused(base: Path) -> None:
     save_file({}, folder / WEIGHTS)
     with pytest.raises(InputError, match="there are no updates in it"):
         load_adapter(load_model(base), folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (
+            "phi3",
+            r"self_attn\.q_proj of a phi3 is .*qkv_proj.*Give --adapter-targets down_proj,o_proj",
+        ),
+        ("gpt2", r"of a gpt2 is .*c_attn.*Train all weights"),
+    ],
+)
+def test_layers_that_the_bases_files_do_not_name_are_refused(
+    tmp_path: Path, make_model: Callable[..., Decoder], architecture: str, message: str
+) -> None:
+    changes: dict[str, object] = {"model_type": architecture}
+    if architecture == "gpt2":
+        changes |= {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 24}
+    model = make_model(**changes)
+    add_adapter(model, Adapter(2, 4.0))
+    with pytest.raises(InputError, match=message):
+        save_adapter(model, tmp_path, base="base")

@@ -42,6 +42,10 @@ class Layout:
         pieces = "|".join(re.escape(ours) for ours in longest_first)
         return re.sub(rf"(?<![^.])({pieces})(?![^.])", lambda found: self.names[found[1]], name)
 
+    def keeps(self, name: str) -> bool:
+        """Say whether a checkpoint has the matrix ``name`` by itself, under that name, as it is."""
+        return self.rename(name) == name and not self.transposes_layers
+
     def stored(self, parameters: Mapping[str, Tensor], *, heads: int) -> dict[str, StoredTensor]:
         """List the tensors of a checkpoint.
 
