@@ -65,7 +65,9 @@ class AdaptedLinear(nn.Module):
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.down = nn.Parameter(like.new_zeros(adapter.rank, base.in_features, dtype=dtype))
         self.up = nn.Parameter(like.new_zeros(base.out_features, adapter.rank, dtype=dtype))
-        self.magnitude = nn.Parameter(_lengths(base.weight, dtype)) if adapter.is_dora else None
+        self.magnitude: nn.Parameter | None = None
+        if adapter.is_dora:
+            self.magnitude = nn.Parameter(_lengths(base.weight.detach(), dtype))
 
     @property
     def weight(self) -> Tensor:
@@ -234,7 +236,7 @@ def merge_adapter(model: Decoder) -> None:
 
 def _lengths(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the (O,) lengths of the rows of (O, I)."""
-    lengths: Tensor = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=dtype)
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
     return lengths
 
 
