@@ -1,11 +1,12 @@
 """Preference pairs written out as the text that a model reads."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple, TypeAlias
 
 from dpo.errors import InputError
-from dpo.pair import Content, Message, PreferencePair, Tokens, text_of
+from dpo.pair import Content, Message, PreferencePair, text_of
 from dpo.templates import ChatTemplate
 
 _SHOWN_CHARACTERS = 40  # of two texts, from where they differ
@@ -40,48 +41,48 @@ def write_pair(pair: PreferencePair, template: ChatTemplate | None) -> PairTexts
         InputError: the template refuses the conversation, or writes it so that no prompt can be set
             apart from the answers.
     """
-    prompt, variables = pair.prompt, pair.chat_template_kwargs
-    assert not isinstance(prompt, Tokens)
-    if isinstance(prompt, str):
-        start = prompt
-    elif template is None:
-        raise InputError("a conversation needs a chat template")
-    elif prompt[-1]["role"] == "assistant":
-        start = template.render_to_continue(prompt, tools=pair.tools, variables=variables)
-    else:
-        start = template.render(
-            prompt, tools=pair.tools, variables=variables, add_generation_prompt=True
+    if isinstance(pair.prompt, tuple):
+        if template is None:
+            raise InputError("a conversation needs a chat template")
+        return _write_conversation(pair, pair.prompt, template)
+    assert isinstance(pair.prompt, str)
+
+    def plain(answer: Content | None) -> Answer | None:
+        return (Piece(answer, is_scored=True),) if isinstance(answer, str) else None
+
+    return PairTexts(pair.prompt, plain(pair.chosen), plain(pair.rejected))
+
+
+def _write_conversation(
+    pair: PreferencePair, prompt: tuple[Message, ...], template: ChatTemplate
+) -> PairTexts:
+    """Write a pair of conversations out, of which ``prompt`` is the prompt."""
+    render = partial(template.render, tools=pair.tools, variables=pair.chat_template_kwargs)
+    if prompt[-1]["role"] == "assistant":
+        start = template.render_to_continue(
+            prompt, tools=pair.tools, variables=pair.chat_template_kwargs
         )
+    else:
+        start = render(prompt, add_generation_prompt=True)
 
     def write(answer: Content | None) -> Answer | None:
-        if answer is None:
+        if not isinstance(answer, tuple):
             return None
-        if isinstance(answer, str):
-            return (Piece(answer, is_scored=True),)
-        assert template is not None
-        assert isinstance(prompt, tuple)
-        assert isinstance(answer, tuple)
-
-        def written(messages: int, *, begins_answer: bool = False) -> str:
-            assert template is not None
-            conversation = _conversation(prompt, answer[:messages]) if messages else prompt
-            return template.render(
-                conversation,
-                tools=pair.tools,
-                variables=variables,
-                add_generation_prompt=begins_answer,
-            )
-
-        ends = [(written(len(answer)), True)]
+        ends = [(render(_conversation(prompt, answer)), True)]
         if pair.answer_turns is not None:
-            ends = list(_ends_of_turns(answer, written, last_only=pair.answer_turns == "last"))
+            last_only = pair.answer_turns == "last"
+            ends = list(_ends_of_turns(prompt, answer, render, last_only=last_only))
         return tuple(_pieces(start, ends, template.name))
 
     return PairTexts(start, write(pair.chosen), write(pair.rejected))
 
 
 def _ends_of_turns(
-    answer: Sequence[Message], written: Callable[..., str], *, last_only: bool
+    prompt: Sequence[Message],
+    answer: Sequence[Message],
+    render: Callable[..., str],
+    *,
+    last_only: bool,
 ) -> Iterator[tuple[str, bool]]:
     """Yield the text up to the end of each part of an answer, and whether the part is scored.
 
@@ -90,8 +91,10 @@ def _ends_of_turns(
     for index, message in enumerate(answer):
         if message["role"] == "assistant":
             if index:
-                yield written(index, begins_answer=True), False
-            yield written(index + 1), not last_only or index == len(answer) - 1
+                before = _conversation(prompt, answer[:index])
+                yield render(before, add_generation_prompt=True), False
+            whole = render(_conversation(prompt, answer[: index + 1]))
+            yield whole, not last_only or index == len(answer) - 1
 
 
 def _pieces(start: str, ends: Iterable[tuple[str, bool]], name: str) -> Iterator[Piece]:
