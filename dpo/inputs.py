@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dpo.adapter_files import (
     AdapterFolder,
@@ -28,7 +30,8 @@ from dpo.models import Decoder, ModelConfig, load_model, read_config
 from dpo.models.weights import weight_files
 from dpo.pair import Content
 from dpo.pair_rows import RANKED_LAYOUT, RankedPairs
-from dpo.preferences import LoadedPairs, PreferencePair, load_pairs
+from dpo.pair_view import PairNotes, PairView, Part
+from dpo.preferences import PairSource, PreferencePair, stream_pairs
 from dpo.progress import Console
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
@@ -202,7 +205,7 @@ def load_inputs(config: RunConfig, models: Models, console: Console) -> Inputs:
     """
     data = _read_data(config, console)
     pairs, eval_commit = data.pairs, None
-    held_out: list[PreferencePair] | None = None
+    held_out: PairView | None = None
     if config.eval_data is not None:
         eval_data = _read(
             config,
@@ -211,9 +214,10 @@ def load_inputs(config: RunConfig, models: Models, console: Console) -> Inputs:
             split=config.eval_data_split,
             console=console,
         )
-        held_out, eval_commit = eval_data.pairs, eval_data.revision
+        held_out, eval_commit = PairView([eval_data.part]), eval_data.told.revision
     elif config.eval_split is not None:
-        pairs, held_out = split_pairs(pairs, config.eval_split, seed=config.train.seed)
+        is_held_out = hold_out(data.prompts, config.eval_split)
+        pairs, held_out = pairs.take(~is_held_out), pairs.take(is_held_out)
         console.say(f"{len(held_out):,} pairs held out, none shares its prompt with the others")
     if len(data.sets) > 1:
         pairs = _mix(config, data.sets, pairs, console)
@@ -250,38 +254,34 @@ def load_all_pairs(config: RunConfig, models: Models, console: Console) -> Input
     return Inputs(_tokenize(config, ", ".join(config.sources), pairs, models, console))
 
 
-def split_pairs(
-    pairs: Sequence[PreferencePair], share: float, *, seed: int
-) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """Divide pairs into those to train on and ``share`` of them to hold out, in their order.
+def hold_out(prompts: NDArray[np.void], share: float) -> NDArray[np.bool_]:
+    """Mark about ``share`` of the pairs to hold out: (P,).
 
     Pairs of one prompt stay together, so no held-out prompt is trained on. The choice depends on
     the prompts and the seed alone, not on the order of the rows.
 
+    Args:
+        prompts: (P,) the ``prompt_digest`` of each pair.
+        share: of the pairs.
+
     Raises:
         InputError: one of the two parts would be empty.
     """
-    prompts = [_digest(pair.prompt, seed) for pair in pairs]
-    sizes: dict[bytes, int] = {}
-    for prompt in prompts:
-        sizes[prompt] = sizes.get(prompt, 0) + 1
-    wanted, taken = share * len(pairs), 0
-    held_out: set[bytes] = set()
-    for prompt in sorted(sizes):
-        if taken + sizes[prompt] / 2 > wanted:
-            break
-        held_out.add(prompt)
-        taken += sizes[prompt]
-    if not 0 < taken < len(pairs):
+    _, groups, sizes = np.unique(prompts, return_inverse=True, return_counts=True)
+    before = np.cumsum(sizes) - sizes
+    held_out = int((before + sizes / 2 <= share * len(prompts)).sum())  # prompts
+    taken = int(sizes[:held_out].sum())  # pairs
+    if not 0 < taken < len(prompts):
         raise InputError(
-            f"eval_split {share} of {len(pairs)} pairs with {len(sizes)} prompts leaves "
-            f"{len(pairs) - taken} to train on and {taken} to hold out"
+            f"eval_split {share} of {len(prompts)} pairs with {len(sizes)} prompts leaves "
+            f"{len(prompts) - taken} to train on and {taken} to hold out"
         )
-    rows = list(zip(pairs, prompts, strict=True))
-    return (
-        [pair for pair, prompt in rows if prompt not in held_out],
-        [pair for pair, prompt in rows if prompt in held_out],
-    )
+    return groups < held_out
+
+
+def prompt_digest(prompt: Content, seed: int) -> bytes:
+    """Return 16 bytes that tell a prompt from others, in another order with each seed."""
+    return hashlib.blake2b(repr((seed, prompt)).encode(), digest_size=16).digest()
 
 
 def cache_folder(kind: str) -> Path:
@@ -290,78 +290,107 @@ def cache_folder(kind: str) -> Path:
     return Path(root) / "dpo-engine" / kind
 
 
-def _digest(prompt: Content, seed: int) -> bytes:
-    return hashlib.blake2b(repr((seed, prompt)).encode(), digest_size=16).digest()
+@dataclass(frozen=True)
+class _DataSet:
+    """A source that has been gone through: all its rows, their prompts and what is to be told."""
+
+    part: Part
+    prompts: bytearray  # the digest of each; empty if nothing is to be held out
+    told: PairSource
 
 
 @dataclass(frozen=True)
 class _Data:
     """The data sets of ``config.data`` by name, and the commit of a single one on the Hub."""
 
-    sets: Mapping[str, Sequence[PreferencePair]]
+    sets: Mapping[str, _DataSet]
     commit: str | None = None
 
     @property
-    def pairs(self) -> list[PreferencePair]:
-        return [pair for pairs in self.sets.values() for pair in pairs]
+    def pairs(self) -> PairView:
+        return PairView([each.part for each in self.sets.values()])
+
+    @property
+    def prompts(self) -> NDArray[np.void]:
+        """(P,) the digests of the prompts of all pairs."""
+        return np.frombuffer(b"".join(each.prompts for each in self.sets.values()), "V16")
 
 
 def _read_data(config: RunConfig, console: Console) -> _Data:
     """Read the data sets; the rows of several are named by them."""
-    loaded = {
-        source: _read(
-            config, source, revision=config.data_revision, split=config.data_split, console=console
-        )
-        for source in config.sources
-    }
-    formats = {source: each.format for source, each in loaded.items()}
-    if config.ranked is not None and RANKED_LAYOUT not in formats.values():
-        found = ", ".join(f"{source} holds {layout}" for source, layout in formats.items())
-        raise InputError(f"ranked has no effect: {found}")
-    if len(loaded) == 1:
-        ((source, single),) = loaded.items()
-        return _Data({source: single.pairs}, single.revision)
     names = set_names(config.sources)
-    return _Data(
-        {name: named(name, each.pairs) for name, each in zip(names, loaded.values(), strict=True)}
-    )
+    sets = {
+        name: _read(
+            config,
+            source,
+            revision=config.data_revision,
+            split=config.data_split,
+            console=console,
+            name=name if len(names) > 1 else None,
+        )
+        for name, source in zip(names, config.sources, strict=True)
+    }
+    formats = [each.told.format for each in sets.values()]
+    if config.ranked is not None and RANKED_LAYOUT not in formats:
+        pairs = zip(config.sources, formats, strict=True)
+        found = ", ".join(f"{source} holds {layout}" for source, layout in pairs)
+        raise InputError(f"ranked has no effect: {found}")
+    return _Data(sets, sets[names[0]].told.revision if len(names) == 1 else None)
 
 
-def _mix(
-    config: RunConfig,
-    sets: Mapping[str, Sequence[PreferencePair]],
-    pairs: Sequence[PreferencePair],
-    console: Console,
-) -> list[PreferencePair]:
-    """Mix those rows of several data sets that are among ``pairs``, and tell how many of each."""
-    kept = {pair.id for pair in pairs}
-    sets = {name: [pair for pair in rows if pair.id in kept] for name, rows in sets.items()}
-    mixed = mix(sets, config.mix, seed=config.train.seed)
-    for name, taken in mixed.items():
-        console.say(describe_share(name, len(taken), len(sets[name])))
-    return [pair for taken in mixed.values() for pair in taken]
+def _mix(config: RunConfig, sets: Collection[str], pairs: PairView, console: Console) -> PairView:
+    """Mix the rows of several data sets that are in ``pairs``, and tell how many of each."""
+    part_by_set = dict(zip(sets, pairs.parts, strict=True))
+    ids_by_set = {name: list(part.ids) for name, part in part_by_set.items()}
+    parts = []
+    for name, times in mix(ids_by_set, config.mix, seed=config.train.seed).items():
+        part = part_by_set[name]
+        console.say(describe_share(name, sum(map(len, times)), len(part.rows)))
+        parts += [part._replace(rows=part.rows[rows], time=time) for time, rows in enumerate(times)]
+    return PairView(parts)
 
 
 def _read(
-    config: RunConfig, source: str, *, revision: str | None, split: str | None, console: Console
-) -> LoadedPairs:
-    """Read a source, and tell what is left out of it."""
-    loaded = load_pairs(
+    config: RunConfig,
+    source: str,
+    *,
+    revision: str | None,
+    split: str | None,
+    console: Console,
+    name: str | None = None,
+) -> _DataSet:
+    """Go through a source, and tell what is left out of it; ``name`` goes before its ids."""
+    rename = partial(named, name) if name is not None else lambda pair: pair
+    notes, prompts = PairNotes(), bytearray()
+
+    def visit(pair: PreferencePair) -> None:
+        notes.add(rename(pair))
+        if config.eval_split is not None:
+            prompts.extend(prompt_digest(pair.prompt, config.train.seed))
+
+    stream = stream_pairs(
         source,
         columns=config.columns,
         revision=revision,
         split=split,
         on_bad_row=config.on_bad_row,
         ranked=_ranked(config),
+        visit=visit,
     )
-    console.say(f"{source}: {_counted(loaded.pairs)}, {loaded.format}")
-    if loaded.ignored_columns:
-        console.say(f"{source}: columns that are not read: {', '.join(loaded.ignored_columns)}")
-    if loaded.skipped:
-        console.warn(f"{source}: {len(loaded.skipped):,} faulty rows left out")
-        for fault in loaded.skipped[:_NAMED_ROWS]:
+    _tell(console, source, notes, stream)
+    part = Part(lambda rows: map(rename, stream.read(rows)), notes, np.arange(len(notes)))
+    is_local = Path(source).exists()
+    return _DataSet(part, prompts, replace(stream, revision=None) if is_local else stream)
+
+
+def _tell(console: Console, source: str, notes: PairNotes, told: PairSource) -> None:
+    console.say(f"{source}: {_counted(notes)}, {told.format}")
+    if told.ignored_columns:
+        console.say(f"{source}: columns that are not read: {', '.join(told.ignored_columns)}")
+    if told.skipped:
+        console.warn(f"{source}: {len(told.skipped):,} faulty rows left out")
+        for fault in told.skipped[:_NAMED_ROWS]:
             console.warn(f"  {fault}")
-    return replace(loaded, revision=None) if Path(source).exists() else loaded
 
 
 def _ranked(config: RunConfig) -> RankedPairs:
@@ -380,19 +409,20 @@ def _ranked(config: RunConfig) -> RankedPairs:
     return "list"
 
 
-def _counted(pairs: Sequence[PreferencePair]) -> str:
+def _counted(notes: PairNotes) -> str:
     """Count the rows in words."""
-    unpaired = sum(pair.is_unpaired for pair in pairs)
-    if not unpaired:
-        return f"{len(pairs):,} pairs"
-    good = sum(pair.rejected is None for pair in pairs)
-    return f"{len(pairs):,} answers, {good:,} chosen and {unpaired - good:,} rejected"
+    if not notes.chosen_alone + notes.rejected_alone:
+        return f"{len(notes):,} pairs"
+    return (
+        f"{len(notes):,} answers, {notes.chosen_alone:,} chosen and {notes.rejected_alone:,} "
+        "rejected"
+    )
 
 
 def _tokenize(
     config: RunConfig,
     source: str,
-    pairs: Sequence[PreferencePair],
+    pairs: PairView,
     models: Models,
     console: Console,
 ) -> TokenizedPairs:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dpo.errors import InputError
 from dpo.pair import PreferencePair
 
@@ -56,9 +59,9 @@ def set_names(sources: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(sources)
 
 
-def named(name: str, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    """Put a set's name before the ids of its rows, and make it the source of those without one."""
-    return [replace(pair, id=f"{name}/{pair.id}", source=pair.source or name) for pair in pairs]
+def named(name: str, pair: PreferencePair) -> PreferencePair:
+    """Put a set's name before the id of a row, and make it the source of one without."""
+    return replace(pair, id=f"{name}/{pair.id}", source=pair.source or name)
 
 
 def count_rows(sizes: Sequence[int], config: MixConfig) -> list[int]:
@@ -81,22 +84,22 @@ def count_rows(sizes: Sequence[int], config: MixConfig) -> list[int]:
 
 
 def mix(
-    sets: Mapping[str, Sequence[PreferencePair]], config: MixConfig, *, seed: int
-) -> dict[str, list[PreferencePair]]:
-    """Return the rows of an epoch by set.
+    ids_by_set: Mapping[str, Sequence[str]], config: MixConfig, *, seed: int
+) -> dict[str, list[NDArray[np.int64]]]:
+    """Return the rows of an epoch by set, for each time that the set is gone through.
 
     Of a set that gives k times its rows and some, each row is taken k times and some once more.
-    Which ones depends on their ids and the seed alone. The second time, a row's id ends in ``#2``.
+    Which ones depends on their ids and the seed alone. Rows are numbers from 0, rising.
 
     Raises:
         InputError: a set would give no row.
     """
-    counts = count_rows([len(pairs) for pairs in sets.values()], config)
+    counts = count_rows([len(ids) for ids in ids_by_set.values()], config)
     mixed = {}
-    for (name, pairs), count in zip(sets.items(), counts, strict=True):
-        if not pairs or not count:
-            raise InputError(f"data: of {name}, {count} of {len(pairs)} rows would be trained on")
-        mixed[name] = _taken(pairs, count, seed)
+    for (name, ids), count in zip(ids_by_set.items(), counts, strict=True):
+        if not ids or not count:
+            raise InputError(f"data: of {name}, {count} of {len(ids)} rows would be trained on")
+        mixed[name] = _taken(ids, count, seed)
     return mixed
 
 
@@ -107,16 +110,11 @@ def describe_share(name: str, count: int, size: int) -> str:
     return f"{name}: {count:,} rows, {count / size:.1f} times its {size:,}"
 
 
-def _taken(pairs: Sequence[PreferencePair], count: int, seed: int) -> list[PreferencePair]:
-    repeats, rest = divmod(count, len(pairs))
-    ranked = sorted((str(pair.id) for pair in pairs), key=lambda name: _digest(name, seed))
-    once_more = set(ranked[:rest])
-    return [
-        replace(pair, id=f"{pair.id}#{repeat + 1}") if repeat else pair
-        for repeat in range(repeats + 1)
-        for pair in pairs
-        if repeat < repeats or pair.id in once_more
-    ]
+def _taken(ids: Sequence[str], count: int, seed: int) -> list[NDArray[np.int64]]:
+    repeats, rest = divmod(count, len(ids))
+    ranked = sorted(range(len(ids)), key=lambda row: _digest(ids[row], seed))
+    once_more = np.array(sorted(ranked[:rest]), dtype=np.int64)
+    return [*[np.arange(len(ids))] * repeats, *([once_more] if rest else [])]
 
 
 def _digest(name: str, seed: int) -> bytes:

@@ -1,18 +1,25 @@
 """Preference pairs on disk and on the Hub.
 
 ``read_pairs`` reads JSON Lines, JSON arrays (both also gzipped), Parquet and data sets of the Hub,
-in any layout of ``dpo.pair_rows``; ``write_pairs`` writes JSON Lines that read back as the same
-pairs. To add a file type, add its reader to ``_READERS``.
+in any layout of ``dpo.pair_rows``, and ``stream_pairs`` does without holding the pairs;
+``write_pairs`` writes JSON Lines that read back as the same pairs. To add a file type, add its
+reader to ``_READERS``.
 """
 
 import codecs
 import gzip
 import json
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_write
@@ -28,30 +35,39 @@ from dpo.pair_rows import (
 )
 
 __all__ = [
-    "JSON", "LoadedPairs", "Message", "PreferencePair", "Text", "Tokens", "load_pairs",
-    "read_pairs", "write_pairs",
+    "JSON", "LoadedPairs", "Message", "PairStream", "PreferencePair", "Text", "Tokens",
+    "load_pairs", "read_pairs", "stream_pairs", "write_pairs",
 ]  # fmt: skip
 
 _SHOWN_FAULTS = 20
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedPairs:
-    """The pairs of a source and what is to be told about them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairSource:
+    """What is to be told about a source of pairs.
 
     Attributes:
-        pairs: in the order of the source; each has an id, ``row-<number>`` if the row gives none.
         format: the layout of the rows, in words.
         skipped: ``place: reason`` of each faulty row that was left out.
         ignored_columns: columns of the rows that mean nothing to a pair.
         revision: commit of the data set on the Hub; None for local files.
     """
 
-    pairs: list[PreferencePair]
     format: str
     skipped: tuple[str, ...] = ()
     ignored_columns: tuple[str, ...] = ()
     revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedPairs(PairSource):
+    """The pairs of a source and what is to be told about them.
+
+    Attributes:
+        pairs: in the order of the source; each has an id, ``row-<number>`` if the row gives none.
+    """
+
+    pairs: list[PreferencePair]
 
 
 class FileRow(NamedTuple):
@@ -67,6 +83,11 @@ class FileRow(NamedTuple):
     place: str
     content: "bytes | JSON"
 
+    @property
+    def default_id(self) -> str:
+        """The id of a pair whose row gives none."""
+        return f"row-{self.number}"
+
     def decode(self) -> JSON:
         """Return the row's JSON value.
 
@@ -74,6 +95,52 @@ class FileRow(NamedTuple):
             InputError: it is not UTF-8, malformed, or has one key twice.
         """
         return _decode(self.content) if isinstance(self.content, bytes) else self.content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairStream(PairSource):
+    """The pairs of ``LoadedPairs``, read anew each time that they are gone through.
+
+    Attributes:
+        files: what is read, and the state that each was in the first time.
+        counts: how many pairs each row of the files holds; a faulty one none.
+        parse: makes the pairs of a row.
+    """
+
+    files: "Mapping[Path, _State]"
+    counts: "array[int]"
+    parse: Callable[..., list[ParsedRow]]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __iter__(self) -> Iterator[PreferencePair]:
+        return self.read(np.arange(len(self)))
+
+    def read(self, numbers: NDArray[np.int64]) -> Iterator[PreferencePair]:
+        """Yield the pairs of some numbers, counted from 0 and rising; other rows are not decoded.
+
+        Raises:
+            InputError: a file has changed since the first time, or is a pipe.
+        """
+        is_wanted = np.zeros(len(self), dtype=np.bool_)
+        is_wanted[numbers] = True
+        self._refuse_changes()
+        begin = 0
+        for row, count in zip(file_rows(self.files), self.counts, strict=False):
+            wanted = is_wanted[begin : begin + count]
+            begin += count
+            if wanted.any():
+                found = self.parse(row.decode(), default_id=row.default_id)
+                yield from compress((parsed.pair for parsed in found), wanted)
+        self._refuse_changes()
+
+    def _refuse_changes(self) -> None:
+        for path, state in self.files.items():
+            if not path.is_file():
+                raise InputError(f"{path} can be read once only: give a file, which is read again")
+            if _state(path) != state:
+                raise InputError(f"{path}: changed while it was used: start again")
 
 
 def read_pairs(
@@ -105,7 +172,37 @@ def load_pairs(
     on_bad_row: str = "error",
     ranked: RankedPairs = "all",
 ) -> LoadedPairs:
-    """Read every pair of a file, a folder of files, or a data set of the Hub.
+    """Return the pairs of ``stream_pairs``, which takes the same arguments, in memory."""
+    pairs: list[PreferencePair] = []
+    stream = stream_pairs(
+        source,
+        columns=columns,
+        revision=revision,
+        split=split,
+        on_bad_row=on_bad_row,
+        ranked=ranked,
+        visit=pairs.append,
+    )
+    return LoadedPairs(
+        pairs=pairs,
+        format=stream.format,
+        skipped=stream.skipped,
+        ignored_columns=stream.ignored_columns,
+        revision=stream.revision,
+    )
+
+
+def stream_pairs(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    split: str | None = None,
+    on_bad_row: str = "error",
+    ranked: RankedPairs = "all",
+    visit: Callable[[PreferencePair], object] | None = None,
+) -> PairStream:
+    """Go through every pair of a file, a folder of files, or a data set of the Hub.
 
     Rows are read one after another (a JSON array: at once). The layout of the first good row is
     that of all: a row in another layout is faulty.
@@ -118,6 +215,7 @@ def load_pairs(
         on_bad_row: "error" refuses the source if any row is faulty, "skip" leaves such rows out.
         ranked: of rows that rank several answers: "all" two of different scores make a pair, the
             "best" with each worse one, or as a "list" each with the next worse one.
+        visit: called with each pair on the way.
 
     Raises:
         InputError: the source is not found, unreadable, or has faulty rows: 20 are listed.
@@ -130,10 +228,12 @@ def load_pairs(
         expected = ", ".join(map(repr, get_args(RankedPairs)))
         raise InputError(f"ranked must be one of {expected}, got {ranked!r}")
     files = _locate(source, revision=revision, split=split)
-    reading = _Reading(columns, ranked)
+    reading = _Reading(files, columns, ranked)
     for row in file_rows(files):
-        reading.add(row)
-    return reading.result(str(source), on_bad_row, commit_of(files[0]))
+        for pair in reading.add(row):
+            if visit is not None:
+                visit(pair)
+    return reading.result(str(source), on_bad_row)
 
 
 def write_pairs(pairs: Iterable[PreferencePair], path: str | Path) -> None:
@@ -183,34 +283,34 @@ def list_faults(source: str, faults: Sequence[str]) -> str:
 class _Reading:
     """What has been found while going through the rows of a source."""
 
-    def __init__(self, columns: Mapping[str, str], ranked: RankedPairs) -> None:
+    def __init__(
+        self, files: Sequence[Path], columns: Mapping[str, str], ranked: RankedPairs
+    ) -> None:
+        self.files = {path: _state(path) for path in files}
         self.columns = columns
-        self.ranked: RankedPairs = ranked
-        self.pairs: list[PreferencePair] = []
+        self.parse = partial(parse_rows, columns=columns, ranked=ranked)
+        self.counts = array("L")
         self.faults: list[str] = []
         self.layout: str | None = None
         self.fields: tuple[str, ...] = ()  # of the layout
         self.place_of_id: dict[str, str] = {}
         self.seen_columns: dict[str, None] = {}
 
-    def add(self, row: FileRow) -> None:
-        """Keep the pairs of a row, or its fault."""
+    def add(self, row: FileRow) -> list[PreferencePair]:
+        """Return the pairs of a row; of a faulty one none, and note the fault."""
         try:
             content = row.decode()
-            found = parse_rows(
-                content,
-                columns=self.columns,
-                default_id=f"row-{row.number}",
-                ranked=self.ranked,
-            )
+            found = self.parse(content, default_id=row.default_id)
             for parsed in found:
                 self._check(parsed, row.place)
         except InputError as error:
             self.faults.append(f"{row.place}: {error}")
-            return
-        self.pairs += [parsed.pair for parsed in found]
+            self.counts.append(0)
+            return []
+        self.counts.append(len(found))
         if isinstance(content, Mapping):
             self.seen_columns |= dict.fromkeys(content)
+        return [parsed.pair for parsed in found]
 
     def _check(self, parsed: ParsedRow, place: str) -> None:
         """Compare a row with those before it: all have one layout, and no two have one id."""
@@ -223,18 +323,39 @@ class _Reading:
         if first != place:
             raise InputError(f"id {name!r} is already that of {first}")
 
-    def result(self, source: str, on_bad_row: str, revision: str | None) -> LoadedPairs:
+    def result(self, source: str, on_bad_row: str) -> PairStream:
         """Return what was read, or refuse it."""
-        if self.faults and (on_bad_row == "error" or not self.pairs):
+        if self.faults and (on_bad_row == "error" or not any(self.counts)):
             raise InputError(list_faults(source, self.faults))
-        if not self.pairs or self.layout is None:
+        if self.layout is None:
             raise InputError(f"{source}: no rows; expected at least one preference pair")
         used = {*self.fields, *OPTIONAL, *self.columns.values()}
         used |= set() if "prompt" in self.seen_columns else {"conversations"}
         if self.layout == "OpenAI preference":
             used |= {"input", "preferred_output", "non_preferred_output"}
         ignored = tuple(column for column in self.seen_columns if column not in used)
-        return LoadedPairs(self.pairs, self.layout, tuple(self.faults), ignored, revision)
+        return PairStream(
+            format=self.layout,
+            skipped=tuple(self.faults),
+            ignored_columns=ignored,
+            revision=commit_of(next(iter(self.files))),
+            files=self.files,
+            counts=self.counts,
+            parse=self.parse,
+        )
+
+
+class _State(NamedTuple):
+    """What changes when a file does."""
+
+    node: int
+    size: int
+    changed_ns: int
+
+
+def _state(path: Path) -> _State:
+    found = path.stat()
+    return _State(found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _locate(source: str | Path, *, revision: str | None, split: str | None) -> list[Path]:

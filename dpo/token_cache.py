@@ -4,7 +4,6 @@ An entry is the folder ``<key>`` with ``columns.safetensors``, ``rows.json`` (id
 and the manifest of their hashes. It is complete or not there, checked when read, memory-mapped.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +24,7 @@ from dpo.files import (
     verify_manifest,
     write_manifest,
 )
-from dpo.pair import PreferencePair, plain_json
-from dpo.pair_rows import pair_to_row
+from dpo.pair_view import PairView
 from dpo.tokenized_pairs import (
     RowNote,
     Tokenization,
@@ -43,13 +41,9 @@ _ABANDONED_SECONDS = 86_400.0  # a chunk of rows is written at least once a day
 _Number = TypeVar("_Number", np.int32, np.int64, np.float32)
 
 
-def content_key(pairs: Sequence[PreferencePair], *others: str) -> str:
+def content_key(pairs: PairView, *others: str) -> str:
     """Return the hash of pairs and of what else decides on their tokens."""
-    digest = hashlib.sha256(json.dumps([_FORMAT, *others]).encode())
-    for pair in pairs:
-        row = json.dumps(pair_to_row(pair), sort_keys=True, default=plain_json)
-        digest.update(row.encode() + b"\n")
-    return digest.hexdigest()
+    return pairs.hash(str(_FORMAT), *others)
 
 
 @contextmanager

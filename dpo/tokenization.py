@@ -24,7 +24,7 @@ A row that cannot be cut to fit is dropped.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from itertools import islice
@@ -37,6 +37,7 @@ from dpo import token_cache
 from dpo.errors import InputError
 from dpo.pair import PreferencePair, Tokens
 from dpo.pair_texts import Answer, PairTexts, write_pair, written_texts
+from dpo.pair_view import PairView, view_of
 from dpo.preferences import list_faults
 from dpo.templates import CHATML, ChatTemplate
 from dpo.tokenize_config import TokenizeOptions
@@ -65,7 +66,7 @@ _CHUNK = 512  # pairs that are tokenized at once, on all processors
 
 
 def tokenize_pairs(
-    pairs: Sequence[PreferencePair],
+    pairs: Sequence[PreferencePair] | PairView,
     tokenizer: Tokenizer,
     options: TokenizeOptions | None = None,
     *,
@@ -77,7 +78,8 @@ def tokenize_pairs(
     """Turn pairs into token ids.
 
     Args:
-        pairs: those without an id are named by their row: ``row-1`` and so on.
+        pairs: those without an id are named by their row: ``row-1`` and so on. Of a view no more
+            than a chunk is in memory at once, nor are their tokens if there is a ``cache_dir``.
         tokenizer: of the model that is to read them.
         options: the defaults if None.
         source: where the pairs are from, for messages about them.
@@ -92,22 +94,20 @@ def tokenize_pairs(
     options = options or TokenizeOptions()
     if on_bad_row not in ("error", "skip"):
         raise InputError(f"on_bad_row must be 'error' or 'skip', got {on_bad_row!r}")
-    pair_by_id = _by_id(pairs)
+    view = pairs if isinstance(pairs, PairView) else view_of(pairs)
+    if (names := len(set(view.ids))) < len(view):
+        raise InputError(f"{len(view)} pairs have only {names} different ids")
     if cache_dir is None:
         rows: list[TokenizedPair] = []
-        report = _tokenize(
-            pair_by_id, tokenizer, options, source, on_bad_row, progress, keep=rows.extend
-        )
+        report = _tokenize(view, tokenizer, options, source, on_bad_row, progress, keep=rows.extend)
         return Tokenization(columns_of(rows), report)
     settings = json.dumps([asdict(options), on_bad_row, sorted(tokenizer.eos_ids)])
-    entry = Path(cache_dir) / token_cache.content_key(pairs, tokenizer.fingerprint, settings)
+    entry = Path(cache_dir) / token_cache.content_key(view, tokenizer.fingerprint, settings)
     faults = token_cache.faults_of(entry) if entry.exists() else []
     if entry.exists() and not faults:
         return token_cache.load(entry)
     with token_cache.new_entry(entry) as new:
-        report = _tokenize(
-            pair_by_id, tokenizer, options, source, on_bad_row, progress, keep=new.add
-        )
+        report = _tokenize(view, tokenizer, options, source, on_bad_row, progress, keep=new.add)
         new.finish(report)
     told = f"made again: {faults[0]}" if faults else "stored"
     return Tokenization(token_cache.load(entry).pairs, replace(report, cache=told))
@@ -137,15 +137,8 @@ class _Notes:
     end_tokens_added: list[str] = field(default_factory=list)
 
 
-def _by_id(pairs: Sequence[PreferencePair]) -> dict[str, PreferencePair]:
-    pair_by_id = {pair.id or f"row-{row}": pair for row, pair in enumerate(pairs, start=1)}
-    if len(pair_by_id) < len(pairs):
-        raise InputError(f"{len(pairs)} pairs have only {len(pair_by_id)} different ids")
-    return pair_by_id
-
-
 def _tokenize(
-    pair_by_id: dict[str, PreferencePair],
+    view: PairView,
     tokenizer: Tokenizer,
     options: TokenizeOptions,
     source: str,
@@ -155,16 +148,16 @@ def _tokenize(
     keep: Callable[[Sequence[TokenizedPair]], object],
 ) -> TokenizationReport:
     """Hand the tokens of some pairs after the others to ``keep``, and report on all of them."""
-    template = _chat_template(pair_by_id.values(), tokenizer, options)
+    template = _chat_template(view, tokenizer, options)
     work = _Tokenizing(tokenizer, options, template)
-    items, done, kept = iter(pair_by_id.items()), 0, 0
+    items, done, kept = zip(view.ids, view, strict=True), 0, 0
     while chunk := dict(islice(items, _CHUNK)):
         rows = list(work.add(chunk))
         keep(rows)
         kept += len(rows)
         done += len(chunk)
         if progress is not None:
-            progress(done, len(pair_by_id))
+            progress(done, len(view))
     notes = work.notes
     if notes.faults and on_bad_row == "error":
         raise InputError(list_faults(source, [": ".join(note) for note in notes.faults]))
@@ -174,7 +167,7 @@ def _tokenize(
         raise InputError(list_faults(f"{source}: no row is left", reasons))
     is_dated = template is not None and "strftime_now" in template.source
     return TokenizationReport(
-        rows=len(pair_by_id),
+        rows=len(view),
         kept=kept,
         dropped=dropped,
         cut=tuple(notes.cut),
@@ -186,10 +179,10 @@ def _tokenize(
 
 
 def _chat_template(
-    pairs: Collection[PreferencePair], tokenizer: Tokenizer, options: TokenizeOptions
+    pairs: PairView, tokenizer: Tokenizer, options: TokenizeOptions
 ) -> ChatTemplate | None:
     """Choose the template; None if no conversation is to be written."""
-    if not any(isinstance(pair.prompt, tuple) for pair in pairs):
+    if not pairs.has_conversations:
         if options.template == "chatml":
             raise InputError("tokenize.template is chatml, but no row is a conversation")
         return None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +18,11 @@ from dpo.inputs import (
     Inputs,
     cache_folder,
     find_models,
+    hold_out,
     load_all_pairs,
     load_inputs,
     pin_revisions,
-    split_pairs,
+    prompt_digest,
 )  # fmt: skip
 from dpo.mixing import MixConfig
 from dpo.pair_rows import RankedPairs
@@ -65,6 +67,14 @@ def pairs_of(prompts: list[int]) -> list[PreferencePair]:
         PreferencePair(f"prompt {prompt}", "yes", "no", id=f"{row}")
         for row, prompt in enumerate(prompts)
     ]
+
+
+def split_pairs(
+    pairs: list[PreferencePair], share: float, *, seed: int
+) -> tuple[list[PreferencePair], list[PreferencePair]]:
+    prompts = np.array([prompt_digest(pair.prompt, seed) for pair in pairs]).view("V16")
+    marked = list(zip(pairs, hold_out(prompts, share), strict=True))
+    return [pair for pair, held in marked if not held], [pair for pair, held in marked if held]
 
 
 @given(
@@ -158,6 +168,15 @@ def test_several_data_sets_are_mixed(mixture: RunConfig) -> None:
     assert loaded(mixture)[0].pairs.fingerprint == inputs.pairs.fingerprint
     reseeded = replace(mixture, train=TrainConfig(seed=1))
     assert loaded(reseeded)[0].pairs.fingerprint != inputs.pairs.fingerprint
+
+
+def test_mixture_goes_through_one_set_after_the_other_time_after_time(mixture: RunConfig) -> None:
+    ids = list(loaded(replace(mixture, mix=MixConfig(weights=(1, 2), rows=9)))[0].pairs.ids)
+    numbers = [int(name.removeprefix("pairs/row-")) for name in ids[:3]]
+    assert numbers == sorted({*numbers})
+    assert ids[3:7] == [f"other/row-{row}" for row in (1, 2, 3, 4)]
+    assert [name[-2:] for name in ids[7:]] == ["#2", "#2"]
+    assert ids[7:] == sorted({*ids[7:]})
 
 
 def test_mixture_is_of_the_rows_that_are_not_held_out(mixture: RunConfig) -> None:

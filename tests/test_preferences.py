@@ -1,18 +1,29 @@
 import gzip
 import json
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo.errors import InputError
 from dpo.pair import Content, Tokens
-from dpo.preferences import JSON, Message, PreferencePair, load_pairs, read_pairs, write_pairs
+from dpo.preferences import (
+    JSON,
+    Message,
+    PreferencePair,
+    load_pairs,
+    read_pairs,
+    stream_pairs,
+    write_pairs,
+)
 
 ROW: dict[str, JSON] = {"prompt": "2+2=", "chosen": "4", "rejected": "5"}
 USER: Message = {"role": "user", "content": "2+2?"}
@@ -819,3 +830,68 @@ class TestTurns:
         path = write_rows(tmp_path / "turns.jsonl", {**self.ROW, **changes})
         with pytest.raises(InputError, match=fault):
             read_pairs(path)
+
+
+class TestStream:
+    RANKED: ClassVar[dict[str, JSON]] = {
+        "prompt": "2+2=",
+        "answers": ["4", "5", "6"],
+        "scores": [3, 2, 1],
+    }
+
+    @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet"])
+    def test_pairs_are_those_of_loading_as_often_as_they_are_read(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        rows = [{**ROW, "id": f"r{number}"} for number in range(3)]
+        path = tmp_path / name
+        if name.endswith("parquet"):
+            arrow = pytest.importorskip("pyarrow")
+            from pyarrow import parquet
+
+            parquet.write_table(arrow.Table.from_pylist(rows), path)
+        else:
+            text = json.dumps(rows) if name == "rows.json" else "\n".join(map(json.dumps, rows))
+            path.write_bytes(gzip.compress(text.encode()) if "gz" in name else text.encode())
+        seen: list[PreferencePair] = []
+        stream = stream_pairs(path, visit=seen.append)
+        assert len(stream) == 3
+        for pairs in (seen, list(stream), list(stream), read_pairs(path)):
+            assert [pair.id for pair in pairs] == ["r0", "r1", "r2"]
+            assert pairs == read_pairs(path)
+
+    def test_what_is_told_is_told_of_a_stream_too(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "rows.jsonl", {**ROW, "x": 1}, {"prompt": "p"})
+        stream, loaded = (read(path, on_bad_row="skip") for read in (stream_pairs, load_pairs))
+        for told in ("format", "skipped", "ignored_columns", "revision"):
+            assert getattr(stream, told) == getattr(loaded, told)
+        assert stream.ignored_columns == ("x",)
+
+    def test_pairs_of_some_numbers_are_read_alone(self, tmp_path: Path) -> None:
+        rows = (self.RANKED, {"prompt": "p"}, self.RANKED, self.RANKED)
+        path = write_rows(tmp_path / "rows.jsonl", *rows)
+        stream = stream_pairs(path, on_bad_row="skip")
+        assert len(stream) == 9
+        found = [pair.id for pair in stream.read(np.array([1, 6, 8]))]
+        assert found == ["row-1/0-2", "row-4/0-1", "row-4/1-2"]
+        assert list(stream.read(np.arange(0))) == []
+
+    def test_file_that_changes_is_refused(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "rows.jsonl", ROW, ROW)
+        stream = stream_pairs(path)
+        begun = iter(stream)
+        next(begun)
+        write_rows(path, ROW)
+        for reading in (begun, iter(stream)):
+            with pytest.raises(InputError, match=r"rows\.jsonl: changed while it was used: start"):
+                list(reading)
+
+    def test_pipe_is_read_once_and_refused_the_second_time(self, tmp_path: Path) -> None:
+        path = tmp_path / "rows.jsonl"
+        os.mkfifo(path)
+        with ThreadPoolExecutor() as pool:
+            pool.submit(write_rows, path, ROW)
+            stream = stream_pairs(path)
+        assert len(stream) == 1
+        with pytest.raises(InputError, match="can be read once only: give a file"):
+            list(stream)

@@ -1,10 +1,13 @@
 """Entries of the token cache: their files, and what becomes of those that are not finished."""
 
+import json
 import os
 import resource
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from safetensors.numpy import load_file
 from dpo import token_cache
 from dpo.errors import InputError
 from dpo.pair import PreferencePair
+from dpo.pair_view import PairNotes, PairView, Part, RowNumbers, view_of
+from dpo.preferences import stream_pairs
 from dpo.tokenization import TokenizeOptions, tokenize_pairs
 from dpo.tokenizer import byte_tokenizer
 
@@ -44,10 +49,11 @@ def test_entry_of_many_chunks_is_a_safetensors_file_of_the_same_columns(
     tmp_path: Path, dropped: int
 ) -> None:
     long = [PreferencePair(f"say {row}", "yes" * 9, "no") for row in range(dropped)]
-    pairs, options = [*long, *pairs_of(2000)], TokenizeOptions(max_length=25, truncation="drop")
+    pairs, options = [*long, *pairs_of(2001)], TokenizeOptions(max_length=25, truncation="drop")
     fresh = tokenize_pairs(pairs, TOKENIZER, options)
     stored = tokenize_pairs(pairs, TOKENIZER, options, cache_dir=tmp_path)
-    assert fresh.report.kept == len(stored.pairs) == 1600
+    assert fresh.report.kept == len(stored.pairs) == 1601
+    assert len(fresh.pairs.tokens) % 2  # what follows them is aligned if it is no wider
     assert stored.pairs.fingerprint == fresh.pairs.fingerprint
     (path,) = tmp_path.glob("*/columns.safetensors")
     assert {file.name for file in path.parent.iterdir()} == {
@@ -102,3 +108,38 @@ def test_entry_has_its_name_when_it_is_complete(tmp_path: Path) -> None:
         assert [path.name[:8] for path in tmp_path.iterdir()] == ["key.tmp-"]
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
     assert token_cache.load(tmp_path / "key").pairs.fingerprint == made.pairs.fingerprint
+
+
+def test_tokens_in_the_cache_are_found_without_reading_the_pairs(tmp_path: Path) -> None:
+    view = view_of(pairs_of(9))
+    first = tokenize_pairs(view, TOKENIZER, cache_dir=tmp_path)
+
+    def read(rows: RowNumbers) -> NoReturn:
+        pytest.fail(f"{rows} are read")
+
+    blind = PairView([view.parts[0]._replace(read=read)])
+    found = tokenize_pairs(blind, TOKENIZER, cache_dir=tmp_path)
+    assert (found.report.cache, found.pairs.fingerprint) == ("found", first.pairs.fingerprint)
+
+
+def peak_bytes(folder: Path, rows: int) -> int:
+    """Tokenize a file and measure what Python and numpy held at most."""
+    path, notes = folder / f"{rows}.jsonl", PairNotes()
+    text = " ".join(map(str, range(50)))
+    with path.open("w", encoding="utf-8") as file:
+        for row in range(rows):
+            pair = {"prompt": f"{row} {text}", "chosen": text, "rejected": text[1:]}
+            file.write(json.dumps(pair) + "\n")
+    tracemalloc.start()
+    stream = stream_pairs(path, visit=notes.add)
+    view = PairView([Part(stream.read, notes, np.arange(len(notes)))])
+    made = tokenize_pairs(view, TOKENIZER, cache_dir=folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(made.pairs) == rows
+    return peak
+
+
+@pytest.mark.slow
+def test_four_times_the_rows_take_little_more_memory(tmp_path: Path) -> None:
+    assert peak_bytes(tmp_path, 8192) < 1.6 * peak_bytes(tmp_path, 2048)
