@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from dpo.adapter_config import AdapterConfig
 from dpo.errors import InputError
 from dpo.mixing import MixConfig
+from dpo.pair import AnswerTurns
 from dpo.pair_rows import RankedPairs
 from dpo.tokenize_config import TokenizeOptions
 from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
@@ -91,6 +92,11 @@ class RunConfig:
         "Of rows that rank answers by scores: all two of them make a pair, the best and each worse "
         "one, or as a list each and the next worse one; list for a loss of lists, else all.",
     ] = None
+    answer_turns: Annotated[
+        AnswerTurns | None,
+        "Let answers go on over turns of a tool or a user, and train on all messages of the "
+        "assistant in them or on the last; none refuses such answers.",
+    ] = None
     on_bad_row: Annotated[OnBadRow, "At a faulty row: stop, or skip and count it."] = "error"
     mix: MixConfig = field(default_factory=MixConfig)
     tokenize: TokenizeOptions = field(default_factory=TokenizeOptions)
@@ -118,6 +124,8 @@ class RunConfig:
             yield f"eval_split must be in (0, 1), got {self.eval_split}"
         if self.ranked not in (None, *get_args(RankedPairs)):
             yield f"ranked must be one of {', '.join(get_args(RankedPairs))}, got {self.ranked!r}"
+        if self.answer_turns not in (None, *get_args(AnswerTurns)):
+            yield f"answer_turns must be one of all, last, got {self.answer_turns!r}"
         if self.on_bad_row not in get_args(OnBadRow):
             yield (
                 f"on_bad_row must be one of {', '.join(get_args(OnBadRow))}, "

@@ -375,6 +375,7 @@ def _read(
         split=split,
         on_bad_row=config.on_bad_row,
         ranked=_ranked(config),
+        answer_turns=config.answer_turns,
         visit=visit,
     )
     _tell(console, source, notes, stream)

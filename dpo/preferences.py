@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_write
 from dpo.hub import commit_of, fetch_dataset_files, is_dataset_id, split_files
-from dpo.pair import Message, PreferencePair, Text, Tokens, plain_json
+from dpo.pair import AnswerTurns, Message, PreferencePair, Text, Tokens, plain_json
 from dpo.pair_rows import (
     OPTIONAL,
     ParsedRow,
@@ -151,6 +151,7 @@ def read_pairs(
     split: str | None = None,
     on_bad_row: str = "error",
     ranked: RankedPairs = "all",
+    answer_turns: AnswerTurns | None = None,
 ) -> list[PreferencePair]:
     """Return the pairs of ``load_pairs``, which takes the same arguments."""
     return load_pairs(
@@ -160,6 +161,7 @@ def read_pairs(
         split=split,
         on_bad_row=on_bad_row,
         ranked=ranked,
+        answer_turns=answer_turns,
     ).pairs
 
 
@@ -171,6 +173,7 @@ def load_pairs(
     split: str | None = None,
     on_bad_row: str = "error",
     ranked: RankedPairs = "all",
+    answer_turns: AnswerTurns | None = None,
 ) -> LoadedPairs:
     """Return the pairs of ``stream_pairs``, which takes the same arguments, in memory."""
     pairs: list[PreferencePair] = []
@@ -181,6 +184,7 @@ def load_pairs(
         split=split,
         on_bad_row=on_bad_row,
         ranked=ranked,
+        answer_turns=answer_turns,
         visit=pairs.append,
     )
     return LoadedPairs(
@@ -200,6 +204,7 @@ def stream_pairs(
     split: str | None = None,
     on_bad_row: str = "error",
     ranked: RankedPairs = "all",
+    answer_turns: AnswerTurns | None = None,
     visit: Callable[[PreferencePair], object] | None = None,
 ) -> PairStream:
     """Go through every pair of a file, a folder of files, or a data set of the Hub.
@@ -215,6 +220,7 @@ def stream_pairs(
         on_bad_row: "error" refuses the source if any row is faulty, "skip" leaves such rows out.
         ranked: of rows that rank several answers: "all" two of different scores make a pair, the
             "best" with each worse one, or as a "list" each with the next worse one.
+        answer_turns: of rows without a column of this name, as of ``PreferencePair``.
         visit: called with each pair on the way.
 
     Raises:
@@ -228,7 +234,10 @@ def stream_pairs(
         expected = ", ".join(map(repr, get_args(RankedPairs)))
         raise InputError(f"ranked must be one of {expected}, got {ranked!r}")
     files = _locate(source, revision=revision, split=split)
-    reading = _Reading(files, columns, ranked)
+    if answer_turns not in (None, *get_args(AnswerTurns)):
+        raise InputError(f"answer_turns must be 'all' or 'last', got {answer_turns!r}")
+    parse = partial(parse_rows, columns=columns, ranked=ranked, answer_turns=answer_turns)
+    reading = _Reading(files, columns, parse)
     for row in file_rows(files):
         for pair in reading.add(row):
             if visit is not None:
@@ -284,11 +293,14 @@ class _Reading:
     """What has been found while going through the rows of a source."""
 
     def __init__(
-        self, files: Sequence[Path], columns: Mapping[str, str], ranked: RankedPairs
+        self,
+        files: Sequence[Path],
+        columns: Mapping[str, str],
+        parse: Callable[..., list[ParsedRow]],
     ) -> None:
         self.files = {path: _state(path) for path in files}
         self.columns = columns
-        self.parse = partial(parse_rows, columns=columns, ranked=ranked)
+        self.parse = parse
         self.counts = array("L")
         self.faults: list[str] = []
         self.layout: str | None = None

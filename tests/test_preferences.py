@@ -811,6 +811,16 @@ class TestTurns:
         write_pairs([pair], tmp_path / "again.jsonl")
         assert read_pairs(tmp_path / "again.jsonl") == [pair]
 
+    def test_option_says_it_for_rows_that_do_not(self, tmp_path: Path) -> None:
+        rows = [self.ROW, {**self.ROW, "answer_turns": "all"}]
+        pairs = read_pairs(write_rows(tmp_path / "turns.jsonl", *rows), answer_turns="last")
+        assert [pair.answer_turns for pair in pairs] == ["last", "all"]
+
+    def test_option_is_checked(self, tmp_path: Path) -> None:
+        path = write_rows(tmp_path / "turns.jsonl", self.ROW)
+        with pytest.raises(InputError, match="answer_turns must be 'all' or 'last', got 'first'"):
+            read_pairs(path, answer_turns="first")  # type: ignore[arg-type]  # what is tested
+
     @pytest.mark.parametrize(
         ("changes", "fault"),
         [

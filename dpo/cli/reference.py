@@ -14,7 +14,7 @@ _NO_OUTPUT = Setting("out", "nothing but the cache", "dpo reference")
     "model", "revision", "reference", "reference_revision", "reference_cache.",
     "data", "mix.", "data_split", "data_revision",
     "eval_data", "eval_data_split", "eval_data_revision", "eval_split",
-    "columns", "ranked", "on_bad_row", "tokenize.", "train.seed",
+    "columns", "ranked", "answer_turns", "on_bad_row", "tokenize.", "train.seed",
     "train.micro_batch_size", "train.tokens_per_micro_batch", "train.dtype", "train.tf32",
     "train.device", "train.threads", "train.share_prefix",
     "adapter.quantize", "adapter.base",

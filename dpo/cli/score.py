@@ -9,7 +9,7 @@ from dpo.progress import Console
 @click.command
 @config_flags(
     "model", "revision", "reference", "reference_revision", "reference_cache.",
-    "data", "data_split", "data_revision", "columns", "ranked", "on_bad_row", "out",
+    "data", "data_split", "data_revision", "columns", "ranked", "answer_turns", "on_bad_row", "out",
     "tokenize.", "loss.", "train.micro_batch_size", "train.tokens_per_micro_batch",
     "train.dtype", "train.tf32", "train.device", "train.threads", "train.share_prefix",
     "adapter.quantize", "adapter.base",
