@@ -71,8 +71,8 @@ def quantise(values: Tensor, dtype: torch.dtype, *, offset: float = 0.5) -> tupl
     Args:
         values: (V,) float32.
         dtype: int8, or uint8 where no value is below 0.
-        offset: what is added to an n before it is cut to a whole number, in [0, 1); 0.5 rounds to
-            the nearest.
+        offset: a float32 in [0, 1) that is added to an n before it is cut to a whole number; 0.5
+            rounds to the nearest.
 
     Returns:
         (B, 256) numbers n, with the sign of the value and zeros at the end of the last block, and
@@ -81,8 +81,10 @@ def quantise(values: Tensor, dtype: torch.dtype, *, offset: float = 0.5) -> tupl
     blocks = F.pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)  # (B, 256)
     scales = blocks.abs().amax(dim=1)  # (B,)
     shares = blocks.abs().div_(scales.clamp(min=torch.finfo(values.dtype).tiny)[:, None])
-    numbers = shares.sqrt_().sqrt_().mul_(torch.iinfo(dtype).max).add_(offset).floor_()
-    return numbers.copysign_(blocks).to(dtype), scales
+    most = torch.iinfo(dtype).max
+    numbers = shares.sqrt_().sqrt_().mul_(most).add_(offset).floor_()
+    # float32 rounds 255 and an offset just below 1 up to 256
+    return numbers.clamp_(max=most).copysign_(blocks).to(dtype), scales
 
 
 def dequantise(numbers: Tensor, scales: Tensor) -> Tensor:
