@@ -344,11 +344,12 @@ def test_step_count_goes_where_the_update_runs(fused: bool, device: str) -> None
     model = nn.Linear(2, 2, device="meta")  # stands for an accelerator
     optimizer = torch.optim.AdamW(model.parameters())
     optimizer.param_groups[0]["fused"] = fused
-    tensors = {"weight/exp_avg": torch.zeros(2, 2), "weight/step": torch.tensor(3.0)}
-    restore_optimizer(optimizer, model, tensors)
+    counts = {f"weight/{name}": torch.tensor(3.0) for name in ("step", "weight_sum")}
+    restore_optimizer(optimizer, model, {"weight/exp_avg": torch.zeros(2, 2), **counts})
 
     state = optimizer.state[model.weight]
-    assert (state["exp_avg"].device.type, state["step"].device.type) == ("meta", device)
+    assert state["exp_avg"].device.type == "meta"
+    assert {state["step"].device.type, state["weight_sum"].device.type} == {device}
 
 
 def test_state_of_an_untrained_parameter_is_refused() -> None:

@@ -44,7 +44,7 @@ def test_margin_that_does_not_rise_gives_no_alarm(margin: float) -> None:
 
 def test_margin_is_compared_with_that_of_the_first_displaced_window() -> None:
     """Before it the margin was lower."""
-    margins = [-5.0, *([0.0] * WINDOWS)]
+    margins = [-5.0, *([1.0] * WINDOWS)]
     assert not any(alarms([0.0, *([LOW] * WINDOWS)], margins))
 
 

@@ -357,10 +357,10 @@ byte_dtypes = pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
 class TestAdamW8bit:
     @byte_dtypes
     @given(
-        values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=600),
-        offset=st.floats(0, 1, exclude_max=True),
+        values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=300),
+        offset=st.floats(0, 1, exclude_max=True, width=32),
     )
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=30, deadline=None)
     def test_error_is_within_its_bound(
         self, dtype: torch.dtype, values: list[float], offset: float
     ) -> None:
@@ -385,7 +385,7 @@ class TestAdamW8bit:
         numbers = torch.arange(torch.iinfo(dtype).min, torch.iinfo(dtype).max + 1).clamp(min=-127)
         values = dequantise(numbers.to(dtype).view(1, -1), torch.tensor([0.125]))
         assert torch.equal(quantise(values, dtype)[0].flatten(), numbers.to(dtype))
-        for offset in (0.0, 0.999):
+        for offset in (0.0, 1 - 2.0**-24):
             again = dequantise(*quantise(torch.tensor([0.0, 0.125]), dtype, offset=offset))
             assert again[:2].tolist() == [0.0, 0.125]
 

@@ -72,8 +72,8 @@ def quantise(values: Tensor, dtype: torch.dtype, *, offset: float = 0.5) -> tupl
     Args:
         values: (V,) float32.
         dtype: int8, or uint8 where no value is below 0.
-        offset: what is added to an n before it is cut to a whole number, in [0, 1); 0.5 rounds to
-            the nearest.
+        offset: a float32 in [0, 1) that is added to an n before it is cut to a whole number; 0.5
+            rounds to the nearest.
 
     Returns:
         (B, 256) numbers n, with the sign of the value and zeros at the end of the last block, and

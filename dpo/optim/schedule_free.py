@@ -66,7 +66,7 @@ def _update(
     state["step"] += 1
     rate = group["lr"] * math.sqrt(1 - beta2 ** state["step"].item())
     state["weight_sum"] += rate**2
-    share = rate**2 / total if (total := state["weight_sum"].item()) else 1.0
+    share = rate**2 / (state["weight_sum"].item() or 1.0)  # a warm-up begins with rate 0
     square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     change = (gradient / square.sqrt().add_(group["eps"])).add_(
         parameter, alpha=group["weight_decay"]
