@@ -136,9 +136,9 @@ def _read_file(
             if unfit:
                 raise InputError(f"{path}: {len(unfit)} weights do not fit: {_listed(unfit)}")
         for name in kept:
-            # opened anew, for an open file keeps in memory whatever was read of it
+            # opened anew, and copied out: a mapped file keeps in memory whatever was read of it
             with safe_open(path, framework="pt", device=str(device)) as file:
-                yield name, file.get_tensor(name).to(dtype)
+                yield name, file.get_tensor(name).to(dtype, copy=True)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut off: {error}") from error
 
