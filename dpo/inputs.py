@@ -39,6 +39,7 @@ from dpo.tokenizer import Tokenizer, load_tokenizer
 GENERATION_CONFIG = "generation_config.json"
 
 _NAMED_ROWS = 20
+_NAME_BASE = "name it by adapter.base (of dpo merge: --model)"
 
 
 @dataclass(frozen=True)
@@ -189,11 +190,11 @@ def find_model(
     if base is not None:
         adapter = replace(adapter, base=base, base_revision=None)
     if not adapter.base:
-        raise InputError(f"{path} is an adapter and names no base: give adapter.base")
+        raise InputError(f"{path} is an adapter and names no base: {_NAME_BASE}")
     try:
         base_path = fetch_model(adapter.base, adapter.base_revision)
     except InputError as error:
-        raise InputError(f"the base of the adapter {path}: {error}; give adapter.base") from error
+        raise InputError(f"the base of the adapter {path}: {error}; {_NAME_BASE}") from error
     return ModelFolder(base_path, commit, adapter, quantize)
 
 

@@ -149,12 +149,10 @@ def _check_adapter(config: RunConfig, models: Models) -> None:
             f"adapter.kind is {config.adapter.kind}, but {models.policy.name} is an adapter "
             "already, which is trained on: leave adapter.kind away, or merge it first (dpo merge)"
         )
+    if has_adapter or config.adapter.kind is not None:
+        return
     for name in ("quantize", "b_rate_ratio"):
-        if (
-            getattr(config.adapter, name) is not None
-            and not has_adapter
-            and not config.adapter.kind
-        ):
+        if getattr(config.adapter, name) is not None:
             raise InputError(
                 f"adapter.{name} needs an adapter to train: give adapter.kind, or a model that is "
                 "an adapter"

@@ -246,7 +246,7 @@ def test_base_that_moved_is_named_anew(config: RunConfig, tmp_path: Path) -> Non
     (result.model / CONFIG).write_text(text.replace(config.model, str(tmp_path / "gone")))
     plain = replace(config, adapter=AdapterConfig(), out=f"{config.out}-2", model=str(result.model))
     with pytest.raises(
-        InputError, match=r"base of the adapter .*gone: no such .*; give adapter\.b"
+        InputError, match=r"base of the adapter .*gone: no such .*; name it by adapter\.b"
     ):
         started(plain)
     started(changed(plain, base=config.model))
@@ -321,7 +321,9 @@ def test_adapter_without_a_base_is_refused(config: RunConfig) -> None:
     folder = started(config).model
     entries = {**read_json(folder / CONFIG), "base_model_name_or_path": None}
     (folder / CONFIG).write_text(json.dumps(entries))
-    with pytest.raises(InputError, match=r"is an adapter and names no base: give adapter\.base"):
+    with pytest.raises(
+        InputError, match=r"is an adapter and names no base: name it by adapter\.base"
+    ):
         started(replace(config, model=str(folder), adapter=AdapterConfig(), out=f"{config.out}-2"))
 
 

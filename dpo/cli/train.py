@@ -10,7 +10,8 @@ from dpo.progress import Console
 @config_flags(
     "model", "revision", "data", "mix.", "data_split", "data_revision",
     "eval_data", "eval_data_split", "eval_data_revision", "eval_split",
-    "columns", "ranked", "answer_turns", "on_bad_row", "out", "reference", "reference_revision", "reference_cache.", "tokenize.",
+    "columns", "ranked", "answer_turns", "on_bad_row", "out",
+    "reference", "reference_revision", "reference_cache.", "tokenize.",
     "loss.", "train.", "adapter.",
 )  # fmt: skip
 @click.pass_context

@@ -68,7 +68,8 @@ def load_model(
     for path in weight_files(folder):
         for tensor, value in _read_file(path, config, stored, parameters, torch.device(device)):
             found.add(tensor.name)
-            _place(weights, tensor, value.to(dtype), parameters)
+            # copied out: a mapped file keeps in memory whatever was read of it
+            _place(weights, tensor, value.to(dtype, copy=True), parameters)
             _quantize(weights, tensor, quantized)
     missing = stored.keys() - found
     if missing:
