@@ -39,6 +39,12 @@ def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Say whether ``error`` is an allocator's that found no memory, on a GPU or on a CPU."""
+    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_cpu or isinstance(error, torch.OutOfMemoryError)
+
+
 @contextmanager
 def explained_lack_of_memory() -> Iterator[None]:
     """Say what helps when the device's memory is full.
@@ -48,7 +54,9 @@ def explained_lack_of_memory() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
         raise RunError(
             f"{str(error).splitlines()[0]} Less memory is needed with a smaller "
             "--tokens-per-micro-batch or --micro-batch-size, a smaller --max-length, or "

@@ -220,6 +220,8 @@ class _Run:
             "train", trainer.total_steps, unit="steps", start=trainer.step
         ) as bar:
             for step in trainer:
+                while trainer.notes:
+                    self.console.warn(trainer.notes.pop(0))
                 bar.update(step.number, status=_status(step.metrics))
                 if self._best_step() == step.number or (every and step.number % every == 0):
                     self._save()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dpo.accumulation import StepResult, differentiate, evaluate, mean_log_ratio
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
+from dpo.device import is_lack_of_memory
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.live_reference import LiveReference
@@ -95,6 +96,7 @@ class Trainer:
         step: optimizer steps done.
         total_steps: optimizer steps of the whole run.
         should_stop: set it to end the run after the current step.
+        notes: what a person should hear of the steps done; who tells it takes it out.
     """
 
     def __init__(
@@ -187,6 +189,7 @@ class Trainer:
         self.best_step: int | None = None
         self.evaluations_since_best = 0
         self.should_stop = False
+        self.notes: list[str] = []
         self._window, self._throughput = MetricSums(), Throughput()
         self._norms: list[Tensor] = []
 
@@ -292,7 +295,36 @@ class Trainer:
         self._throughput.add(len(rows), tokens, time.perf_counter() - started)
 
     def _differentiate(self, rows: Sequence[int], total_weight: float) -> StepResult:
-        """Add the gradient of a step of ``rows`` to that of the parameters."""
+        """Give the parameters, which have none, the gradient of a step of ``rows``.
+
+        A lack of memory drops what part of it there is and begins the step again, in smaller
+        micro-batches, which the steps after it keep.
+        """
+        while True:
+            try:
+                return self._differentiate_at_once(rows, total_weight)
+            except RuntimeError as error:
+                smaller = self.batches.smaller(rows) if is_lack_of_memory(error) else None
+                if smaller is None:
+                    raise
+            # not in the handler, where the error's traceback still holds the tensors of the step
+            self._take_smaller(smaller, rows)
+
+    def _take_smaller(self, smaller: MicroBatches, rows: Sequence[int]) -> None:
+        """Free what memory there is to free, and cut steps as ``smaller`` does."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.notes.append(
+            f"step {self.step + 1}: the memory is full: going on in micro-batches of at most "
+            f"{smaller.limit}, {len(smaller.split(rows))} in place of "
+            f"{len(self.batches.split(rows))} a step, which changes no result"
+        )
+        self.batches = smaller
+        if self.mismatched is not None:
+            self.mismatched = self.mismatched.cut_as(smaller)
+
+    def _differentiate_at_once(self, rows: Sequence[int], total_weight: float) -> StepResult:
         return differentiate(
             self.loss,
             partial(self._score, batches=self.batches, step=self.step + 1),
