@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -37,6 +40,32 @@ def choose_device(config: TrainConfig) -> torch.device:
 
 def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that can still be had: free ones of a GPU, or those the host can free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(min(_available_on_host(), _available_in_container()))
+
+
+def _available_on_host() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _available_in_container() -> float:
+    """Return what a container's limit leaves; infinity without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - used
 
 
 def is_lack_of_memory(error: BaseException) -> bool:

@@ -27,12 +27,14 @@ from dpo.identity import refuse_another_run, training_identity
 from dpo.inputs import Inputs, ModelFolder, Models, find_models, load_inputs, pin_revisions
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, load_model, save_model
-from dpo.models.transforms import checkpoint_activations, compile_blocks
 from dpo.precision import precision_of
+from dpo.prepare import prepare_policy
 from dpo.progress import Console
 from dpo.reference_pass import References, obtain_references
 from dpo.report import write_report
 from dpo.run_folder import CHECKPOINTS, RunLog, find_checkpoint, go_on_from, write_reproduction
+from dpo.token_budget import choose_budget, with_budget
+from dpo.train_config import AUTO
 from dpo.trainer import Metrics, NonFiniteError, Trainer, uses_live_reference
 
 GENERATION_CONFIG = "generation_config.json"
@@ -80,6 +82,10 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         config = pin_revisions(config, models, inputs)
         if checkpoint is not None:
             _refuse_another_run(checkpoint, config, models, inputs)
+        if config.train.tokens_per_micro_batch == AUTO:
+            budget = choose_budget(config, models.policy.config, inputs.pairs, device=device)
+            console.say(budget.describe())
+            config = with_budget(config, budget.tokens)
         trainer = _make_trainer(config, models, inputs, device, console)
         run = _Run(config, models, trainer, console)
         if checkpoint is not None:
@@ -146,10 +152,7 @@ def _make_trainer(
                 config, models, beside, console, device=device, model=policy
             )
     policy = policy or _load_policy(config, models.policy, device)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(policy)
-    if config.train.compile:
-        compile_blocks(policy)
+    prepare_policy(policy, config)
     if config.train.dtype == "bfloat16":
         console.warn(
             "bfloat16 weights do not move at the learning rates of DPO, which lie below their "

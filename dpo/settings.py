@@ -62,12 +62,21 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A key of the config: its type without None, whether None is allowed, help and default."""
+    """A key of the config.
+
+    Attributes:
+        kind: its type without None and words.
+        is_optional: whether None is allowed.
+        help: what it means.
+        default: what it is if not given.
+        words: texts that are allowed beside ``kind``.
+    """
 
     kind: Any
     is_optional: bool
     help: str
     default: object = None
+    words: tuple[str, ...] = ()
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -246,8 +255,8 @@ def _from_text(text: str, option: Option) -> object:
 
 
 def _fits(value: object, option: Option) -> bool:
-    if option.choices:
-        return value in option.choices
+    if option.choices or value in option.words:
+        return value in (*option.choices, *option.words)
     if get_origin(option.kind) is Mapping:
         return isinstance(value, dict) and all(
             isinstance(item, str) and item for pair in value.items() for item in pair
@@ -278,6 +287,7 @@ def _expected(option: Option) -> str:
             str: "a text",
             _NUMBER_OR_TEXT: "a number or a text",
         }[option.kind]
+    words = " or ".join([words, *option.words])
     return f"{words}, or none" if option.is_optional else words
 
 
@@ -318,4 +328,5 @@ def _options(config: type, prefix: str) -> Iterator[tuple[str, Option]]:
 def _described(hint: Any, text: str, default: object) -> Option:
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [member for member in members if member is not NoneType]
-    return Option(kinds[0], is_optional=NoneType in members, help=text, default=default)
+    words = tuple(word for kind in kinds[1:] for word in get_args(kind))
+    return Option(kinds[0], NoneType in members, text, default, words)

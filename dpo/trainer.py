@@ -202,7 +202,7 @@ class Trainer:
                 pairs,
                 reference,
                 micro_batch_size=self.config.micro_batch_size,
-                tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+                tokens_per_micro_batch=self.config.token_budget,
                 share_prefix=self.config.share_prefix,
                 draw_seed=self.config.seed if self.loss.draws else None,
                 with_chains=self.loss.sees_chains,

@@ -111,7 +111,7 @@ def _flag(key: str, option: Option) -> Callable[[Command], Command]:
 def _metavar(option: Option) -> str:
     if option.choices:
         return f"[{'|'.join(option.choices)}]"
-    return _METAVARS.get(option.kind, "NAME=COLUMN,...")
+    return "|".join([_METAVARS.get(option.kind, "NAME=COLUMN,..."), *option.words])
 
 
 def _shown(value: object) -> str:
