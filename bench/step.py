@@ -162,7 +162,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def _reference(policy: Decoder, pairs: TokenizedPairs, config: TrainConfig) -> ReferenceLogProbs:
     batches = MicroBatches(
         pairs,
-        tokens_per_micro_batch=config.tokens_per_micro_batch,
+        tokens_per_micro_batch=config.token_budget,
         share_prefix=config.share_prefix,
     )
     precision, device = PRECISIONS[config.dtype], next(policy.parameters()).device

@@ -29,7 +29,8 @@ from dpo.bench.machine import cpu_model
 from dpo.bench.results import Measurement
 from dpo.bench.scenarios import PROFILES, SCENARIOS, SHAPES, Scenario
 from dpo.device import choose_device
-from dpo.models import init_model, parse_config
+from dpo.flops import training_flops
+from dpo.models import Decoder, init_model, parse_config
 from dpo.models.config import ModelConfig
 from dpo.models.transforms import checkpoint_activations
 from dpo.precision import PRECISIONS, Precision
@@ -115,36 +116,31 @@ def random_pairs(scenario: Scenario, count: int) -> TokenizedPairs:
 
 
 def useful_flops(config: ModelConfig, lengths: NDArray[np.int64]) -> float:
-    """Count the arithmetic that training on some pairs cannot do without.
-
-    A multiplication and its addition are two. Backward counts twice the forward pass; nothing
-    counts that is computed again, or for padding, or twice for one prompt.
+    """Count the arithmetic that training on some pairs cannot do without (``training_flops``).
 
     Args:
         config: of the decoder.
         lengths: (P, 3) tokens of prompt, chosen and rejected answer.
     """
-    size, inner = config.hidden_size, config.intermediate_size
-    heads, key_heads = config.heads * config.head_size, config.key_heads * config.head_size
-    block = 2 * size * heads + 2 * size * key_heads + 3 * size * inner  # weights of the products
-    prompt, answers = lengths[:, 0].astype(float), lengths[:, 1:].astype(float)
-    # a token sees itself and all that stands above it
-    visible = (prompt * (prompt + 1) / 2).sum()
-    visible += (answers * prompt[:, None] + answers * (answers + 1) / 2).sum()
-    forward = 2.0 * config.layers * block * lengths.sum()
-    forward += 4.0 * config.layers * heads * visible
-    forward += 2.0 * size * config.vocab_size * answers.sum()  # the head, for answers alone
-    return float(3 * forward)
+    with torch.device("meta"):
+        return training_flops(Decoder(config), lengths)
 
 
-def matrix_rate(precision: Precision, device: torch.device) -> float:
+def matrix_rate(
+    precision: Precision, device: torch.device, sizes: Sequence[int] | None = None
+) -> float:
     """Return the best rate of square matrix products in these numerics, in operations per second.
 
     The median of five of each size, so that one lucky or disturbed product does not count.
+
+    Args:
+        precision: gives the dtype.
+        device: where.
+        sizes: of the matrices; ``PRODUCT_SIZES`` if None.
     """
     dtype = precision.autocast or precision.parameters
     best = 0.0
-    for size in PRODUCT_SIZES:
+    for size in sizes or PRODUCT_SIZES:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds = []
         for _ in range(6):  # the first warms up

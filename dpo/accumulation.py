@@ -34,11 +34,13 @@ class StepResult:
     """What the pairs of a step gave.
 
     Attributes:
+        sums: what was given, with the pairs of the step.
         losses: (P,) loss of each pair, without gradient.
         running: (S,) the loss's running statistics after the step.
         balance: (), ``balance_loss`` of the step, or None without routers.
     """
 
+    sums: MetricSums
     losses: Tensor
     running: Tensor
     balance: Tensor | None = None
@@ -94,7 +96,7 @@ def differentiate(
         scale((loss.pair_weights(pairs) * values).sum() / total_weight).backward()
         sums.add(loss, scored, values.detach())
         losses.append(values.detach())
-    return StepResult(torch.cat(losses), running)
+    return StepResult(sums, torch.cat(losses), running)
 
 
 def _differentiate_whole(
@@ -144,7 +146,7 @@ def _differentiate_whole(
             [output for output, _ in with_graph], [scale(slope) for _, slope in with_graph]
         )
         sums.add(loss, scored, of_batch)
-    return StepResult(losses, pairs.running, balance)
+    return StepResult(sums, losses, pairs.running, balance)
 
 
 def _balance(uses: Sequence[RouterUse]) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -39,6 +42,38 @@ def _has_tf32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that can still be had: free ones of a GPU, or those the host can free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(min(_available_on_host(), _available_in_container()))
+
+
+def _available_on_host() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def _available_in_container() -> float:
+    """Return what a container's limit leaves; infinity without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - used
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Say whether ``error`` is an allocator's that found no memory, on a GPU or on a CPU."""
+    of_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return of_cpu or isinstance(error, torch.OutOfMemoryError)
+
+
 @contextmanager
 def explained_lack_of_memory() -> Iterator[None]:
     """Say what helps when the device's memory is full.
@@ -48,7 +83,9 @@ def explained_lack_of_memory() -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
         raise RunError(
             f"{str(error).splitlines()[0]} Less memory is needed with a smaller "
             "--tokens-per-micro-batch or --micro-batch-size, a smaller --max-length, or "

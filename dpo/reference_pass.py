@@ -94,7 +94,7 @@ class _Scorer:
         batches = MicroBatches(
             pairs,
             micro_batch_size=self.train.micro_batch_size,
-            tokens_per_micro_batch=self.train.tokens_per_micro_batch,
+            tokens_per_micro_batch=self.train.token_budget,
             share_prefix=self.train.share_prefix,
         )
 

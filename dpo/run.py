@@ -18,8 +18,8 @@ from types import FrameType
 
 import torch
 
-from dpo.adapter_files import check_names, save_adapter
-from dpo.adapters import adapted_layers, add_adapter, rate_scales
+from dpo.adapter_files import save_adapter
+from dpo.adapters import adapted_layers, rate_scales
 from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
@@ -38,12 +38,14 @@ from dpo.inputs import (
 )
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, save_model
-from dpo.models.transforms import checkpoint_activations, compile_blocks
 from dpo.precision import precision_of
+from dpo.prepare import prepare_policy
 from dpo.progress import Console
 from dpo.reference_pass import References, obtain_references
 from dpo.report import write_report
 from dpo.run_folder import CHECKPOINTS, RunLog, find_checkpoint, go_on_from, write_reproduction
+from dpo.token_budget import choose_budget, with_budget
+from dpo.train_config import AUTO
 from dpo.trainer import Metrics, NonFiniteError, Trainer, uses_live_reference
 
 
@@ -90,6 +92,10 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         config = pin_revisions(config, models, inputs)
         if checkpoint is not None:
             _refuse_another_run(checkpoint, config, models, inputs)
+        if config.train.tokens_per_micro_batch == AUTO:
+            budget = choose_budget(config, models.policy.config, inputs.pairs, device=device)
+            console.say(budget.describe())
+            config = with_budget(config, budget.tokens)
         trainer = _make_trainer(config, models, inputs, device, console)
         run = _Run(config, models, trainer, console)
         if checkpoint is not None:
@@ -186,14 +192,7 @@ def _make_trainer(
     known = models.policy.adapter
     if known is not None and known.dropout:
         console.warn(f"{known.path} was trained with a dropout of {known.dropout}; here is none")
-    if config.adapter.kind is not None:
-        adapter, targets = config.adapter.build(), config.adapter.targets
-        add_adapter(policy, adapter, targets=targets, seed=config.train.seed)
-        check_names(policy)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(policy)
-    if config.train.compile:
-        compile_blocks(policy)
+    prepare_policy(policy, config)
     if config.train.dtype == "bfloat16" and not adapted_layers(policy):
         console.warn(
             "bfloat16 weights do not move at the learning rates of DPO, which lie below their "
@@ -266,6 +265,8 @@ class _Run:
             "train", trainer.total_steps, unit="steps", start=trainer.step
         ) as bar:
             for step in trainer:
+                while trainer.notes:
+                    self.console.warn(trainer.notes.pop(0))
                 bar.update(step.number, status=_status(step.metrics))
                 self._warn_of_displacement(step.metrics)
                 if self._best_step() == step.number or (every and step.number % every == 0):

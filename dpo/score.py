@@ -124,7 +124,7 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
             inputs.pairs,
             references.pairs,
             micro_batch_size=config.train.micro_batch_size,
-            tokens_per_micro_batch=config.train.tokens_per_micro_batch,
+            tokens_per_micro_batch=config.train.token_budget,
             share_prefix=config.train.share_prefix,
             draw_seed=config.train.seed if loss.draws else None,
         )

@@ -5,6 +5,7 @@ Shapes: P pairs, K answer tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -73,6 +74,34 @@ class MicroBatches:
         ordered = index[np.lexsort((groups, -longest[groups]))].tolist()
         windows = [ordered[first : first + _WINDOW] for first in range(0, len(ordered), _WINDOW)]
         return [batch for window in windows for batch in self.split(window)]
+
+    def smaller(self, rows: Sequence[int]) -> MicroBatches | None:
+        """Return what cuts ``rows`` into more micro-batches; None if each holds one row."""
+        count = len(self.split(rows))
+        if count == len(rows):
+            return None
+        size, tokens = self.micro_batch_size, self.tokens_per_micro_batch
+        halved = replace(
+            self,
+            micro_batch_size=size and math.ceil(size / 2),
+            tokens_per_micro_batch=tokens and math.ceil(tokens / 2),
+        )
+        return halved if len(halved.split(rows)) > count else halved.smaller(rows)
+
+    def cut_as(self, other: MicroBatches) -> MicroBatches:
+        """Return the same data in micro-batches of the size of ``other``'s."""
+        return replace(
+            self,
+            micro_batch_size=other.micro_batch_size,
+            tokens_per_micro_batch=other.tokens_per_micro_batch,
+        )
+
+    @property
+    def limit(self) -> str:
+        """The size of a micro-batch in words."""
+        if self.micro_batch_size is not None:
+            return f"{self.micro_batch_size:,} pairs"
+        return f"{self.tokens_per_micro_batch:,} tokens"
 
     def _units(self, rows: Sequence[int], *, capacity: int) -> tuple[list[list[int]], list[int]]:
         """Put rows of one prompt together, up to ``capacity`` tokens; return them and the tokens.

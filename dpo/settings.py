@@ -65,12 +65,21 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A key of the config: its type without None, whether None is allowed, help and default."""
+    """A key of the config.
+
+    Attributes:
+        kind: its type without None and words.
+        is_optional: whether None is allowed.
+        help: what it means.
+        default: what it is if not given.
+        words: texts that are allowed beside ``kind``.
+    """
 
     kind: Any
     is_optional: bool
     help: str
     default: object = None
+    words: tuple[str, ...] = ()
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -257,8 +266,8 @@ def _read(text: str, kind: Any) -> object:
 
 
 def _fits(value: object, option: Option) -> bool:
-    if option.choices:
-        return value in option.choices
+    if option.choices or value in option.words:
+        return value in (*option.choices, *option.words)
     if get_origin(option.kind) is Mapping:
         _, kind = get_args(option.kind)
         return isinstance(value, dict) and all(
@@ -299,6 +308,7 @@ def _expected(option: Option) -> str:
             Mapping[str, str]: "a table of texts, as in prompt=question",
             Mapping[str, float]: "a table of numbers, as in lm_head=0.5",
         }[option.kind]
+    words = " or ".join([words, *option.words])
     return f"{words}, or none" if option.is_optional else words
 
 
@@ -346,5 +356,7 @@ def _options(config: type, prefix: str) -> Iterator[tuple[str, Option]]:
 def _described(hint: Any, text: str, default: object) -> Option:
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = [member for member in members if member is not NoneType]
-    kind = kinds[0] if len(kinds) == 1 else hint
-    return Option(kind, is_optional=NoneType in members, help=text, default=default)
+    plain = [kind for kind in kinds if get_origin(kind) is not Literal] or kinds
+    words = tuple(word for kind in kinds if kind not in plain for word in get_args(kind))
+    kind = plain[0] if len(plain) == 1 else hint
+    return Option(kind, NoneType in members, text, default, words)

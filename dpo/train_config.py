@@ -16,6 +16,9 @@ Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Dtype = Literal["float32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
 OnNonfinite = Literal["stop", "skip"]
+Auto = Literal["auto"]
+
+AUTO: Auto = "auto"
 
 EVALUATION_OPTIONS = ("eval_every", "keep_best", "early_stopping")  # need held-out pairs
 
@@ -89,7 +92,9 @@ class TrainConfig:
         int | None, "Pairs per forward pass, >= 1; in place of --tokens-per-micro-batch."
     ] = None
     tokens_per_micro_batch: Annotated[
-        int | None, "Tokens per forward pass, >= 1; 8192 unless --micro-batch-size is given."
+        int | Auto | None,
+        "Tokens per forward pass, >= 1; auto: as many as the memory holds; 8192 unless "
+        "--micro-batch-size is given.",
     ] = None
     epochs: Annotated[int | None, "Passes over the pairs, >= 1; 1 unless --steps is given."] = None
     steps: Annotated[int | None, "Optimizer steps, >= 1; in place of --epochs."] = None
@@ -199,6 +204,20 @@ class TrainConfig:
         if self.decay_share is None and self.schedule == "wsd":
             object.__setattr__(self, "decay_share", 0.2)
 
+    @property
+    def token_budget(self) -> int | None:
+        """Tokens per micro-batch as a number; None where pairs are counted.
+
+        Raises:
+            InputError: it is still to be chosen.
+        """
+        if self.tokens_per_micro_batch == AUTO:
+            raise InputError(
+                "train.tokens_per_micro_batch = auto is chosen by dpo train and dpo plan, from "
+                "what a step of training needs: give a number"
+            )
+        return self.tokens_per_micro_batch
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimizer steps of a run with so many steps per pass over the data."""
         return self.steps or steps_per_epoch * (self.epochs or 1)
@@ -206,7 +225,7 @@ class TrainConfig:
     def _faults(self) -> Iterator[str]:
         for name, (expected, holds) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not holds(value):
+            if value not in (None, AUTO) and not holds(value):
                 yield f"train.{name} must be {expected}, got {value}"
         for name, choice in _CHOICES.items():
             if (value := getattr(self, name)) not in get_args(choice):

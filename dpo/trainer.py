@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dpo.accumulation import StepResult, differentiate, evaluate, mean_log_ratio
 from dpo.averaging import averaged_weights, keep_moving_average
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
+from dpo.device import is_lack_of_memory
 from dpo.displacement import DisplacementAlarm
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
@@ -101,6 +102,7 @@ class Trainer:
         step: optimizer steps done.
         total_steps: optimizer steps of the whole run.
         should_stop: set it to end the run after the current step.
+        notes: what a person should hear of the steps done; who tells it takes it out.
     """
 
     def __init__(
@@ -208,6 +210,7 @@ class Trainer:
         self._sources = sources_of(pairs)
         self._eval_sources = None if eval_pairs is None else sources_of(eval_pairs)
         self._window, self._throughput = MetricSums(self._sources), Throughput()
+        self.notes: list[str] = []
         self._norms: list[Tensor] = []
         self._balances: list[Tensor] = []
         self._alarm = DisplacementAlarm()
@@ -221,7 +224,7 @@ class Trainer:
                 pairs,
                 reference,
                 micro_batch_size=self.config.micro_batch_size,
-                tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+                tokens_per_micro_batch=self.config.token_budget,
                 share_prefix=self.config.share_prefix,
                 draw_seed=self.config.seed if self.loss.draws else None,
                 with_chains=self.loss.sees_chains,
@@ -299,8 +302,7 @@ class Trainer:
         """
         started = time.perf_counter()
         rows = self.sampler.rows(self.step)
-        sums = MetricSums(self._sources)
-        result = self._differentiate(rows, self._total_weight(rows), sums)
+        result = self._differentiate(rows, self._total_weight(rows))
         set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm)
@@ -308,23 +310,50 @@ class Trainer:
             self._update(norm)
             self.running = result.running
             self._balances += [] if result.balance is None else [result.balance]
-            self._window.merge(sums)
+            self._window.merge(result.sums)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         tokens = int(self.batches.pairs.lengths()[rows].sum())
         self.tokens_seen += tokens
         self._throughput.add(len(rows), tokens, time.perf_counter() - started)
 
-    def _differentiate(
-        self, rows: Sequence[int], total_weight: float, sums: MetricSums
-    ) -> StepResult:
-        """Add the gradient of a step of ``rows`` to that of the parameters."""
+    def _differentiate(self, rows: Sequence[int], total_weight: float) -> StepResult:
+        """Give the parameters, which have none, the gradient of a step of ``rows``.
+
+        A lack of memory drops what part of it there is and begins the step again, in smaller
+        micro-batches, which the steps after it keep.
+        """
+        while True:
+            try:
+                return self._differentiate_at_once(rows, total_weight)
+            except RuntimeError as error:
+                smaller = self.batches.smaller(rows) if is_lack_of_memory(error) else None
+                if smaller is None:
+                    raise
+            # not in the handler, where the error's traceback still holds the tensors of the step
+            self._take_smaller(smaller, rows)
+
+    def _take_smaller(self, smaller: MicroBatches, rows: Sequence[int]) -> None:
+        """Free what memory there is to free, and cut steps as ``smaller`` does."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.notes.append(
+            f"step {self.step + 1}: the memory is full: going on in micro-batches of at most "
+            f"{smaller.limit}, {len(smaller.split(rows))} in place of "
+            f"{len(self.batches.split(rows))} a step, which changes no result"
+        )
+        self.batches = smaller
+        if self.mismatched is not None:
+            self.mismatched = self.mismatched.cut_as(smaller)
+
+    def _differentiate_at_once(self, rows: Sequence[int], total_weight: float) -> StepResult:
         return differentiate(
             self.loss,
             partial(self._score, batches=self.batches, step=self.step + 1),
             self.batches.split(rows),
             rows,
-            sums=sums,
+            sums=MetricSums(self._sources),
             running=self.running,
             mismatch=self._mismatch(self.mismatched, rows),
             total_weight=total_weight,
@@ -390,7 +419,7 @@ class Trainer:
         guilty = []
         for row in rows:
             self.optimizer.zero_grad(set_to_none=True)
-            losses = self._differentiate([row], 1.0, MetricSums()).losses
+            losses = self._differentiate([row], 1.0).losses
             norm = clip_gradients(self.module.parameters(), None)
             if not bool(norm.isfinite() & losses.isfinite().all()):
                 guilty.append(row)

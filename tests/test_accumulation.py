@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dpo.errors import InputError
 from dpo.losses import LOSSES, PairLogProbs, make_loss
-from dpo.metrics import MetricSums
 from dpo.mismatch import mismatched_rows
 from dpo.models import Decoder
 from dpo.reference import ReferenceLogProbs
@@ -165,7 +164,7 @@ def test_gradient_of_a_whole_step_is_that_of_one_graph(
     pairs = data_for(name, make_pairs(8))
     trainer = make_trainer(make_model, pairs, name, micro_batch_size=2, batch_size=8)
     rows = trainer.sampler.rows(0)
-    trainer._differentiate(rows, trainer._total_weight(rows), MetricSums())
+    trainer._differentiate(rows, trainer._total_weight(rows))
     found = [p.grad.clone() for p in trainer.module.parameters() if p.grad is not None]
 
     trainer.optimizer.zero_grad()
@@ -330,7 +329,7 @@ def test_beta_dpo_keeps_the_share_that_it_is_told(
 ) -> None:
     trainer = make_trainer(make_model, make_pairs(8), "beta_dpo", micro_batch_size=2, batch_size=8)
     rows = trainer.sampler.rows(0)
-    losses = trainer._differentiate(rows, trainer._total_weight(rows), MetricSums()).losses
+    losses = trainer._differentiate(rows, trainer._total_weight(rows)).losses
     assert int((losses > 0).sum()) == 6  # of 8 with keep = 0.8
 
 

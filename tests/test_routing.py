@@ -94,13 +94,12 @@ def test_steps_do_not_depend_on_how_they_are_cut(
 def test_gradient_is_that_of_the_loss_and_the_weighed_balance(
     make_model: MakeModel, make_pairs: MakePairs
 ) -> None:
-    from dpo.metrics import MetricSums
 
     pairs = make_pairs(8)
     config = replace(CONFIG, tokens_per_micro_batch=None, micro_batch_size=2)
     trainer = Trainer(sparse_model(make_model), pairs, config)
     rows = trainer.sampler.rows(0)
-    trainer._differentiate(rows, trainer._total_weight(rows), MetricSums())
+    trainer._differentiate(rows, trainer._total_weight(rows))
     found = {n: p.grad.clone() for n, p in trainer.module.named_parameters() if p.grad is not None}
     trainer.optimizer.zero_grad()
     scored = trainer._score(rows, trainer.batches)

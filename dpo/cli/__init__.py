@@ -28,6 +28,10 @@ COMMANDS = {
         "Show the whole way on a simulated agent: feedback, pairs, SFT, DPO, evaluation.",
     ),
     "train": Entry("dpo.cli.train:train", "Train a model on preference pairs."),
+    "plan": Entry(
+        "dpo.cli.plan:plan",
+        "Say what a run would take: memory by kind, tokens, time and cost on several devices.",
+    ),
     "score": Entry(
         "dpo.cli.score:score", "Write log-probs, implicit rewards and margin of every pair."
     ),

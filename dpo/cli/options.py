@@ -132,7 +132,7 @@ def _flag(key: str, option: Option) -> Callable[[Command], Command]:
 def _metavar(option: Option) -> str:
     if option.choices:
         return f"[{'|'.join(option.choices)}]"
-    return _METAVARS[option.kind]
+    return "|".join([_METAVARS[option.kind], *option.words])
 
 
 def _shown(value: object) -> str:

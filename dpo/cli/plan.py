@@ -1,0 +1,49 @@
+"""``dpo plan``."""
+
+import json
+from dataclasses import asdict
+
+import click
+
+from dpo.cli.options import config_flags, resolve_flags
+from dpo.progress import Console
+from dpo.settings import Setting
+
+_NO_OUTPUT = Setting("out", "nothing but the plan", "dpo plan")
+_PRODUCTS = (1024, 2048)  # sizes of the products by which the device at hand is judged
+
+
+@click.command
+@config_flags(
+    "model", "revision", "data", "data_split", "data_revision",
+    "eval_data", "eval_data_split", "eval_data_revision", "eval_split", "columns", "ranked",
+    "on_bad_row", "out", "reference", "reference_revision", "reference_cache.", "tokenize.",
+    "loss.", "train.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_context
+def plan(
+    context: click.Context, /, *, as_json: bool, print_config: bool, quiet: bool, **_flags: object
+) -> None:
+    """Say what a run would take: memory by kind, tokens, time and cost on several devices.
+
+    Takes the options of dpo train. No weight is loaded and nothing is trained; time and cost are
+    estimates.
+    """
+    resolved = resolve_flags(context, below=[_NO_OUTPUT])
+    if print_config:
+        click.echo(resolved.to_toml(), nl=False)
+        return
+    from dpo import planner
+    from dpo.bench.training import matrix_rate
+    from dpo.device import choose_device
+    from dpo.inputs import find_models, load_inputs
+    from dpo.precision import precision_of
+
+    config, console = resolved.config, Console(quiet=quiet)
+    device = choose_device(config.train)
+    models = find_models(config)
+    pairs = load_inputs(config, models, console).pairs
+    rate = matrix_rate(precision_of(config.train), device, _PRODUCTS)
+    made = planner.make_plan(config, models, pairs, device=device, flops_per_s=rate)
+    click.echo(json.dumps(asdict(made)) if as_json else "\n".join(planner.describe(made)))

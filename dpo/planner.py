@@ -1,0 +1,271 @@
+"""What a run would take, before it is begun: memory by kind, tokens, arithmetic, time and cost.
+
+Memory is that of the engine itself, rehearsed without memory (``dpo.rehearsal``); tokens are those
+of the data, cut as the run would cut them; time and cost are estimates (``dpo.accelerators``).
+``PLANNER.md`` beside this file says what is assumed and how far it was found to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dpo.accelerators import ACCELERATORS, MFU, PRICES_OF
+from dpo.config import RunConfig
+from dpo.flops import training_flops
+from dpo.inputs import Models
+from dpo.memory_tracker import KINDS, Bytes
+from dpo.models import Decoder, ModelConfig
+from dpo.prepare import prepare_policy
+from dpo.rehearsal import Rows, hollow_policy, peak, rehearse_reference
+from dpo.token_budget import (
+    DataPlan,
+    MemoryPlan,
+    choose_budget,
+    cutter,
+    largest_budget,
+    plan_data,
+    plan_memory,
+    room_on,
+    room_on_gpu,
+    stream_tokens,
+    with_budget,
+)
+from dpo.tokenized_pairs import TokenizedPairs
+from dpo.train_config import AUTO
+from dpo.trainer import uses_live_reference
+
+MEASURED_MFU: Final = 0.6  # assumed share of a rate of products that was measured
+_LONGEST: Final = 1024  # rows among which the reference pass has its largest micro-batch
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """The policy: the name of its architecture, and counts of layers and of numbers."""
+
+    architecture: str
+    layers: int
+    parameters: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """One device.
+
+    Attributes:
+        name: of the device.
+        room: bytes of its memory for the tensors of a run.
+        budgets: the largest token budget that fits, without and with activation checkpointing; None
+            where none does.
+        seconds: of the run, estimated.
+        usd: of the run, estimated; None where no price is known.
+    """
+
+    name: str
+    room: float
+    budgets: tuple[int | None, int | None]
+    seconds: float
+    usd: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        model: the policy.
+        data: the data.
+        memory: of a step, without and with activation checkpointing.
+        checkpoints: whether the run has activation checkpointing.
+        reference_peak: bytes by kind at the peak of the reference pass; None if there is none.
+        flops: of the run, its reference pass included.
+        devices: where it could run, the one at hand first.
+    """
+
+    model: ModelPlan
+    data: DataPlan
+    memory: tuple[MemoryPlan, MemoryPlan]
+    checkpoints: bool
+    reference_peak: Bytes | None
+    flops: float
+    devices: tuple[DevicePlan, ...]
+
+
+def make_plan(
+    config: RunConfig,
+    models: Models,
+    pairs: TokenizedPairs,
+    *,
+    device: torch.device,
+    flops_per_s: float,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        config: of the run.
+        models: their config.json is read, no weight.
+        pairs: what is trained on.
+        device: the one at hand.
+        flops_per_s: its rate of matrix products in the run's numerics.
+    """
+    model = models.policy.config
+    if config.train.tokens_per_micro_batch == AUTO:
+        config = with_budget(config, choose_budget(config, model, pairs, device=device).tokens)
+    data = plan_data(config, pairs)
+    memory = (
+        plan_memory(_checkpointing(config, False), model, pairs, data),
+        plan_memory(_checkpointing(config, True), model, pairs, data),
+    )
+    with FakeTensorMode():
+        policy = hollow_policy(model, config)
+        prepare_policy(policy, _checkpointing(config, False))
+    flops = _flops(config, policy, pairs, data)
+    return Plan(
+        model=_model_plan(policy),
+        data=data,
+        memory=memory,
+        checkpoints=config.train.activation_checkpointing,
+        reference_peak=_reference_peak(config, models.reference.config, pairs),
+        flops=flops,
+        devices=tuple(
+            _devices(config, memory, data, flops, device=device, flops_per_s=flops_per_s)
+        ),
+    )
+
+
+def _checkpointing(config: RunConfig, is_on: bool) -> RunConfig:
+    return replace(config, train=replace(config.train, activation_checkpointing=is_on))
+
+
+def _model_plan(policy: Decoder) -> ModelPlan:
+    sizes = [(weight.numel(), weight.requires_grad) for weight in policy.parameters()]
+    return ModelPlan(
+        policy.config.architecture,
+        policy.config.layers,
+        sum(size for size, _ in sizes),
+        sum(size for size, is_trained in sizes if is_trained),
+    )
+
+
+def _flops(config: RunConfig, policy: Decoder, pairs: TokenizedPairs, data: DataPlan) -> float:
+    """Count the arithmetic of all steps, and that of the reference: in one pass or beside each."""
+    lengths, loss = pairs.lengths(), config.loss.build()
+    recomputes = config.train.activation_checkpointing
+    steps = data.epochs * training_flops(policy, lengths, recomputes=recomputes)
+    forward = training_flops(policy, lengths) / 3
+    if uses_live_reference(loss, config.train):
+        return steps + data.epochs * forward
+    return steps + (forward if loss.needs_reference else 0.0)
+
+
+def _reference_peak(config: RunConfig, model: ModelConfig, pairs: TokenizedPairs) -> Bytes | None:
+    """Return the peak of the reference pass, whose largest micro-batch has the longest rows."""
+    loss = config.loss.build()
+    if not loss.needs_reference or uses_live_reference(loss, config.train):
+        return None
+    batches = cutter(config, pairs)
+    longest = np.argsort(-pairs.lengths().sum(axis=1), kind="stable")[:_LONGEST].tolist()
+    largest = max(batches.split(longest), key=lambda rows: stream_tokens(batches, rows))
+    return peak(rehearse_reference(config, model, Rows(pairs, largest)))
+
+
+def _devices(
+    config: RunConfig,
+    memory: tuple[MemoryPlan, MemoryPlan],
+    data: DataPlan,
+    flops: float,
+    *,
+    device: torch.device,
+    flops_per_s: float,
+) -> Iterator[DevicePlan]:
+    """Yield the device at hand, then the others."""
+
+    def plan(name: str, room: float, rate: float, usd_per_hour: float | None) -> DevicePlan:
+        without, with_it = (largest_budget(each, data, room) for each in memory)
+        seconds = flops / rate
+        usd = None if usd_per_hour is None else seconds / 3600 * usd_per_hour
+        return DevicePlan(name, room, (without, with_it), seconds, usd)
+
+    yield plan(f"this {device.type}", room_on(device), MEASURED_MFU * flops_per_s, None)
+    for name, found in ACCELERATORS.items():
+        rate = MFU * found.flops_per_s(config.train)
+        yield plan(name, room_on_gpu(found.memory_gib * 2**30), rate, found.usd_per_hour)
+
+
+def describe(plan: Plan) -> Iterator[str]:
+    """Yield the lines that tell a person all of it."""
+    yield from _describe_work(plan)
+    yield ""
+    yield from _describe_memory(plan)
+    yield ""
+    yield from _describe_devices(plan)
+
+
+def _describe_work(plan: Plan) -> Iterator[str]:
+    model, data = plan.model, plan.data
+    frozen = model.parameters - model.trained
+    yield (
+        f"model   {model.architecture}, {model.layers} layers, {model.parameters:,} parameters, "
+        + (f"{model.trained:,} trained" if frozen else "all trained")
+    )
+    yield (
+        f"data    {data.pairs:,} pairs, {data.useful_tokens:,} useful tokens; "
+        f"{data.computed_share:.2f} computed for each, {data.padded_share:.2f} in a padded batch"
+    )
+    yield (
+        f"steps   {data.steps:,}, {data.epochs:.3g} epochs; {data.micro_batches:.3g} micro-batches "
+        f"each, the largest of {data.largest_tokens:,} tokens in {len(data.largest):,} pairs"
+    )
+    yield f"FLOPs   {plan.flops:.3g} in all"
+
+
+def _describe_memory(plan: Plan) -> Iterator[str]:
+    """Yield a table of the kinds of memory that there are."""
+    peaks = [each.peak for each in plan.memory]
+    columns = ["all kept", "checkpointing"]
+    columns[plan.checkpoints] += " *"
+    yield f"{'MiB at the peak of a step':<26}{columns[0]:>16}{columns[1]:>16}"
+    for kind in KINDS:
+        held = [each.get(kind, 0.0) for each in peaks]
+        if any(held):
+            yield f"  {kind:<24}{_mib(held[0]):>16}{_mib(held[1]):>16}"
+    yield f"  {'all':<24}{_mib(plan.memory[0].total):>16}{_mib(plan.memory[1].total):>16}"
+    note = "* as the run is set up"
+    if plan.reference_peak is not None:
+        note += f"; the reference pass before takes {_mib(sum(plan.reference_peak.values()))} MiB"
+    yield note
+
+
+def _describe_devices(plan: Plan) -> Iterator[str]:
+    yield f"{'estimates':<12}{'MiB free':>10}{'fits':>6}{'tokens':>10}{'checkpointing':>15}" + (
+        f"{'time':>10}{'USD':>10}"
+    )
+    for device in plan.devices:
+        fits = "yes" if plan.memory[plan.checkpoints].total <= device.room else "no"
+        budgets = [f"{budget:,}" if budget else "none" for budget in device.budgets]
+        cost = "" if device.usd is None else f"{device.usd:,.2f}"
+        yield (
+            f"  {device.name:<10}{_mib(device.room):>10}{fits:>6}{budgets[0]:>10}{budgets[1]:>15}"
+            f"{_duration(device.seconds):>10}{cost:>10}"
+        )
+    yield (
+        f"Time: {MFU:.0%} of a datasheet's rate, {MEASURED_MFU:.0%} of the rate measured here. "
+        f"Prices: typical of {PRICES_OF}. Tokens: the largest --tokens-per-micro-batch that fits, "
+        "without and with --activation-checkpointing. One device: there is no training on several."
+    )
+
+
+def _duration(seconds: float) -> str:
+    units = (("d", 86400), ("h", 3600), ("min", 60))
+    name, size = next((unit for unit in units if seconds >= unit[1]), ("s", 1))
+    return f"{seconds / size:.1f} {name}"
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.0f}"

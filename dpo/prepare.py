@@ -1,0 +1,24 @@
+"""What is done to a policy between its loading and its training."""
+
+from __future__ import annotations
+
+from dpo.adapter_files import check_names
+from dpo.adapters import add_adapter
+from dpo.config import RunConfig
+from dpo.models import Decoder
+from dpo.models.transforms import checkpoint_activations, compile_blocks
+
+
+def prepare_policy(policy: Decoder, config: RunConfig) -> None:
+    """Apply to ``policy``, in place, what the options of a run ask for.
+
+    Real runs and the planner's rehearsals of them both come through here.
+    """
+    if config.adapter.kind is not None:
+        adapter, targets = config.adapter.build(), config.adapter.targets
+        add_adapter(policy, adapter, targets=targets, seed=config.train.seed)
+        check_names(policy)
+    if config.train.activation_checkpointing:
+        checkpoint_activations(policy)
+    if config.train.compile:
+        compile_blocks(policy)

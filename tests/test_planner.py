@@ -1,0 +1,515 @@
+"""The planner: a step without memory takes what a real one takes, and the text says so."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner, Result
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from dpo import device as device_module
+from dpo import rehearsal, run, token_budget
+from dpo.accelerators import ACCELERATORS
+from dpo.adapter_config import AdapterConfig
+from dpo.cli import main
+from dpo.cli import plan as plan_command
+from dpo.config import LossConfig, RunConfig
+from dpo.device import available_memory
+from dpo.errors import InputError
+from dpo.flops import training_flops, visible_tokens
+from dpo.losses import LOSSES, TokenLoss
+from dpo.memory_tracker import GRADIENTS, OPTIMIZER, REFERENCE, WEIGHTS, Peaks
+from dpo.models import ARCHITECTURES, Decoder, ModelConfig, parse_config
+from dpo.optim import OPTIMIZERS
+from dpo.prepare import prepare_policy
+from dpo.progress import Console
+from dpo.quantization import quantize_linears
+from dpo.rehearsal import Rows, over_layers, peak, rehearse_reference, rehearse_step
+from dpo.token_budget import (
+    choose_budget,
+    plan_data,
+    plan_memory,
+    room_on,
+)
+from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
+from dpo.train_config import Dtype, TrainConfig
+from dpo.trainer import Trainer
+
+MakeModel = Callable[..., Decoder]
+MakePairs = Callable[..., TokenizedPairs]
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+CPU = torch.device("cpu")
+
+
+def config(**train: Any) -> RunConfig:
+    return RunConfig(model="M", data="D", out="O", train=TrainConfig(**train))
+
+
+def shape(**changes: Any) -> ModelConfig:
+    return parse_config(TINY | changes)
+
+
+def total(peaks: Peaks) -> float:
+    return sum(peak(peaks).values())
+
+
+def rows_of(pairs: TokenizedPairs, count: int | None = None, *, is_alone: bool = True) -> Rows:
+    return Rows(pairs, range(len(pairs) if count is None else count), is_alone)
+
+
+# --- the rehearsal against the real thing -----------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [name for name in get_args(Dtype) if name != "fp16-mixed"])
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_tensors_without_memory_count_as_real_ones(
+    make_pairs: MakePairs,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: Dtype,
+    checkpoints: bool,
+) -> None:
+    options = config(dtype=dtype, activation_checkpointing=checkpoints)
+    rows = rows_of(make_pairs(3), is_alone=checkpoints)
+    found = rehearse_step(options, shape(tie_word_embeddings=True), rows)
+    monkeypatch.setattr(rehearsal, "FakeTensorMode", lambda **_: nullcontext())
+    assert found == rehearse_step(options, shape(tie_word_embeddings=True), rows)
+
+
+def test_peak_is_that_of_torchs_own_tracker(make_model: MakeModel, make_pairs: MakePairs) -> None:
+    pairs, model = make_pairs(3), make_model(tie_word_embeddings=False)
+    trainer = Trainer(model, pairs, TrainConfig(batch_size=3, epochs=3))
+    trainer.train_step()
+    theirs = MemTracker()
+    theirs.track_external(model, trainer.optimizer)
+    with theirs:
+        trainer.train_step()
+    (expected,) = theirs.get_tracker_snapshot("peak").values()
+    ours = rehearse_step(config(), model.config, rows_of(pairs))
+    assert total(ours) == pytest.approx(expected["Total"], rel=0.01)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_gradients_and_states_are_exact(
+    make_model: MakeModel, make_pairs: MakePairs, optimizer: Any
+) -> None:
+    model, pairs = make_model(), make_pairs(2)
+    options = {"optimizer": optimizer, "schedule": "constant"}
+    trainer = Trainer(model, pairs, TrainConfig(batch_size=2, epochs=2, **options))
+    trainer.train_step()
+    states = [
+        value
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    found = rehearse_step(config(**options), model.config, rows_of(pairs, is_alone=False))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert found["update"][WEIGHTS] == found["update"][GRADIENTS] == weights
+    assert found["update"][OPTIMIZER] == sum(state.untyped_storage().nbytes() for state in states)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_and_quantized_bases_are_exact(
+    make_model: MakeModel, make_pairs: MakePairs, kind: Any, quantize: Any
+) -> None:
+    adapter = AdapterConfig(kind=kind, rank=2, quantize=quantize)
+    run = replace(config(), adapter=adapter)
+    model, pairs = make_model(), make_pairs(2)
+    if quantize is not None:
+        quantize_linears(model, quantize)
+    prepare_policy(model, run)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = {tensor.untyped_storage().data_ptr(): tensor for tensor in (
+        *model.parameters(), *model.buffers(),
+    )}  # fmt: skip
+    found = rehearse_step(run, model.config, rows_of(pairs, is_alone=False))
+    assert found["update"][WEIGHTS] == sum(tensor.nbytes for tensor in held.values())
+    assert found["update"][GRADIENTS] == sum(parameter.nbytes for parameter in trained)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_can_be_rehearsed(make_pairs: MakePairs, name: str) -> None:
+    sizes = {key: value for key, value in TINY.items() if key != "model_type"}
+    sizes |= {"num_experts": 8, "num_local_experts": 8}
+    source = transformers.AutoConfig.for_model(name, **sizes).to_dict()
+    model = parse_config(source)
+    found = rehearse_step(config(), model, rows_of(make_pairs(1)))
+    weights = 4 * sum(parameter.numel() for parameter in Decoder(model).parameters())
+    assert found["forward"][WEIGHTS] == weights
+
+
+def test_reference_pass_keeps_no_activations(make_pairs: MakePairs) -> None:
+    pairs, found = make_pairs(2), []
+    for layers in (2, 3):
+        model = shape(num_hidden_layers=layers)
+        held = peak(rehearse_reference(config(), model, rows_of(pairs)))
+        assert held[WEIGHTS] == 4 * sum(weight.numel() for weight in Decoder(model).parameters())
+        found.append(sum(held.values()) - held[WEIGHTS])
+    assert found[0] == found[1]
+
+
+def first_of_each_kind() -> set[str]:
+    """Name the first loss of those that the engine treats alike."""
+    kinds: dict[object, str] = {}
+    for name, loss in LOSSES.items():
+        asks = (loss.needs_reference, loss.needs_mismatch, loss.token_statistic, loss.draws,
+                loss.sees_whole_step, loss.sees_chains, issubclass(loss, TokenLoss))  # fmt: skip
+        kinds.setdefault(asks, name)
+    return set(kinds.values())
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(name, marks=() if name in first_of_each_kind() else pytest.mark.slow)
+        for name in LOSSES
+    ],
+)
+def test_every_loss_can_be_rehearsed(make_pairs: MakePairs, loss: str) -> None:
+    pairs = make_pairs(2)
+    if loss == "odpo":
+        pairs = columns_of([replace(pair, margin=1.0) for pair in pairs])
+    if loss.startswith("aot"):
+        pairs = columns_of([replace(pair, weight=1.0) for pair in pairs])
+    options = replace(config(), loss=LossConfig(loss))
+    found = rehearse_step(options, shape(num_hidden_layers=1), rows_of(pairs))
+    is_live = LOSSES[loss].token_statistic == "reference_kl"
+    assert found["forward"].get(REFERENCE, 0) == (found["forward"][WEIGHTS] if is_live else 0)
+
+
+# --- few layers for many ------------------------------------------------------------------------
+
+
+GEMMA2 = {"model_type": "gemma2", "head_dim": 4, "sliding_window": 5}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+EVERY_OTHER = {
+    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 4,
+    "moe_intermediate_size": 20, "decoder_sparse_step": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "checkpoints"),
+    [
+        ({}, False),
+        (MIXTRAL, True),
+        pytest.param(GEMMA2, False, marks=pytest.mark.slow),
+        pytest.param(EVERY_OTHER, True, marks=pytest.mark.slow),
+    ],
+)
+def test_layers_that_are_left_out_take_what_they_would(
+    make_pairs: MakePairs,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: Mapping[str, Any],
+    checkpoints: bool,
+) -> None:
+    model = shape(num_hidden_layers=6, **changes)
+    options, rows = config(activation_checkpointing=checkpoints), rows_of(make_pairs(1))
+    found = rehearse_step(options, model, rows)
+    monkeypatch.setattr(rehearsal, "over_layers", lambda model, rehearse: rehearse(model))
+    whole = rehearse_step(options, model, rows)
+    assert total(found) == pytest.approx(total(whole), rel=0.001)
+
+
+def test_first_and_last_layer_of_each_kind_are_run_and_one_more() -> None:
+    run_with: list[tuple[int | None, ...]] = []
+
+    def rehearse(model: ModelConfig) -> Peaks:
+        run_with.append(model.windows)
+        return {"forward": {WEIGHTS: sum(window or 100 for window in model.windows)}}
+
+    found = over_layers(shape(num_hidden_layers=8, **GEMMA2), rehearse)
+    assert run_with == [(5, None, 5, None), (5, None, 5, 5, None), (5, None, None, 5, None)]
+    assert found == {"forward": {WEIGHTS: 4 * 5 + 4 * 100}}
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def pair(prompt: int, chosen: int, rejected: int) -> TokenizedPair:
+    texts = [np.arange(size, dtype=np.int32) for size in (prompt, chosen, rejected)]
+    return TokenizedPair(texts[0], texts[1], texts[2])
+
+
+def test_tokens_by_hand() -> None:
+    pairs = columns_of([pair(16, 20, 12), pair(30, 10, 8), pair(10, 4, 2)])
+    found = plan_data(config(batch_size=3, tokens_per_micro_batch=64, epochs=2), pairs)
+    # 48 + 48 + 16 useful; bins of 64: {48, 16}, {48}; padded: six texts of 40
+    assert (found.pairs, found.useful_tokens, found.computed_share) == (3, 112, 1.0)
+    assert found.padded_share == pytest.approx(6 * 40 / 112)
+    assert (found.steps, found.epochs, found.micro_batches) == (2, 2.0, 2.0)
+    assert (found.largest_tokens, found.longest_tokens, found.step_tokens) == (64, 48, 112)
+    assert [found.tokens_within(budget) for budget in (16, 60, 500)] == [48, 60, 112]
+
+
+def test_unpaired_rows_are_padded_once() -> None:
+    pairs = columns_of([pair(16, 20, 0), pair(10, 4, 2)])
+    found = plan_data(replace(config(batch_size=2), loss=LossConfig("kto")), pairs)
+    assert found.padded_share == pytest.approx(3 * 36 / 52)
+
+
+# --- budgets ------------------------------------------------------------------------------------
+
+
+def long_pairs(count: int = 12) -> TokenizedPairs:
+    generator = np.random.default_rng(0)
+    return columns_of([pair(*generator.integers(20, 60, 3)) for _ in range(count)])
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_peak_is_a_line_in_tokens(checkpoints: bool) -> None:
+    pairs, model = long_pairs(), shape()
+    options = config(batch_size=12, tokens_per_micro_batch=256)
+    options = replace(options, train=replace(options.train, activation_checkpointing=checkpoints))
+    data = plan_data(options, pairs)
+    found = plan_memory(options, model, pairs, data)
+    assert found.at(data.largest_tokens) == pytest.approx(found.total)
+    more = replace(options, train=replace(options.train, tokens_per_micro_batch=1024))
+    bigger = plan_data(more, pairs)
+    exact = rehearse_step(more, model, Rows(pairs, bigger.largest))
+    # the masks of branch runs grow with their lengths, which differ from one row to another
+    assert found.at(bigger.largest_tokens) == pytest.approx(total(exact), rel=0.1)
+
+
+def test_largest_micro_batch_of_one_row_has_a_line_too() -> None:
+    pairs = columns_of([pair(200, 50, 50), pair(10, 5, 5), pair(12, 5, 5)])
+    options = config(batch_size=1)
+    found = plan_memory(options, shape(), pairs, plan_data(options, pairs))
+    assert found.at(600) > found.at(300) > 0
+    alone = columns_of([pair(20, 5, 5)])
+    found = plan_memory(options, shape(), alone, plan_data(options, alone))
+    assert found.at(600) == found.total
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the host have so many bytes for a run."""
+
+    def have(room: float) -> None:
+        available = int(room / token_budget.CPU_SHARE)
+        monkeypatch.setattr(token_budget, "available_memory", lambda _: available)
+
+    return have
+
+
+def test_chosen_budget_is_the_largest_that_fits(memory: Callable[[float], None]) -> None:
+    pairs, model = long_pairs(), shape(num_hidden_layers=1)
+    sizes = [256, 512, 1024]
+    needed = [token_budget.rehearsed(config(batch_size=12), model, pairs, size) for size in sizes]
+    assert needed == sorted(needed)
+    for size, bytes_needed in zip(sizes[:2], needed[:2], strict=True):
+        memory(1.15 * bytes_needed)
+        found = choose_budget(config(batch_size=12), model, pairs, device=CPU)
+        assert (found.tokens, found.needed) == (size, bytes_needed)
+        assert "the most that fits" in found.describe()
+
+
+def test_budget_is_no_larger_than_a_step(memory: Callable[[float], None]) -> None:
+    memory(1e12)
+    pairs = long_pairs()
+    tokens = choose_budget(
+        config(batch_size=4), shape(num_hidden_layers=1), pairs, device=CPU
+    ).tokens
+    data = plan_data(config(batch_size=4), pairs)
+    assert tokens / 2 < data.step_tokens <= tokens
+
+
+def test_least_budget_is_taken_where_none_fits_and_that_is_said(
+    memory: Callable[[float], None],
+) -> None:
+    memory(1.0)
+    found = choose_budget(
+        config(batch_size=12), shape(num_hidden_layers=1), long_pairs(), device=CPU
+    )
+    assert found.tokens == token_budget.SMALLEST
+    assert "the least; it may not fit" in found.describe()
+
+
+def test_gpu_keeps_something_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (80 * 2**30, 81 * 2**30))
+    found = room_on(torch.device("cuda"))
+    assert found == 0.9 * 80 * 2**30 - 2**30 - 4 * 56 * 2**20
+
+
+def test_memory_of_a_container_is_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = available_memory(CPU)
+    assert host > 2**20
+    monkeypatch.setattr(device_module, "_available_in_container", lambda: 2**20)
+    assert available_memory(CPU) == 2**20
+
+
+def test_budget_that_nobody_has_chosen_is_refused() -> None:
+    with pytest.raises(InputError, match="auto is chosen by dpo train and dpo plan"):
+        _ = TrainConfig(tokens_per_micro_batch="auto").token_budget
+
+
+# --- arithmetic ---------------------------------------------------------------------------------
+
+
+def test_tokens_that_each_token_sees_by_hand() -> None:
+    # prompt: 1 + 2 + 3; chosen: 4 + 5; rejected: 4; with a window of 2: 1 + 2 + 2, 2 + 2, 2
+    lengths = np.array([[3, 2, 1]])
+    assert visible_tokens(lengths) == 6 + 9 + 4
+    assert visible_tokens(lengths, 2) == 5 + 4 + 2
+
+
+def test_arithmetic_by_hand(make_model: MakeModel) -> None:
+    model = make_model(num_hidden_layers=1, **{"vocab_size": 10})
+    lengths = np.array([[3, 2, 1]])
+    block = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24  # q and o, k and v, the MLP
+    products, attention, head = 2 * block * 6, 4 * 16 * 19, 2 * 16 * 10 * 3
+    assert training_flops(model, lengths) == 3 * (products + attention + head)
+    again = training_flops(model, lengths, recomputes=True)
+    assert again == 4 * (products + attention) + 3 * head
+    model.requires_grad_(False)
+    assert training_flops(model, lengths) == 2 * (products + head) + 3 * attention
+
+
+def test_experts_count_as_often_as_they_are_taken() -> None:
+    lengths = np.array([[30, 20, 10]])
+    with torch.device("meta"):
+        half, all_of_them = (
+            training_flops(Decoder(shape(**MIXTRAL | {"num_experts_per_tok": taken})), lengths)
+            for taken in (2, 4)
+        )
+    experts = 2 * 4 * 3 * 32 * 24  # of two layers
+    assert all_of_them - half == 3 * 2 * experts / 2 * 60
+
+
+def test_rates_depend_on_the_numerics() -> None:
+    rates = [
+        ACCELERATORS["H100"].flops_per_s(options)
+        for options in (TrainConfig(dtype="bf16-mixed"), TrainConfig(tf32=True), TrainConfig())
+    ]
+    assert rates == [989e12, 494.5e12, 67e12]
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_command, "_PRODUCTS", (64,))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"say {n}", "chosen": " yes", "rejected": " no"} for n in range(16)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def dpo(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_plan_is_told(model_folder: Path, data: Path) -> None:
+    told = dpo("plan", "--model", model_folder, "--data", data, "--batch-size", 2, "--quiet")
+    assert told.exit_code == 0, told.output
+    for expected in ("model   llama, 2 layers", "16 pairs", "steps   8, 1 epochs", "all kept *",
+                     "optimizer states", "this cpu", *ACCELERATORS):  # fmt: skip
+        assert expected in told.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--loss", "sft"),
+        pytest.param(("--loss", "tdpo2"), marks=pytest.mark.slow),
+        pytest.param(("--tokens-per-micro-batch", "auto"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--activation-checkpointing", "--dtype", "bf16-mixed", "--micro-batch-size", "2"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_plan_takes_the_options_of_a_run_and_prints_json(
+    model_folder: Path, data: Path, options: tuple[str, ...]
+) -> None:
+    words = ("--model", model_folder, "--data", data, "--batch-size", "4", "--json", "--quiet")
+    result = dpo("plan", *words, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["reference_peak"] is not None) == (options[0] != "--loss")
+    assert found["model"]["parameters"] == found["model"]["trained"]
+    assert [device["name"] for device in found["devices"][1:]] == list(ACCELERATORS)
+    assert found["memory"][0]["peak"][WEIGHTS] == 4 * found["model"]["parameters"]
+
+
+def test_plan_reads_no_weight(make_model_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_model_folder(tmp_path / "hollow")
+    (folder / "model.safetensors").write_bytes(b"")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    words = ("--model", folder, "--data", pairs, "--loss", "sft", "--quiet")
+    assert dpo("plan", *words).exit_code == 0
+
+
+def test_plan_prints_its_config(model_folder: Path, data: Path) -> None:
+    found = dpo("plan", "--model", model_folder, "--data", data, "--print-config")
+    assert "tokens_per_micro_batch = 8192" in found.stdout
+
+
+def test_run_chooses_its_budget_and_trains_the_same(
+    model_folder: Path, data: Path, tmp_path: Path, memory: Callable[[float], None]
+) -> None:
+    said = io.StringIO()
+    memory(1e9)
+    train = TrainConfig(
+        batch_size=8, steps=2, device="cpu", threads=1, tokens_per_micro_batch="auto"
+    )
+    given = replace(train, tokens_per_micro_batch=256)
+    for options, name in ((train, "auto"), (given, "given")):
+        out = str(tmp_path / name)
+        whole = RunConfig(model=str(model_folder), data=str(data), out=out, train=options)
+        run.train(whole, console=Console(said))
+    assert "tokens per micro-batch, auto: 256, the most that fits" in said.getvalue()
+    written = (tmp_path / "auto/config.toml").read_text(encoding="utf-8")
+    assert "tokens_per_micro_batch = 256" in written
+    models = [
+        (tmp_path / name / "model/model.safetensors").read_bytes() for name in ("auto", "given")
+    ]
+    assert models[0] == models[1]
+
+
+def test_auto_is_refused_where_nothing_is_trained(model_folder: Path, data: Path) -> None:
+    found = dpo("reference", "--model", model_folder, "--data", data,
+                "--tokens-per-micro-batch", "auto")  # fmt: skip
+    assert found.exit_code == 2
+    assert "give a number" in found.stderr
+
+
+def test_word_that_is_no_number_is_refused_naming_what_is_allowed(
+    model_folder: Path, data: Path
+) -> None:
+    found = dpo("plan", "--model", model_folder, "--data", data,
+                "--tokens-per-micro-batch", "many")  # fmt: skip
+    assert found.exit_code == 2
+    assert "must be an integer or auto, or none, got 'many'" in found.stderr
