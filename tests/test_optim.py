@@ -390,7 +390,7 @@ class TestAdamW8bit:
             assert again[:2].tolist() == [0.0, 0.125]
 
     def test_trajectory_stays_near_that_of_adamw(self, generator: torch.Generator) -> None:
-        """Within a tenth of the way: 0.04 was measured, and 0.09 with the paper's own table."""
+        """Within a thirtieth of the way; 0.019 was measured, and more without the offset."""
         start = torch.randn(96, 64, generator=generator) / 8
         scales = torch.logspace(0, -3, 96)[:, None]  # of the gradients, row by row
         ends = []
@@ -405,7 +405,7 @@ class TestAdamW8bit:
                 optimizer.step()
             ends.append(parameter.detach())
         way, apart = (ends[0] - start).norm(), (ends[1] - ends[0]).norm()
-        assert apart < 0.1 * way
+        assert apart < way / 30
 
     def test_rare_large_gradients_leave_no_endless_step(self, generator: torch.Generator) -> None:
         """Gradients of one block span six powers of ten; no step is 10 times the rate."""
