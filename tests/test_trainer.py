@@ -67,7 +67,9 @@ def with_shared_prompts(pairs: TokenizedPairs, different: int) -> TokenizedPairs
     changed = []
     for row, pair in enumerate(pairs):
         first = pairs[row % different]
-        chosen = first.rejected_ids if row % 3 == 2 else pair.chosen_ids
+        chosen = pair.chosen_ids
+        if row % 3 == 2 and not np.array_equal(first.rejected_ids, pair.rejected_ids):
+            chosen = first.rejected_ids  # equal answers would tie, or not, by round-off
         changed.append(replace(pair, prompt_ids=first.prompt_ids, chosen_ids=chosen))
     return columns_of(changed)
 
