@@ -141,8 +141,8 @@ def result():
 start([])
 unbroken, instants = result(), int((place / "count").read_text())
 outcomes = []
-for name, begin, stride in plan:
-    for instant in range(begin, instants, stride):
+for name, share, stride in plan:
+    for instant in range(int(share * instants), instants, stride):
         shutil.rmtree(run), shutil.rmtree(cache)
         stopped = start([], instant, getattr(signal, name))
         resumed = start(["--resume", "auto"])
@@ -169,7 +169,8 @@ def outcomes(
 ) -> list[dict[str, Any]]:
     """What became of runs that got a signal at some instants: kills, and friendlier ones."""
     kills, stops = request.param
-    plan = [("SIGKILL", 20, kills), ("SIGTERM", 180, stops), ("SIGINT", 200, stops)]
+    # From shares of all instants on: a signal to stop is heeded once the training has begun.
+    plan = [("SIGKILL", 0.04, kills), ("SIGTERM", 0.6, stops), ("SIGINT", 0.7, stops)]
     arguments = (
         f"--model {model_folder} --data {data} --threads 1 --device cpu --batch-size 4 --steps 4 "
         "--save-every 1 --keep 2 --eval-split 0.25 --eval-every 2 --keep-best --learning-rate 0.01"
