@@ -254,11 +254,9 @@ def _describe_devices(plan: Plan) -> Iterator[str]:
             f"  {device.name:<10}{_mib(device.room):>10}{fits:>6}{budgets[0]:>10}{budgets[1]:>15}"
             f"{_duration(device.seconds):>10}{cost:>10}"
         )
-    yield (
-        f"Time: {MFU:.0%} of a datasheet's rate, {MEASURED_MFU:.0%} of the rate measured here. "
-        f"Prices: typical of {PRICES_OF}. Tokens: the largest --tokens-per-micro-batch that fits, "
-        "without and with --activation-checkpointing. One device: there is no training on several."
-    )
+    yield "MiB free: for tensors. Tokens: the largest --tokens-per-micro-batch that fits a step."
+    yield f"Time: {MFU:.0%} of a datasheet's rate, {MEASURED_MFU:.0%} of the rate measured here."
+    yield f"USD: typical rent of {PRICES_OF}. One device: there is no training on several."
 
 
 def _duration(seconds: float) -> str:

@@ -25,7 +25,9 @@ from dpo.tokenized_pairs import TokenizedPairs
 
 STEPS: Final = 64  # of the first epoch, looked at
 GPU_SHARE: Final = 0.9  # of a GPU's memory: the rest is for fragmentation
-CPU_SHARE: Final = 0.6  # the C library keeps up to half as much again as is in use (PLANNER.md)
+CPU_SHARE: Final = (
+    0.6  # the C library keeps memory that is not in use: up to 1.6 times it was found
+)
 # Beside tensors a GPU holds the context and the workspaces of matrix products; and the tiles of
 # logits, of which four live at once, are larger there than in the rehearsal.
 GPU_EXTRA_BYTES: Final = 2**30 + 4 * (TILE_BYTES - CPU_TILE_BYTES)

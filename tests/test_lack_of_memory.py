@@ -88,11 +88,10 @@ def weights(trainer: Trainer) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in trainer.module.named_parameters()}
 
 
-@pytest.mark.parametrize("lack", LACKS)
 @pytest.mark.parametrize(
-    ("loss", "where"),
-    [("sigmoid", "forward"), ("sigmoid", "backward"), ("kto", "scoring"), ("kto", "backward"),
-     ("bco", "forward"), ("dr_dpo", "backward")],
+    ("loss", "where", "lack"),
+    [("sigmoid", "forward", "gpu"), ("sigmoid", "forward", "cpu"), ("sigmoid", "backward", "gpu"),
+     ("kto", "scoring", "gpu"), ("bco", "forward", "gpu"), ("dr_dpo", "backward", "cpu")],
 )  # fmt: skip
 def test_run_equals_one_in_the_smaller_micro_batches_bit_for_bit(
     make_model: MakeModel, make_pairs: MakePairs, where: str, lack: str, loss: str

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,6 +25,8 @@ from dpo import device as device_module
 from dpo import rehearsal, run, token_budget
 from dpo.accelerators import ACCELERATORS
 from dpo.adapter_config import AdapterConfig
+from dpo.bench.memory import predicted_mib
+from dpo.bench.scenarios import SCENARIOS
 from dpo.cli import main
 from dpo.cli import plan as plan_command
 from dpo.config import LossConfig, RunConfig
@@ -28,7 +34,16 @@ from dpo.device import available_memory
 from dpo.errors import InputError
 from dpo.flops import training_flops, visible_tokens
 from dpo.losses import LOSSES, TokenLoss
-from dpo.memory_tracker import GRADIENTS, OPTIMIZER, REFERENCE, WEIGHTS, Peaks
+from dpo.memory_tracker import (
+    COPIES,
+    GRADIENTS,
+    HEAD,
+    OPTIMIZER,
+    REFERENCE,
+    TEMPORARY,
+    WEIGHTS,
+    Peaks,
+)
 from dpo.models import ARCHITECTURES, Decoder, ModelConfig, parse_config
 from dpo.optim import OPTIMIZERS
 from dpo.prepare import prepare_policy
@@ -53,7 +68,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 32,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -193,9 +208,31 @@ def test_every_loss_can_be_rehearsed(make_pairs: MakePairs, loss: str) -> None:
     if loss.startswith("aot"):
         pairs = columns_of([replace(pair, weight=1.0) for pair in pairs])
     options = replace(config(), loss=LossConfig(loss))
-    found = rehearse_step(options, shape(num_hidden_layers=1), rows_of(pairs))
+    found = rehearse_step(options, shape(), rows_of(pairs))
     is_live = LOSSES[loss].token_statistic == "reference_kl"
     assert found["forward"].get(REFERENCE, 0) == (found["forward"][WEIGHTS] if is_live else 0)
+
+
+def test_matrices_are_copied_to_16_bits_once(make_pairs: MakePairs) -> None:
+    found = rehearse_step(config(dtype="bf16-mixed"), shape(), rows_of(make_pairs(2)))
+    layers = Decoder(shape()).model.layers
+    matrices = [weight.numel() for weight in layers.parameters() if weight.dim() == 2]
+    assert found["forward"][COPIES] == 2 * sum(matrices)
+
+
+def test_gradients_of_a_tied_embedding_are_added_in_place(make_pairs: MakePairs) -> None:
+    model = shape(vocab_size=5000, tie_word_embeddings=True)
+    held = rehearse_step(config(), model, rows_of(make_pairs(2)))["backward, embedding"]
+    of_embedding = held[HEAD] + held[TEMPORARY]  # one from the head, one from the embedding
+    assert 2 * 4 * 5000 * 32 <= of_embedding < 2.2 * 4 * 5000 * 32
+
+
+def test_gradients_of_earlier_micro_batches_are_there(make_pairs: MakePairs) -> None:
+    pairs, held = make_pairs(2), []
+    for is_alone in (True, False):
+        found = rehearse_step(config(), shape(), rows_of(pairs, is_alone=is_alone))
+        held.append(found["forward"].get(GRADIENTS, 0))
+    assert held == [0, 4 * sum(weight.numel() for weight in Decoder(shape()).parameters())]
 
 
 # --- few layers for many ------------------------------------------------------------------------
@@ -213,7 +250,7 @@ EVERY_OTHER = {
     ("changes", "checkpoints"),
     [
         ({}, False),
-        (MIXTRAL, True),
+        pytest.param(MIXTRAL, True, marks=pytest.mark.slow),
         pytest.param(GEMMA2, False, marks=pytest.mark.slow),
         pytest.param(EVERY_OTHER, True, marks=pytest.mark.slow),
     ],
@@ -277,7 +314,7 @@ def long_pairs(count: int = 12) -> TokenizedPairs:
     return columns_of([pair(*generator.integers(20, 60, 3)) for _ in range(count)])
 
 
-@pytest.mark.parametrize("checkpoints", [True, False])
+@pytest.mark.parametrize("checkpoints", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_peak_is_a_line_in_tokens(checkpoints: bool) -> None:
     pairs, model = long_pairs(), shape()
     options = config(batch_size=12, tokens_per_micro_batch=256)
@@ -314,7 +351,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_chosen_budget_is_the_largest_that_fits(memory: Callable[[float], None]) -> None:
-    pairs, model = long_pairs(), shape(num_hidden_layers=1)
+    pairs, model = long_pairs(), shape()
     sizes = [256, 512, 1024]
     needed = [token_budget.rehearsed(config(batch_size=12), model, pairs, size) for size in sizes]
     assert needed == sorted(needed)
@@ -328,9 +365,7 @@ def test_chosen_budget_is_the_largest_that_fits(memory: Callable[[float], None])
 def test_budget_is_no_larger_than_a_step(memory: Callable[[float], None]) -> None:
     memory(1e12)
     pairs = long_pairs()
-    tokens = choose_budget(
-        config(batch_size=4), shape(num_hidden_layers=1), pairs, device=CPU
-    ).tokens
+    tokens = choose_budget(config(batch_size=4), shape(), pairs, device=CPU).tokens
     data = plan_data(config(batch_size=4), pairs)
     assert tokens / 2 < data.step_tokens <= tokens
 
@@ -339,9 +374,7 @@ def test_least_budget_is_taken_where_none_fits_and_that_is_said(
     memory: Callable[[float], None],
 ) -> None:
     memory(1.0)
-    found = choose_budget(
-        config(batch_size=12), shape(num_hidden_layers=1), long_pairs(), device=CPU
-    )
+    found = choose_budget(config(batch_size=12), shape(), long_pairs(), device=CPU)
     assert found.tokens == token_budget.SMALLEST
     assert "the least; it may not fit" in found.describe()
 
@@ -390,7 +423,10 @@ def test_experts_count_as_often_as_they_are_taken() -> None:
     lengths = np.array([[30, 20, 10]])
     with torch.device("meta"):
         half, all_of_them = (
-            training_flops(Decoder(shape(**MIXTRAL | {"num_experts_per_tok": taken})), lengths)
+            training_flops(
+                Decoder(shape(num_hidden_layers=2, **MIXTRAL | {"num_experts_per_tok": taken})),
+                lengths,
+            )
             for taken in (2, 4)
         )
     experts = 2 * 4 * 3 * 32 * 24  # of two layers
@@ -430,8 +466,12 @@ def dpo(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_plan_is_told(model_folder: Path, data: Path) -> None:
-    told = dpo("plan", "--model", model_folder, "--data", data, "--batch-size", 2, "--quiet")
+def test_plan_is_told_and_reads_no_weight(
+    make_model_folder: Callable[..., Path], tmp_path: Path, data: Path
+) -> None:
+    folder = make_model_folder(tmp_path / "hollow")
+    (folder / "model.safetensors").write_bytes(b"")
+    told = dpo("plan", "--model", folder, "--data", data, "--batch-size", 2, "--quiet")
     assert told.exit_code == 0, told.output
     for expected in ("model   llama, 2 layers", "16 pairs", "steps   8, 1 epochs", "all kept *",
                      "optimizer states", "this cpu", *ACCELERATORS):  # fmt: skip
@@ -461,15 +501,6 @@ def test_plan_takes_the_options_of_a_run_and_prints_json(
     assert found["model"]["parameters"] == found["model"]["trained"]
     assert [device["name"] for device in found["devices"][1:]] == list(ACCELERATORS)
     assert found["memory"][0]["peak"][WEIGHTS] == 4 * found["model"]["parameters"]
-
-
-def test_plan_reads_no_weight(make_model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    folder = make_model_folder(tmp_path / "hollow")
-    (folder / "model.safetensors").write_bytes(b"")
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
-    words = ("--model", folder, "--data", pairs, "--loss", "sft", "--quiet")
-    assert dpo("plan", *words).exit_code == 0
 
 
 def test_plan_prints_its_config(model_folder: Path, data: Path) -> None:
@@ -513,3 +544,36 @@ def test_word_that_is_no_number_is_refused_naming_what_is_allowed(
                 "--tokens-per-micro-batch", "many")  # fmt: skip
     assert found.exit_code == 2
     assert "must be an integer or auto, or none, got 'many'" in found.stderr
+
+
+# --- against this machine -----------------------------------------------------------------------
+
+
+PAGE = (Path(__file__).parents[1] / "dpo/PLANNER.md").read_text(encoding="utf-8")
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.splitlines()
+    if re.match(r"\| (5m|135m)", line)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}, checkpointing {row[2]}")
+def test_page_says_what_the_planner_predicts(row: list[str]) -> None:
+    scenario = replace(SCENARIOS[row[0]], activation_checkpointing=row[2] == "yes")
+    assert scenario.dtype == row[1]
+    assert f"{predicted_mib(scenario):.0f}" == row[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
+def test_resident_memory_of_a_step_is_within_a_tenth_of_the_plan(flags: list[str]) -> None:
+    """In a process of its own, whose C library gives back what is not in use."""
+    found = subprocess.run(
+        [sys.executable, "-m", "dpo.bench.memory", "5m-chat", *flags],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+    )
+    peaks = json.loads(found.stdout)
+    assert peaks["measured_mib"] == pytest.approx(peaks["predicted_mib"], rel=0.1)

@@ -44,6 +44,7 @@ def plan(
     device = choose_device(config.train)
     models = find_models(config)
     pairs = load_inputs(config, models, console).pairs
+    console.say("rehearsing a step on tensors without memory")
     rate = matrix_rate(precision_of(config.train), device, _PRODUCTS)
     made = planner.make_plan(config, models, pairs, device=device, flops_per_s=rate)
     click.echo(json.dumps(asdict(made)) if as_json else "\n".join(planner.describe(made)))
