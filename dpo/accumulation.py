@@ -46,89 +46,81 @@ class StepResult:
     balance: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class LossInputs:
+    """The pairs of a step or of an evaluation, and what the loss needs beside them.
+
+    Attributes:
+        loss: the loss.
+        score: gives the log-probs of a micro-batch, differentiable where gradients are enabled.
+        micro_batches: the rows, cut up.
+        rows: the same in the order of the step.
+        sums: gets what the metrics are made of.
+        running: (S,) the loss's running statistics before.
+        mismatch: as in ``PairLogProbs``.
+    """
+
+    loss: Loss
+    score: Score
+    micro_batches: Sequence[Sequence[int]]
+    rows: Sequence[int]
+    sums: MetricSums
+    running: Tensor
+    mismatch: Tensor
+
+    def known(self, pairs: PairLogProbs) -> PairLogProbs:
+        """Return pairs with what is known of the whole step."""
+        return replace(pairs, running=self.running, mismatch=self.mismatch)
+
+
 def differentiate(
-    loss: Loss,
-    score: Score,
-    micro_batches: Sequence[Sequence[int]],
-    rows: Sequence[int],
-    *,
-    sums: MetricSums,
-    running: Tensor,
-    mismatch: Tensor,
-    total_weight: float,
-    scale: Scale,
-    router_weight: float | None = None,
+    step: LossInputs, *, total_weight: float, scale: Scale, router_weight: float | None = None
 ) -> StepResult:
     """Add the gradient of ``sum(w loss) / total_weight`` over a step to that of the parameters.
 
     With ``router_weight`` also that of so many times the balance loss of the step's experts.
 
     Args:
-        loss: the loss.
-        score: gives the log-probs of a micro-batch, differentiable where gradients are enabled.
-        micro_batches: the rows of the step, cut up.
-        rows: the same in the order of the step.
-        sums: gets what the metrics are made of.
-        running: (S,) the loss's running statistics before the step.
-        mismatch: as in ``PairLogProbs``.
+        step: its pairs.
         total_weight: sum of the pairs' weights.
         scale: applied to what is differentiated.
         router_weight: None for a policy that records no routers.
     """
+    loss = step.loss
     if loss.sees_whole_step or router_weight is not None:
-        return _differentiate_whole(
-            loss,
-            score,
-            micro_batches,
-            rows,
-            sums,
-            running,
-            mismatch,
-            total_weight,
-            scale,
-            router_weight,
-        )
+        return _differentiate_whole(step, total_weight, scale, router_weight)
     losses = []
-    for batch_rows in micro_batches:
-        scored = score(batch_rows)
-        pairs = replace(scored.loss_pairs, running=running, mismatch=mismatch)
+    for batch_rows in step.micro_batches:
+        scored = step.score(batch_rows)
+        pairs = step.known(scored.loss_pairs)
         values = loss(pairs)
         scale((loss.pair_weights(pairs) * values).sum() / total_weight).backward()
-        sums.add(loss, scored, values.detach())
+        step.sums.add(loss, scored, values.detach())
         losses.append(values.detach())
-    return StepResult(sums, torch.cat(losses), running)
+    return StepResult(step.sums, torch.cat(losses), step.running)
 
 
 def _differentiate_whole(
-    loss: Loss,
-    score: Score,
-    micro_batches: Sequence[Sequence[int]],
-    rows: Sequence[int],
-    sums: MetricSums,
-    running: Tensor,
-    mismatch: Tensor,
-    total_weight: float,
-    scale: Scale,
-    router_weight: float | None,
+    step: LossInputs, total_weight: float, scale: Scale, router_weight: float | None
 ) -> StepResult:
     """Score all pairs, take the slopes of the loss, and differentiate the log-probs with them."""
+    loss, micro_batches = step.loss, step.micro_batches
     first = None
     if len(micro_batches) == 1:  # its graph is kept, and no second pass needed
-        first = score(micro_batches[0])
+        first = step.score(micro_batches[0])
         seen = [(first.loss_pairs, first.router)]
     else:
         with torch.no_grad():
-            passes = map(score, micro_batches)
+            passes = map(step.score, micro_batches)
             seen = [(scored.loss_pairs, scored.router) for scored in passes]
-    scored_pairs = [pairs for pairs, _ in seen]
     balance = router_slope = None
     if router_weight is not None:
         balance, router_slope = _balance([use for _, use in seen if use is not None])
         router_slope = router_weight * router_slope
-    places = _places(micro_batches, rows, scored_pairs[0].chosen.device)
-    pairs = _in_order(scored_pairs, places)
+    places = _places(micro_batches, step.rows, seen[0][0].chosen.device)
+    pairs = step.known(_in_order([pairs for pairs, _ in seen], places))
     leaves = {name: getattr(pairs, name).detach().requires_grad_() for name in _sloped(pairs)}
-    pairs = replace(pairs, **leaves, running=running, mismatch=mismatch)
+    pairs = replace(pairs, **leaves)
     pairs = replace(pairs, running=loss.update(pairs))
     values = loss(pairs)
     objective = (loss.pair_weights(pairs) * values).sum() / total_weight
@@ -137,7 +129,7 @@ def _differentiate_whole(
     parts = zip(*(slope[places].split(sizes) for slope in slopes), strict=True)
     losses = values.detach()[places]
     for batch_rows, part, of_batch in zip(micro_batches, parts, losses.split(sizes), strict=True):
-        scored = first or score(batch_rows)
+        scored = first or step.score(batch_rows)
         outputs = [getattr(scored.loss_pairs, name) for name in leaves]
         if scored.router is not None and router_slope is not None:
             outputs, part = [*outputs, scored.router.shares], (*part, router_slope)
@@ -145,8 +137,8 @@ def _differentiate_whole(
         torch.autograd.backward(
             [output for output, _ in with_graph], [scale(slope) for _, slope in with_graph]
         )
-        sums.add(loss, scored, of_batch)
-    return StepResult(sums, losses, pairs.running, balance)
+        step.sums.add(loss, scored, of_batch)
+    return StepResult(step.sums, losses, pairs.running, balance)
 
 
 def _balance(uses: Sequence[RouterUse]) -> tuple[Tensor, Tensor]:
@@ -157,29 +149,20 @@ def _balance(uses: Sequence[RouterUse]) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.autograd.grad(loss, shares)[0]
 
 
-def evaluate(
-    loss: Loss,
-    score: Score,
-    micro_batches: Sequence[Sequence[int]],
-    rows: Sequence[int],
-    *,
-    sums: MetricSums,
-    running: Tensor,
-    mismatch: Tensor,
-) -> None:
-    """Add to ``sums`` what the metrics over ``rows`` are made of, as if they were one step."""
-    whole = []
-    for batch_rows in micro_batches:
-        scored = score(batch_rows)
-        pairs = replace(scored.loss_pairs, running=running, mismatch=mismatch)
+def evaluate(data: LossInputs) -> None:
+    """Give ``data.sums`` what the metrics over its rows are made of, as if they were one step."""
+    loss, whole = data.loss, []
+    for batch_rows in data.micro_batches:
+        scored = data.score(batch_rows)
+        pairs = data.known(scored.loss_pairs)
         if loss.sees_whole_step:
             whole.append(pairs)
-            sums.add(loss, scored, torch.zeros_like(pairs.chosen))
+            data.sums.add(loss, scored, torch.zeros_like(pairs.chosen))
         else:
-            sums.add(loss, scored, loss(pairs))
+            data.sums.add(loss, scored, loss(pairs))
     if whole:
-        places = _places(micro_batches, rows, whole[0].chosen.device)
-        sums.assign_losses(loss(_in_order(whole, places))[places])
+        places = _places(data.micro_batches, data.rows, whole[0].chosen.device)
+        data.sums.assign_losses(loss(_in_order(whole, places))[places])
 
 
 def mean_log_ratio(score: Score, micro_batches: Sequence[Sequence[int]]) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.accumulation import StepResult, differentiate, evaluate, mean_log_ratio
+from dpo.accumulation import LossInputs, StepResult, differentiate, evaluate, mean_log_ratio
 from dpo.averaging import averaged_weights, keep_moving_average
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.device import is_lack_of_memory
@@ -348,7 +348,7 @@ class Trainer:
             self.mismatched = self.mismatched.cut_as(smaller)
 
     def _differentiate_at_once(self, rows: Sequence[int], total_weight: float) -> StepResult:
-        return differentiate(
+        step = LossInputs(
             self.loss,
             partial(self._score, batches=self.batches, step=self.step + 1),
             self.batches.split(rows),
@@ -356,6 +356,9 @@ class Trainer:
             sums=MetricSums(self._sources),
             running=self.running,
             mismatch=self._mismatch(self.mismatched, rows),
+        )
+        return differentiate(
+            step,
             total_weight=total_weight,
             scale=self.scaler.scale,
             router_weight=self.config.router_loss,
@@ -365,7 +368,7 @@ class Trainer:
         """Return the mean log-ratio of the mismatched answers of ``rows``, 0 if none are needed."""
         if batches is None:
             return torch.zeros((), device=self.device)
-        return mean_log_ratio(partial(self._score, batches=batches), batches.split(rows))
+        return mean_log_ratio(partial(self._score, batches=batches), batches.split_sorted(rows))
 
     def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
         batch = batches.collate(rows, step=step).to(self.device)
@@ -501,7 +504,7 @@ class Trainer:
         self.module.eval()
         sums = MetricSums(self._eval_sources)
         with self.averaged_weights():
-            evaluate(
+            data = LossInputs(
                 self.loss,
                 partial(self._score, batches=self.eval_batches),
                 self.eval_batches.split_sorted(rows),
@@ -510,6 +513,7 @@ class Trainer:
                 running=self.running,
                 mismatch=self._mismatch(self.eval_mismatched, rows),
             )
+            evaluate(data)
         self.module.train()
         return {"step": self.step} | {f"eval/{k}": v for k, v in sums.result().items()}
 
