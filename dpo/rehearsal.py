@@ -191,7 +191,6 @@ def _rehearse_step(model: ModelConfig, config: RunConfig, rows: Rows) -> Peaks:
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
                     tracker.label(parameter.grad, GRADIENTS)
-        tracker.peaks.clear()
         tracker.enter("start")
         trainer.train_step()
     return tracker.peaks

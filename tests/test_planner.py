@@ -51,6 +51,8 @@ from dpo.progress import Console
 from dpo.quantization import quantize_linears
 from dpo.rehearsal import Rows, over_layers, peak, rehearse_reference, rehearse_step
 from dpo.token_budget import (
+    Line,
+    MemoryPlan,
     choose_budget,
     plan_data,
     plan_memory,
@@ -137,7 +139,7 @@ def test_weights_gradients_and_states_are_exact(
         for value in state.values()
         if isinstance(value, torch.Tensor)
     ]
-    found = rehearse_step(config(**options), model.config, rows_of(pairs, is_alone=False))
+    found = rehearse_step(config(**options), model.config, rows_of(pairs))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert found["update"][WEIGHTS] == found["update"][GRADIENTS] == weights
     assert found["update"][OPTIMIZER] == sum(state.untyped_storage().nbytes() for state in states)
@@ -211,6 +213,20 @@ def test_every_loss_can_be_rehearsed(make_pairs: MakePairs, loss: str) -> None:
     found = rehearse_step(options, shape(), rows_of(pairs))
     is_live = LOSSES[loss].token_statistic == "reference_kl"
     assert found["forward"].get(REFERENCE, 0) == (found["forward"][WEIGHTS] if is_live else 0)
+
+
+def test_frozen_weights_have_neither_gradients_nor_states(
+    make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_one_layer(policy: Decoder, _config: RunConfig) -> None:
+        policy.requires_grad_(False)
+        policy.model.layers[1].requires_grad_(True)
+
+    monkeypatch.setattr(rehearsal, "prepare_policy", train_one_layer)
+    model = shape(num_hidden_layers=2)
+    found = rehearse_step(config(optimizer="lion"), model, rows_of(make_pairs(2)))
+    trained = 4 * sum(weight.numel() for weight in Decoder(model).model.layers[1].parameters())
+    assert found["update"][GRADIENTS] == found["update"][OPTIMIZER] == trained
 
 
 def test_matrices_are_copied_to_16_bits_once(make_pairs: MakePairs) -> None:
@@ -360,6 +376,16 @@ def test_chosen_budget_is_the_largest_that_fits(memory: Callable[[float], None])
         found = choose_budget(config(batch_size=12), model, pairs, device=CPU)
         assert (found.tokens, found.needed) == (size, bytes_needed)
         assert "the most that fits" in found.describe()
+
+
+def test_budget_that_only_the_line_lets_pass_is_not_chosen(
+    memory: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, pairs = config(batch_size=12), long_pairs()
+    memory(1.01 * token_budget.rehearsed(options, shape(), pairs, 256))
+    nothing = MemoryPlan(False, {}, {"forward": Line(0.0, 0.0)})
+    monkeypatch.setattr(token_budget, "plan_memory", lambda *_: nothing)
+    assert choose_budget(options, shape(), pairs, device=CPU).tokens == 256
 
 
 def test_budget_is_no_larger_than_a_step(memory: Callable[[float], None]) -> None:
