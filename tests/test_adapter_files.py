@@ -98,7 +98,7 @@ def saved_by_peft(base: Path, **options: Any) -> tuple[Path, Tensor]:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # float32 of several nats
 
 
 @pytest.mark.parametrize(("_options", "adapter", "targets"), CASES.values(), ids=CASES)
