@@ -4,7 +4,6 @@ Shapes: B blocks, V values.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -12,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.optim.groups import ParameterGroup
+from dpo.optim.parameterwise import ParameterwiseAdamW, State
 
 BLOCK: Final = 256  # values that share a scale, in the order in which they lie in memory
 FEWEST: Final = 4096  # a smaller parameter keeps float32 states, as in the paper
 CHUNK: Final = 2**20  # values that are float32 at once, whole blocks: bounds the memory of a step
 
-State = dict[str, Tensor]
 _MOMENTS: Final = {"mean": torch.int8, "root": torch.uint8}
 _GOLDEN: Final = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are as even as can be
 _BELOW_ONE: Final = 1 - 2**-24  # the last float32
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(ParameterwiseAdamW):
     """AdamW that keeps a byte in place of each float32 of its two states.
 
     The first state is the mean of the gradients, as in AdamW. The second is the root of the mean of
@@ -32,34 +31,25 @@ class AdamW8bit(torch.optim.Optimizer):
     byte resolves, so it is rounded up as often as is right over many steps, not to the nearest.
     """
 
-    def __init__(
-        self,
-        params: Sequence[ParameterGroup],
-        *,
-        learning_rate: float,
-        beta1: float,
-        beta2: float,
-        epsilon: float,
-    ) -> None:
-        defaults = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
-        super().__init__(params, {**defaults, "weight_decay": 0.0})
+    def _start(self, parameter: Tensor) -> State:
+        count, step = parameter.numel(), torch.zeros((), dtype=torch.float32)
+        if count < FEWEST or not parameter.is_contiguous():
+            return {"step": step} | {
+                name: torch.zeros_like(parameter, dtype=torch.float32) for name in _MOMENTS
+            }
+        blocks, like = math.ceil(count / BLOCK), parameter.new_zeros
+        numbers = {name: like(blocks, BLOCK, dtype=dtype) for name, dtype in _MOMENTS.items()}
+        scales = {f"{name}_scale": like(blocks, dtype=torch.float32) for name in _MOMENTS}
+        return {"step": step, **numbers, **scales}
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state |= _start(parameter)
-                state["step"] += 1
-                if "mean_scale" in state:
-                    _update_in_chunks(parameter, state, group)
-                else:
-                    mean, root, step = state["mean"], state["root"], state["step"]
-                    _update(parameter, parameter.grad, mean, root, step, group)
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, state: State, group: ParameterGroup
+    ) -> None:
+        state["step"] += 1
+        if "mean_scale" in state:
+            _update_in_chunks(parameter.view(-1), gradient.reshape(-1), state, group)
+        else:
+            _update(parameter, gradient, state["mean"], state["root"], state["step"], group)
 
 
 def quantise(values: Tensor, dtype: torch.dtype, *, offset: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -94,23 +84,10 @@ def dequantise(numbers: Tensor, scales: Tensor) -> Tensor:
     return roots.square().square_().copysign_(roots).mul_(scales[:, None]).view(-1)
 
 
-def _start(parameter: Tensor) -> State:
-    """Return the states before the first step, all zero."""
-    count, step = parameter.numel(), torch.zeros((), dtype=torch.float32)
-    if count < FEWEST or not parameter.is_contiguous():
-        return {"step": step} | {
-            name: torch.zeros_like(parameter, dtype=torch.float32) for name in _MOMENTS
-        }
-    blocks, like = math.ceil(count / BLOCK), parameter.new_zeros
-    numbers = {name: like(blocks, BLOCK, dtype=dtype) for name, dtype in _MOMENTS.items()}
-    scales = {f"{name}_scale": like(blocks, dtype=torch.float32) for name in _MOMENTS}
-    return {"step": step, **numbers, **scales}
-
-
-def _update_in_chunks(parameter: Tensor, state: State, group: ParameterGroup) -> None:
-    """Update ``parameter`` and its ``state`` in place, with few values in float32 at a time."""
-    assert parameter.grad is not None
-    weights, gradient = parameter.view(-1), parameter.grad.reshape(-1)  # (V,)
+def _update_in_chunks(
+    weights: Tensor, gradient: Tensor, state: State, group: ParameterGroup
+) -> None:
+    """Update (V,) ``weights`` and their ``state``, with few values in float32 at a time."""
     offsets = {"mean": 0.5, "root": state["step"].item() * _GOLDEN % 1}
     for first in range(0, len(weights), CHUNK):
         chunk = slice(first, first + CHUNK)

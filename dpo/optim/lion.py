@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dpo.optim.groups import ParameterGroup
+from dpo.optim.parameterwise import Parameterwise, State
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(Parameterwise):
     """Sign of an interpolated momentum: Chen et al. 2023 (arXiv 2302.06675), program 1.
 
     One state in place of AdamW's two; wants a learning rate some 3 to 10 times smaller.
@@ -24,19 +26,14 @@ class Lion(torch.optim.Optimizer):
         defaults = {"lr": learning_rate, "betas": (beta1, beta2), "weight_decay": 0.0}
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                momentum, gradient = state["momentum"], parameter.grad
-                direction = torch.lerp(gradient, momentum, beta1).sign_()
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction, alpha=-group["lr"])
-                momentum.lerp_(gradient, 1 - beta2)
+    def _start(self, parameter: Tensor) -> State:
+        return {"momentum": torch.zeros_like(parameter)}
+
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, state: State, group: ParameterGroup
+    ) -> None:
+        (beta1, beta2), momentum = group["betas"], state["momentum"]
+        direction = torch.lerp(gradient, momentum, beta1).sign_()
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction, alpha=-group["lr"])
+        momentum.lerp_(gradient, 1 - beta2)

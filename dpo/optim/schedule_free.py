@@ -1,15 +1,16 @@
 """AdamW without a schedule: Defazio et al. 2024, "The Road Less Scheduled" (arXiv 2405.15682)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from dpo.optim.groups import ParameterGroup
+from dpo.optim.parameterwise import ParameterwiseAdamW, State
 
 
-class ScheduleFreeAdamW(torch.optim.Optimizer):
+class ScheduleFreeAdamW(ParameterwiseAdamW):
     """AdamW-Schedule-Free, algorithm 1 of the paper.
 
     The parameters hold ``y``, at which gradients are taken; the states are ``base``, the paper's
@@ -17,33 +18,6 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
     follows from ``y = (1 - beta1) z + beta1 x``, so there are two states, as in AdamW. A base has
     the square of its learning rate as its weight in the average.
     """
-
-    def __init__(
-        self,
-        params: Sequence[ParameterGroup],
-        *,
-        learning_rate: float,
-        beta1: float,
-        beta2: float,
-        epsilon: float,
-    ) -> None:
-        defaults = {"lr": learning_rate, "betas": (beta1, beta2), "eps": epsilon}
-        super().__init__(params, {**defaults, "weight_decay": 0.0})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float64)
-                    state["weight_sum"] = torch.zeros((), dtype=torch.float64)
-                    state["base"] = parameter.detach().clone()
-                    state["square"] = torch.zeros_like(parameter)
-                _update(parameter, parameter.grad, state, group)
 
     def averages(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each parameter that was updated and its average ``x``, of the same dtype."""
@@ -53,23 +27,30 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
                     base = self.state[parameter]["base"]
                     yield parameter, base.lerp(parameter.detach(), 1 / group["betas"][0])
 
+    def _start(self, parameter: Tensor) -> State:
+        return {
+            "step": torch.zeros((), dtype=torch.float64),
+            "weight_sum": torch.zeros((), dtype=torch.float64),
+            "base": parameter.detach().clone(),
+            "square": torch.zeros_like(parameter),
+        }
 
-def _update(
-    parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: ParameterGroup
-) -> None:
-    """Do one update in place, without making ``x``.
+    def _update(
+        self, parameter: Tensor, gradient: Tensor, state: State, group: ParameterGroup
+    ) -> None:
+        """Do one update in place, without making ``x``.
 
-    With ``c`` the share of the new base in the average and ``d = z' - z`` its step, inserting
-    ``x' = (1 - c) x + c z'`` gives ``y' = (1 - c) y + c z + (1 - beta1 (1 - c)) d``.
-    """
-    (beta1, beta2), base, square = group["betas"], state["base"], state["square"]
-    state["step"] += 1
-    rate = group["lr"] * math.sqrt(1 - beta2 ** state["step"].item())
-    state["weight_sum"] += rate**2
-    share = rate**2 / (state["weight_sum"].item() or 1.0)  # a warm-up begins with rate 0
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    change = (gradient / square.sqrt().add_(group["eps"])).add_(
-        parameter, alpha=group["weight_decay"]
-    )
-    parameter.lerp_(base, share).add_(change, alpha=-rate * (1 - beta1 * (1 - share)))
-    base.add_(change, alpha=-rate)
+        With ``c`` the share of the new base in the average and ``d = z' - z`` its step, inserting
+        ``x' = (1 - c) x + c z'`` gives ``y' = (1 - c) y + c z + (1 - beta1 (1 - c)) d``.
+        """
+        (beta1, beta2), base, square = group["betas"], state["base"], state["square"]
+        state["step"] += 1
+        rate = group["lr"] * math.sqrt(1 - beta2 ** state["step"].item())
+        state["weight_sum"] += rate**2
+        share = rate**2 / (state["weight_sum"].item() or 1.0)  # a warm-up begins with rate 0
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        change = (gradient / square.sqrt().add_(group["eps"])).add_(
+            parameter, alpha=group["weight_decay"]
+        )
+        parameter.lerp_(base, share).add_(change, alpha=-rate * (1 - beta1 * (1 - share)))
+        base.add_(change, alpha=-rate)
