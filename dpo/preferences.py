@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, get_args
+from typing import BinaryIO, NamedTuple, TypedDict, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,50 +143,26 @@ class PairStream(PairSource):
                 raise InputError(f"{path}: changed while it was used: start again")
 
 
-def read_pairs(
-    source: str | Path,
-    *,
-    columns: Mapping[str, str] | None = None,
-    revision: str | None = None,
-    split: str | None = None,
-    on_bad_row: str = "error",
-    ranked: RankedPairs = "all",
-    answer_turns: AnswerTurns | None = None,
-) -> list[PreferencePair]:
+class ReadKeywords(TypedDict, total=False):
+    """The options of ``stream_pairs`` that ``load_pairs`` and ``read_pairs`` take too."""
+
+    columns: Mapping[str, str] | None
+    revision: str | None
+    split: str | None
+    on_bad_row: str
+    ranked: RankedPairs
+    answer_turns: AnswerTurns | None
+
+
+def read_pairs(source: str | Path, **options: Unpack[ReadKeywords]) -> list[PreferencePair]:
     """Return the pairs of ``load_pairs``, which takes the same arguments."""
-    return load_pairs(
-        source,
-        columns=columns,
-        revision=revision,
-        split=split,
-        on_bad_row=on_bad_row,
-        ranked=ranked,
-        answer_turns=answer_turns,
-    ).pairs
+    return load_pairs(source, **options).pairs
 
 
-def load_pairs(
-    source: str | Path,
-    *,
-    columns: Mapping[str, str] | None = None,
-    revision: str | None = None,
-    split: str | None = None,
-    on_bad_row: str = "error",
-    ranked: RankedPairs = "all",
-    answer_turns: AnswerTurns | None = None,
-) -> LoadedPairs:
+def load_pairs(source: str | Path, **options: Unpack[ReadKeywords]) -> LoadedPairs:
     """Return the pairs of ``stream_pairs``, which takes the same arguments, in memory."""
     pairs: list[PreferencePair] = []
-    stream = stream_pairs(
-        source,
-        columns=columns,
-        revision=revision,
-        split=split,
-        on_bad_row=on_bad_row,
-        ranked=ranked,
-        answer_turns=answer_turns,
-        visit=pairs.append,
-    )
+    stream = stream_pairs(source, **options, visit=pairs.append)
     return LoadedPairs(
         pairs=pairs,
         format=stream.format,
@@ -233,9 +209,9 @@ def stream_pairs(
     if ranked not in get_args(RankedPairs):
         expected = ", ".join(map(repr, get_args(RankedPairs)))
         raise InputError(f"ranked must be one of {expected}, got {ranked!r}")
-    files = _locate(source, revision=revision, split=split)
     if answer_turns not in (None, *get_args(AnswerTurns)):
         raise InputError(f"answer_turns must be 'all' or 'last', got {answer_turns!r}")
+    files = _locate(source, revision=revision, split=split)
     parse = partial(parse_rows, columns=columns, ranked=ranked, answer_turns=answer_turns)
     reading = _Reading(files, columns, parse)
     for row in file_rows(files):

@@ -821,6 +821,10 @@ class TestTurns:
         with pytest.raises(InputError, match="answer_turns must be 'all' or 'last', got 'first'"):
             read_pairs(path, answer_turns="first")  # type: ignore[arg-type]  # what is tested
 
+    def test_option_is_checked_before_the_source_is_sought(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="answer_turns must be 'all' or 'last', got 'first'"):
+            read_pairs(tmp_path / "missing.jsonl", answer_turns="first")  # type: ignore[arg-type]
+
     @pytest.mark.parametrize(
         ("changes", "fault"),
         [
