@@ -160,11 +160,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _reference(policy: Decoder, pairs: TokenizedPairs, config: TrainConfig) -> ReferenceLogProbs:
-    batches = MicroBatches(
-        pairs,
-        tokens_per_micro_batch=config.token_budget,
-        share_prefix=config.share_prefix,
-    )
+    batches = MicroBatches.of_run(config, pairs)
     precision, device = PRECISIONS[config.dtype], next(policy.parameters()).device
     return reference_in_memory(
         lambda rows: answer_log_probs(

@@ -23,11 +23,11 @@ from dpo.memory_tracker import KINDS, Bytes
 from dpo.models import Decoder, ModelConfig
 from dpo.prepare import prepare_policy
 from dpo.rehearsal import Rows, hollow_policy, peak, rehearse_reference
+from dpo.scoring import MicroBatches
 from dpo.token_budget import (
     DataPlan,
     MemoryPlan,
     choose_budget,
-    cutter,
     largest_budget,
     plan_data,
     plan_memory,
@@ -169,7 +169,7 @@ def _reference_peak(config: RunConfig, model: ModelConfig, pairs: TokenizedPairs
     loss = config.loss.build()
     if not loss.needs_reference or uses_live_reference(loss, config.train):
         return None
-    batches = cutter(config, pairs)
+    batches = MicroBatches.of_run(config.train, pairs)
     longest = np.argsort(-pairs.lengths().sum(axis=1), kind="stable")[:_LONGEST].tolist()
     largest = max(batches.split(longest), key=lambda rows: stream_tokens(batches, rows))
     return peak(rehearse_reference(config, model, Rows(pairs, largest)))

@@ -91,12 +91,7 @@ class _Scorer:
         self, pairs: TokenizedPairs, cache: ReferenceCache, console: Console, label: str
     ) -> ReferenceLogProbs:
         """Complete the cache for ``pairs``, and check a sample of it if a model is loaded."""
-        batches = MicroBatches(
-            pairs,
-            micro_batch_size=self.train.micro_batch_size,
-            tokens_per_micro_batch=self.train.token_budget,
-            share_prefix=self.train.share_prefix,
-        )
+        batches = MicroBatches.of_run(self.train, pairs)
 
         def score(rows: Sequence[int]) -> list[AnswerLogProbs]:
             scored = score_rows(

@@ -201,7 +201,7 @@ def _rehearse_reference(model: ModelConfig, config: RunConfig, rows: Rows) -> Pe
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         policy = hollow_policy(model, config)
         tracker.watch_weights(policy)
-        batches = MicroBatches(rows.pairs, share_prefix=config.train.share_prefix)
+        batches = MicroBatches.of_run(config.train, rows.pairs)
         _mark_forward(tracker, policy)
         score_rows(policy, batches, rows.micro_batch, precision=precision, device=_CPU)
     return tracker.peaks

@@ -120,14 +120,7 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
             references = obtain_references(config, models, inputs, console, device=device)
         precision = precision_of(config.train)
         policy = models.policy.load(dtype=precision.parameters, device=device)
-        batches = MicroBatches(
-            inputs.pairs,
-            references.pairs,
-            micro_batch_size=config.train.micro_batch_size,
-            tokens_per_micro_batch=config.train.token_budget,
-            share_prefix=config.train.share_prefix,
-            draw_seed=config.train.seed if loss.draws else None,
-        )
+        batches = MicroBatches.of_run(config.train, inputs.pairs, references.pairs, loss=loss)
         with console.bar("score", len(inputs.pairs), unit="pairs") as bar:
             scores = _score(policy, batches, loss, precision, device, progress=bar.update)
     lines = (json.dumps(asdict(score), ensure_ascii=False) + "\n" for score in scores)

@@ -26,6 +26,7 @@ from dpo.reference import AnswerLogProbs, ReferenceLogProbs
 from dpo.routing import Routed, RouterUse
 from dpo.segments import move
 from dpo.tokenized_pairs import TokenizedPairs
+from dpo.train_config import TrainConfig
 
 _WINDOW = 1024  # rows packed at a time where their order is free
 
@@ -51,6 +52,26 @@ class MicroBatches:
     share_prefix: bool = True
     draw_seed: int | None = None
     with_chains: bool = False
+
+    @classmethod
+    def of_run(
+        cls,
+        config: TrainConfig,
+        pairs: TokenizedPairs,
+        reference: ReferenceLogProbs | None = None,
+        *,
+        loss: Loss | None = None,
+    ) -> MicroBatches:
+        """Cut ``pairs`` as a run's options say; with ``loss`` rows bring what that reads."""
+        return cls(
+            pairs,
+            reference,
+            micro_batch_size=config.micro_batch_size,
+            tokens_per_micro_batch=config.token_budget,
+            share_prefix=config.share_prefix,
+            draw_seed=config.seed if loss is not None and loss.draws else None,
+            with_chains=loss is not None and loss.sees_chains,
+        )
 
     def split(self, rows: Sequence[int]) -> list[list[int]]:
         """Divide ``rows``, in any order, over micro-batches."""

@@ -179,7 +179,7 @@ def largest_budget(memory: MemoryPlan, data: DataPlan, room: float) -> int | Non
 def plan_data(config: RunConfig, pairs: TokenizedPairs) -> DataPlan:
     """Cut the first steps of a run as the run would, and count."""
     sampler = make_sampler(config.loss.build(), pairs, config.train)
-    batches = cutter(config, pairs)
+    batches = MicroBatches.of_run(config.train, pairs)
     steps = [sampler.rows(step) for step in range(min(STEPS, sampler.steps_per_epoch))]
     cut = [batches.split(rows) for rows in steps]
     sizes = [[stream_tokens(batches, rows) for rows in micro_batches] for micro_batches in cut]
@@ -207,16 +207,6 @@ def plan_data(config: RunConfig, pairs: TokenizedPairs) -> DataPlan:
     )
 
 
-def cutter(config: RunConfig, pairs: TokenizedPairs) -> MicroBatches:
-    """Return what cuts the rows of a run into micro-batches."""
-    return MicroBatches(
-        pairs,
-        micro_batch_size=config.train.micro_batch_size,
-        tokens_per_micro_batch=config.train.token_budget,
-        share_prefix=config.train.share_prefix,
-    )
-
-
 def stream_tokens(batches: MicroBatches, rows: Sequence[int]) -> int:
     """Count the tokens that ``rows`` are as one micro-batch."""
     return len(batches.collate(rows).texts.stream.input_ids)
@@ -231,7 +221,7 @@ def plan_memory(
     config: RunConfig, model: ModelConfig, pairs: TokenizedPairs, data: DataPlan
 ) -> MemoryPlan:
     """Rehearse a step of a run on its largest micro-batch, and on another for the slope."""
-    batches = cutter(config, pairs)
+    batches = MicroBatches.of_run(config.train, pairs)
     is_alone = data.micro_batches == 1
     (tokens, peaks), (other_tokens, other_peaks) = (
         (stream_tokens(batches, rows), rehearse_step(config, model, Rows(pairs, rows, is_alone)))

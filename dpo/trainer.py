@@ -219,17 +219,8 @@ class Trainer:
         if not len(pairs):
             raise InputError("there are no pairs to train or evaluate on")
         self.loss.check(pairs)
-        return self._with_reference(
-            MicroBatches(
-                pairs,
-                reference,
-                micro_batch_size=self.config.micro_batch_size,
-                tokens_per_micro_batch=self.config.token_budget,
-                share_prefix=self.config.share_prefix,
-                draw_seed=self.config.seed if self.loss.draws else None,
-                with_chains=self.loss.sees_chains,
-            )
-        )
+        batches = MicroBatches.of_run(self.config, pairs, reference, loss=self.loss)
+        return self._with_reference(batches)
 
     def _mismatched(
         self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None
