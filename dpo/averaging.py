@@ -14,6 +14,8 @@ from typing import Any, Final, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dpo.swap import swapped_in
+
 _MOVING_AVERAGE: Final = "moving_average"  # name of the state
 
 
@@ -54,15 +56,9 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     When the block ends, the weights are back bit for bit.
     """
-    averages = list(_averages(optimizer))
-    weights = [parameter.data for parameter, _ in averages]
-    for parameter, average in averages:
-        parameter.data = average.to(parameter.dtype)
-    try:
+    averages = _averages(optimizer)
+    with swapped_in((parameter, average.to(parameter.dtype)) for parameter, average in averages):
         yield
-    finally:
-        for (parameter, _), weight in zip(averages, weights, strict=True):
-            parameter.data = weight
 
 
 def _averages(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:

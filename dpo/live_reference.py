@@ -6,8 +6,7 @@ with adapters these are the adapters alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,6 +16,7 @@ from dpo.batching import AnswerBatch
 from dpo.errors import InputError
 from dpo.log_probs import Predictions, predict_answers
 from dpo.policy import Policy
+from dpo.swap import swapped_in
 
 
 class LiveReference:
@@ -56,7 +56,8 @@ class LiveReference:
     @torch.no_grad()
     def predict(self, policy: Policy, texts: AnswerBatch) -> Predictions:
         """Return what the reference predicts at each answer token, without gradient."""
-        with self._in_place():
+        own = self._parameters.items()
+        with swapped_in((parameter, self.weights[name]) for name, parameter in own):
             predicted = predict_answers(policy, texts)
             # the parameters get the policy's weights back
             return replace(predicted, head=predicted.head.detached())
@@ -75,15 +76,3 @@ class LiveReference:
         """Take over the weights of a checkpoint."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """Let the policy's parameters hold the reference's weights."""
-        own = {name: parameter.data for name, parameter in self._parameters.items()}
-        try:
-            for name, parameter in self._parameters.items():
-                parameter.data = self.weights[name]
-            yield
-        finally:
-            for name, parameter in self._parameters.items():
-                parameter.data = own[name]
