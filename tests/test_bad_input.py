@@ -1,11 +1,10 @@
 """Bad input of every kind, through the command line: an exit code, one message, nothing harmed."""
 
 import json
-import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -445,17 +444,6 @@ def test_place_that_cannot_be_written_to_is_named(
     assert (tmp_path / "file").read_text(encoding="utf-8") == "in the way"
 
 
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Let no file grow beyond some bytes; within, pytest must not write its own output."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -466,7 +454,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", [500, 5_000, 50_000])
 def test_full_disk_ends_the_run_and_harms_nothing(
-    tmp_path: Path, model_folder: Path, data: Path, size: int
+    tmp_path: Path,
+    model_folder: Path,
+    data: Path,
+    size: int,
+    full_disk: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     """Tokens, weights or optimizer states find no room."""
     out = tmp_path / "RUN"
@@ -487,7 +479,12 @@ def test_full_disk_ends_the_run_and_harms_nothing(
     assert not list(tmp_path.rglob("*.tmp-*"))
 
 
-def test_full_disk_ends_scoring_in_one_line(tmp_path: Path, model_folder: Path, data: Path) -> None:
+def test_full_disk_ends_scoring_in_one_line(
+    tmp_path: Path,
+    model_folder: Path,
+    data: Path,
+    full_disk: Callable[[int], AbstractContextManager[None]],
+) -> None:
     out = write_lines(tmp_path / "scores.jsonl", "what was there")
     model = str(model_folder)
     score = ["score", "--model", model, "--reference", model, "--data", str(data), "--quiet"]

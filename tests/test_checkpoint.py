@@ -1,9 +1,8 @@
 import os
-import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -213,24 +212,17 @@ def test_later_checkpoints_are_set_aside_and_not_found_again(tmp_path: Path) -> 
     assert found.checkpoint.step == 2
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """Let no file grow beyond 100 kB; within, pytest must not write its own output."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(("weights", "text"), [(50_000, ""), (1, "x" * 200_000)])
 def test_full_disk_is_an_os_error_and_harms_nothing(
-    tmp_path: Path, step: int, weights: int, text: str
+    tmp_path: Path,
+    step: int,
+    weights: int,
+    text: str,
+    full_disk: Callable[[int], AbstractContextManager[None]],
 ) -> None:
     save(tmp_path, 1)
-    with full_disk(), pytest.raises(OSError, match="File too large"):
+    with full_disk(100_000), pytest.raises(OSError, match="File too large"):
         save_checkpoint(tmp_path, step, {"model": {"a": torch.ones(weights)}}, {"text": text})
 
     assert names(tmp_path) == ["step-000001"]

@@ -1,5 +1,5 @@
-import resource
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -67,11 +67,8 @@ def test_file_has_the_usual_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-def test_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match=r"a: .*File too large"):
-            write_tensors(tmp_path / "a", {"a": torch.ones(1000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def test_full_disk_is_an_os_error_that_names_the_file(
+    tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    with full_disk(1000), pytest.raises(OSError, match=r"a: .*File too large"):
+        write_tensors(tmp_path / "a", {"a": torch.ones(1000)})

@@ -2,10 +2,9 @@
 
 import json
 import os
-import resource
 import tracemalloc
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,17 +30,6 @@ def pairs_of(count: int) -> list[PreferencePair]:
         for row in range(1, count + 1)
         if row % 5
     ]
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Refuse to let any file grow beyond ``size`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("dropped", [0, 600])
@@ -78,7 +66,7 @@ def test_refused_rows_leave_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.5, 1.1])
 def test_full_disk_is_an_error_that_names_the_file_and_leaves_nothing(
-    tmp_path: Path, share: float
+    tmp_path: Path, share: float, full_disk: Callable[[int], AbstractContextManager[None]]
 ) -> None:
     tokens_bytes = tokenize_pairs(pairs_of(2000), TOKENIZER).pairs.tokens.nbytes
     name = "tokens" if share < 1 else "columns.safetensors"
