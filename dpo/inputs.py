@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -25,10 +24,9 @@ from dpo.errors import InputError
 from dpo.fingerprint import adapter_fingerprint, weights_fingerprint
 from dpo.hub import commit_of, fetch_model
 from dpo.mismatch import mismatched_rows
-from dpo.mixing import describe_share, mix, named, set_names
+from dpo.mixing import describe_share, mix, named, seeded_digest, set_names
 from dpo.models import Decoder, ModelConfig, load_model, read_config
 from dpo.models.weights import weight_files
-from dpo.pair import Content
 from dpo.pair_rows import RANKED_LAYOUT, RankedPairs
 from dpo.pair_view import PairNotes, PairView, Part
 from dpo.preferences import PairSource, PreferencePair, stream_pairs
@@ -262,7 +260,7 @@ def hold_out(prompts: NDArray[np.void], share: float) -> NDArray[np.bool_]:
     the prompts and the seed alone, not on the order of the rows.
 
     Args:
-        prompts: (P,) the ``prompt_digest`` of each pair.
+        prompts: (P,) the ``seeded_digest`` of each pair's prompt.
         share: of the pairs.
 
     Raises:
@@ -278,11 +276,6 @@ def hold_out(prompts: NDArray[np.void], share: float) -> NDArray[np.bool_]:
             f"{len(prompts) - taken} to train on and {taken} to hold out"
         )
     return groups < held_out
-
-
-def prompt_digest(prompt: Content, seed: int) -> bytes:
-    """Return 16 bytes that tell a prompt from others, in another order with each seed."""
-    return hashlib.blake2b(repr((seed, prompt)).encode(), digest_size=16).digest()
 
 
 def cache_folder(kind: str) -> Path:
@@ -367,7 +360,7 @@ def _read(
     def visit(pair: PreferencePair) -> None:
         notes.add(rename(pair))
         if config.eval_split is not None:
-            prompts.extend(prompt_digest(pair.prompt, config.train.seed))
+            prompts.extend(seeded_digest(pair.prompt, config.train.seed))
 
     stream = stream_pairs(
         source,

@@ -103,6 +103,11 @@ def mix(
     return mixed
 
 
+def seeded_digest(value: object, seed: int) -> bytes:
+    """Return 16 bytes that tell a value from others, in another order with each seed."""
+    return hashlib.blake2b(repr((seed, value)).encode(), digest_size=16).digest()
+
+
 def describe_share(name: str, count: int, size: int) -> str:
     """Say how many rows of a set of ``size`` rows make up an epoch."""
     if count <= size:
@@ -112,10 +117,6 @@ def describe_share(name: str, count: int, size: int) -> str:
 
 def _taken(ids: Sequence[str], count: int, seed: int) -> list[NDArray[np.int64]]:
     repeats, rest = divmod(count, len(ids))
-    ranked = sorted(range(len(ids)), key=lambda row: _digest(ids[row], seed))
+    ranked = sorted(range(len(ids)), key=lambda row: seeded_digest(ids[row], seed))
     once_more = np.array(sorted(ranked[:rest]), dtype=np.int64)
     return [*[np.arange(len(ids))] * repeats, *([once_more] if rest else [])]
-
-
-def _digest(name: str, seed: int) -> bytes:
-    return hashlib.blake2b(repr((seed, name)).encode(), digest_size=16).digest()

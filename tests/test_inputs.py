@@ -22,9 +22,8 @@ from dpo.inputs import (
     load_all_pairs,
     load_inputs,
     pin_revisions,
-    prompt_digest,
-)  # fmt: skip
-from dpo.mixing import MixConfig
+)
+from dpo.mixing import MixConfig, seeded_digest
 from dpo.pair_rows import RankedPairs
 from dpo.preferences import PreferencePair
 from dpo.progress import Console
@@ -72,7 +71,7 @@ def pairs_of(prompts: list[int]) -> list[PreferencePair]:
 def split_pairs(
     pairs: list[PreferencePair], share: float, *, seed: int
 ) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    prompts = np.array([prompt_digest(pair.prompt, seed) for pair in pairs]).view("V16")
+    prompts = np.array([seeded_digest(pair.prompt, seed) for pair in pairs]).view("V16")
     marked = list(zip(pairs, hold_out(prompts, share), strict=True))
     return [pair for pair, held in marked if not held], [pair for pair, held in marked if held]
 
