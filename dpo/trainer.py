@@ -37,6 +37,7 @@ from dpo.optim import (
     parameter_groups,
     rate_scales,
     set_learning_rate,
+    trained_names,
 )
 from dpo.policy import Policy
 from dpo.precision import precision_of
@@ -185,7 +186,7 @@ class Trainer:
         self.sampler = make_sampler(self.loss, pairs, self.config)
         self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
-        scales = rate_scales(policy, self.config.rates)
+        scales = rate_scales(trained_names(policy), self.config.rates)
         for name, factor in (rate_factors or {}).items():
             scales[name] = scales.get(name, 1.0) * factor
         self.optimizer = make_optimizer(

@@ -207,6 +207,32 @@ def test_ratio_of_rates_changes_the_result(config: RunConfig) -> None:
     assert weights(config.out) != weights(f"{config.out}-2")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "q_projection"}, r"adapter\.targets: no linear layer matches 'q_projection'"),
+        ({"rates": {"embed": 0.5}}, r"train\.rates: 'embed' finds no trained parameter"),
+    ],
+    ids=["targets", "rates"],
+)
+def test_names_that_find_nothing_are_refused_before_the_reference_is_computed(
+    config: RunConfig, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        started(changed(config, **options))
+    assert not (tmp_path / "cache" / "dpo-engine" / "reference").exists()
+
+
+def test_rates_of_an_adapter_that_is_trained_on_are_known_before_it_is_loaded(
+    config: RunConfig,
+) -> None:
+    first = started(config).model
+    on = replace(config, model=str(first), out=f"{config.out}-2", adapter=AdapterConfig())
+    with pytest.raises(InputError, match=r"train\.rates: 'embed' finds no .*down_proj\.up"):
+        started(changed(on, rates={"embed": 0.5}))
+    started(changed(on, rates={r"q_proj\.up$": 0.5}))
+
+
 # --- what else reads an adapter -----------------------------------------------------------------
 
 
