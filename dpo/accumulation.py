@@ -93,10 +93,10 @@ def differentiate(
     for batch_rows in step.micro_batches:
         scored = step.score(batch_rows)
         pairs = step.known(scored.loss_pairs)
-        values = loss(pairs)
-        scale((loss.pair_weights(pairs) * values).sum() / total_weight).backward()
+        values = loss.with_terms(pairs)
+        scale((loss.pair_weights(pairs) * values[0]).sum() / total_weight).backward()
         step.sums.add(loss, scored, values.detach())
-        losses.append(values.detach())
+        losses.append(values[0].detach())
     return StepResult(step.sums, torch.cat(losses), step.running)
 
 
@@ -122,13 +122,14 @@ def _differentiate_whole(
     leaves = {name: getattr(pairs, name).detach().requires_grad_() for name in _sloped(pairs)}
     pairs = replace(pairs, **leaves)
     pairs = replace(pairs, running=loss.update(pairs))
-    values = loss(pairs)
-    objective = (loss.pair_weights(pairs) * values).sum() / total_weight
+    values = loss.with_terms(pairs)
+    objective = (loss.pair_weights(pairs) * values[0]).sum() / total_weight
     slopes = torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)
     sizes = [len(batch_rows) for batch_rows in micro_batches]
     parts = zip(*(slope[places].split(sizes) for slope in slopes), strict=True)
-    losses = values.detach()[places]
-    for batch_rows, part, of_batch in zip(micro_batches, parts, losses.split(sizes), strict=True):
+    losses = values.detach()[:, places]
+    of_batches = losses.split(sizes, dim=1)
+    for batch_rows, part, of_batch in zip(micro_batches, parts, of_batches, strict=True):
         scored = first or step.score(batch_rows)
         outputs = [getattr(scored.loss_pairs, name) for name in leaves]
         if scored.router is not None and router_slope is not None:
@@ -138,7 +139,7 @@ def _differentiate_whole(
             [output for output, _ in with_graph], [scale(slope) for _, slope in with_graph]
         )
         step.sums.add(loss, scored, of_batch)
-    return StepResult(step.sums, losses, pairs.running, balance)
+    return StepResult(step.sums, losses[0], pairs.running, balance)
 
 
 def _balance(uses: Sequence[RouterUse]) -> tuple[Tensor, Tensor]:
@@ -157,12 +158,12 @@ def evaluate(data: LossInputs) -> None:
         pairs = data.known(scored.loss_pairs)
         if loss.sees_whole_step:
             whole.append(pairs)
-            data.sums.add(loss, scored, torch.zeros_like(pairs.chosen))
+            data.sums.add(loss, scored, None)
         else:
-            data.sums.add(loss, scored, loss(pairs))
+            data.sums.add(loss, scored, loss.with_terms(pairs))
     if whole:
         places = _places(data.micro_batches, data.rows, whole[0].chosen.device)
-        data.sums.assign_losses(loss(_in_order(whole, places))[places])
+        data.sums.assign_losses(loss.with_terms(_in_order(whole, places))[:, places])
 
 
 def mean_log_ratio(score: Score, micro_batches: Sequence[Sequence[int]]) -> Tensor:

@@ -210,7 +210,7 @@ class Trainer:
         self.should_stop = False
         self._sources = sources_of(pairs)
         self._eval_sources = None if eval_pairs is None else sources_of(eval_pairs)
-        self._window, self._throughput = MetricSums(self._sources), Throughput()
+        self._window, self._throughput = MetricSums.of_loss(self.loss, self._sources), Throughput()
         self.notes: list[str] = []
         self._norms: list[Tensor] = []
         self._balances: list[Tensor] = []
@@ -345,7 +345,7 @@ class Trainer:
             partial(self._score, batches=self.batches, step=self.step + 1),
             self.batches.split(rows),
             rows,
-            sums=MetricSums(self._sources),
+            sums=MetricSums.of_loss(self.loss, self._sources),
             running=self.running,
             mismatch=self._mismatch(self.mismatched, rows),
         )
@@ -494,7 +494,7 @@ class Trainer:
         assert self.eval_batches is not None, "the trainer has no eval_pairs"
         rows = range(len(self.eval_batches.pairs))
         self.module.eval()
-        sums = MetricSums(self._eval_sources)
+        sums = MetricSums.of_loss(self.loss, self._eval_sources)
         with self.averaged_weights():
             data = LossInputs(
                 self.loss,
@@ -539,7 +539,7 @@ class Trainer:
         }
         if self.starts_at_reference and {"displacement/chosen", "rewards/margin"} <= window.keys():
             line["displacement/alarm"] = float(self._alarm.hears(window))
-        self._window, self._throughput = MetricSums(self._sources), Throughput()
+        self._window, self._throughput = MetricSums.of_loss(self.loss, self._sources), Throughput()
         self._norms, self._balances = [], []
         return line
 

@@ -77,7 +77,7 @@ def make_trainer(
     """Make a trainer in float64 whose policy is not its reference."""
     other = make_model(seed=1, dtype=torch.float64)
     reference = mismatched = None
-    if LOSSES[loss].token_statistic != "reference_kl":
+    if make_loss(loss).token_statistic != "reference_kl":
         plain = columns_of([replace(pair, margin=0.0) for pair in pairs])
         before = Trainer(other, plain, PLAIN, loss="kto")
         reference = before.batches.reference
@@ -116,7 +116,7 @@ def assert_equal_runs(found: Trainer, expected: Trainer, steps: int = 2) -> None
     for found_line, expected_line in zip(found_lines, expected_lines, strict=True):
         assert found_line.keys() == expected_line.keys()
         for name, value in expected_line.items():
-            if not name.startswith(("perf/", "mem/")):
+            if not name.startswith(("perf/", "mem/", "time/")):
                 assert found_line[name] == pytest.approx(value, abs=1e-9), name
 
 
@@ -515,6 +515,25 @@ def test_options_that_a_loss_would_ignore_are_refused(
 def test_odpo_refuses_gaps_without_a_logarithm(make_pairs: MakePairs) -> None:
     with pytest.raises(InputError, match=r"8 pairs have none above 0 \(the first is pair 0\)"):
         make_loss("odpo").check(make_pairs(8))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid:0.8,sft:1", "sigmoid:0.8,bco:0.2,sft:1", "kto:1,ipo:3"])
+def test_terms_of_a_mixture_add_up_to_it_however_a_step_is_cut(
+    loss: str, make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs, names = make_pairs(8), dict(term.split(":") for term in loss.split(","))
+    whole = make_trainer(make_model, pairs, loss, micro_batch_size=8)
+    assert_equal_runs(make_trainer(make_model, pairs, loss, micro_batch_size=3), whole)
+    for line, prefix in ((whole.evaluate(), "eval/"), (step_of(whole), "")):
+        terms = {n.removeprefix(f"{prefix}loss/"): v for n, v in line.items() if "loss/" in n}
+        assert terms.keys() == names.keys()
+        total = sum(float(names[term]) * value for term, value in terms.items())
+        assert line[f"{prefix}loss"] == pytest.approx(total)
+
+
+def step_of(trainer: Trainer) -> dict[str, float]:
+    trainer.train_step()
+    return trainer._close_window()
 
 
 @settings(

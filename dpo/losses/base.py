@@ -1,6 +1,6 @@
 """What every loss has in common: its input, its interface and the checks of its options.
 
-Shapes: P pairs, K answer tokens, S running statistics.
+Shapes: P pairs, K answer tokens, S running statistics, T terms of a mixture.
 """
 
 from abc import ABC, abstractmethod
@@ -154,6 +154,10 @@ class Loss(ABC):
     @abstractmethod
     def __call__(self, pairs: PairLogProbs) -> Tensor:
         """Return the loss of each pair, (P,)."""
+
+    def with_terms(self, pairs: PairLogProbs) -> Tensor:
+        """Return the loss of each pair and, below it, those of a mixture's terms: (1 + T, P)."""
+        return self(pairs)[None]
 
     @abstractmethod
     def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
