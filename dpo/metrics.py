@@ -80,11 +80,28 @@ displacement/alarm               1 where ``dpo.displacement`` gives the alarm, e
 perf/step_s                      mean seconds of a step
 perf/pairs_per_s                 pairs / seconds
 perf/tokens_per_s                tokens / seconds, a prompt and each of its answers counted once
+perf/tflops_per_s                10^12 operations / seconds, of those that ``dpo.flops`` counts
+perf/mfu                         the same / the datasheet's rate, on a GPU of ``dpo.accelerators``
+perf/pad_fraction                share of the computed tokens that only fill a micro-batch up
+perf/shared_fraction             share of the tokens of plain texts, each answer with its prompt,
+                                 that need not be computed, because texts share prefixes
+time/data                        mean seconds of a step in which micro-batches are put together
+time/reference                   the same for a reference in memory (``dpo.live_reference``)
+time/forward                     for the policy's forward passes
+time/backward                    for the losses, the sums of metrics and the backward passes
+time/optimizer                   for clipping and the update
 mem/peak_mib                     most memory so far: allocated on a GPU, resident of the process
 data/tokens                      tokens trained on since the first step
 health/clip_share                share of steps whose gradient norm was above train.max_grad_norm
+health/update_ratio              norm of the last step's change of the trained weights / norm of the
+                                 weights before it, over a sample: ``dpo.health.WeightSample``
 health/nonfinite                 steps skipped since the first
 ================================ ===================================================================
+
+The parts of ``time/`` add up to ``perf/step_s``. On a GPU they are what its stream spends between
+marks (``dpo.step_clock``): time that it waits for data is data's, and a transfer too. Only what is
+under ``perf/``, ``time/`` and ``mem/`` depends on the machine and on how steps are cut up. There is
+no ``perf/mfu`` where no datasheet's rate is known, as on a CPU: ``dpo bench`` measures one.
 
 Of rows with one answer, the metrics of an answer count those that have it; the metrics of gaps and
 of differences count no such row. The ``kl`` metrics are estimates over given answers, not over the
@@ -116,7 +133,7 @@ if TYPE_CHECKING:
 
 ALWAYS_LOGGED: Final = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"),
-    *("logps/chosen", "logps/rejected"),
+    *("logps/chosen", "logps/rejected", "grad_norm"),
 )
 _QUANTILES: Final = {
     "rewards/margin_p05": 0.05,

@@ -103,7 +103,7 @@ def run(trainer: Trainer, steps: int) -> tuple[dict[str, Tensor], list[dict[str,
     lines = []
     for _ in range(steps):
         trainer.train_step()
-        lines.append(trainer._close_window())
+        lines.append(trainer.close_window())
     lines.append(trainer.evaluate())
     return {n: p.detach().clone() for n, p in trainer.module.named_parameters()}, lines
 
@@ -533,7 +533,7 @@ def test_terms_of_a_mixture_add_up_to_it_however_a_step_is_cut(
 
 def step_of(trainer: Trainer) -> dict[str, float]:
     trainer.train_step()
-    return trainer._close_window()
+    return trainer.close_window()
 
 
 @settings(
