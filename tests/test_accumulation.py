@@ -523,12 +523,26 @@ def test_terms_of_a_mixture_add_up_to_it_however_a_step_is_cut(
 ) -> None:
     pairs, names = make_pairs(8), dict(term.split(":") for term in loss.split(","))
     whole = make_trainer(make_model, pairs, loss, micro_batch_size=8)
-    assert_equal_runs(make_trainer(make_model, pairs, loss, micro_batch_size=3), whole)
+    assert_equal_runs(make_trainer(make_model, pairs, loss, tokens_per_micro_batch=40), whole)
     for line, prefix in ((whole.evaluate(), "eval/"), (step_of(whole), "")):
         terms = {n.removeprefix(f"{prefix}loss/"): v for n, v in line.items() if "loss/" in n}
         assert terms.keys() == names.keys()
         total = sum(float(names[term]) * value for term, value in terms.items())
         assert line[f"{prefix}loss"] == pytest.approx(total)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid:0.8,sft:1", "sigmoid:0.8,bco:0.2"])
+def test_evaluated_terms_are_means_over_the_rows_by_their_weights(
+    loss: str, make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    trainer = make_trainer(make_model, make_pairs(8), loss, micro_batch_size=3)
+    trainer.train_step()
+    assert trainer.eval_batches is not None
+    seen = trainer._score(range(8), trainer.eval_batches).loss_pairs
+    values = trainer.loss.with_terms(replace(seen, running=trainer.running))
+    expected = (values * seen.weight).sum(dim=1) / seen.weight.sum()
+    found = [value for name, value in trainer.evaluate().items() if name.startswith("eval/loss")]
+    assert found == pytest.approx(expected.tolist())
 
 
 def step_of(trainer: Trainer) -> dict[str, float]:
