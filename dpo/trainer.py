@@ -357,7 +357,7 @@ class Trainer:
 
     def _differentiate_at_once(self, rows: Sequence[int], total_weight: float) -> StepResult:
         step = LossInputs(
-            self.loss,
+            self.loss.at_progress(self.step / self.total_steps),
             partial(self._score, batches=self.batches, step=self.step + 1),
             self.batches.split(rows),
             rows,
@@ -510,8 +510,8 @@ class Trainer:
 
     def _first_loss(self, pairs: PairLogProbs) -> str:
         """Say what the loss of the first micro-batch is and what it should be."""
-        pairs = replace(pairs, running=self.running)
-        found, expected = self.loss(pairs).mean(), self.loss.at_reference(pairs).mean()
+        pairs, loss = replace(pairs, running=self.running), self.loss.at_progress(0.0)
+        found, expected = loss(pairs).mean(), loss.at_reference(pairs).mean()
         return f"the first loss is {found:.6g} and should be {expected:.6g}"
 
     def evaluate(self) -> dict[str, float]:
@@ -528,7 +528,7 @@ class Trainer:
         sums = MetricSums.of_loss(self.loss, self._eval_sources)
         with self.averaged_weights():
             data = LossInputs(
-                self.loss,
+                self.loss.at_progress(1.0),  # the same at each step, so that evaluations compare
                 partial(self._score, batches=self.eval_batches),
                 self.eval_batches.split_sorted(rows),
                 rows,

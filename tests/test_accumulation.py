@@ -197,6 +197,68 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(
     assert resumed.running.equal(unbroken.running)
 
 
+# Losses that change over a run
+
+SHIFT: dict[str, float] = {"rejected_weight": 1.0, "final_rejected_weight": 0.5}
+
+
+def shifting(make_model: MakeModel, pairs: TokenizedPairs, config: TrainConfig = PLAIN) -> Trainer:
+    """A trainer of DPO-Shift whose lambda falls from 1 to 0.5."""
+    return Trainer(
+        make_model(), pairs, config, loss=make_loss("dpo_shift", **SHIFT), eval_pairs=pairs
+    )
+
+
+def test_each_step_has_the_loss_of_its_share_of_the_run(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    """Lambda is 1, 0.9, ... 0.6 in the five steps."""
+    trainer = shifting(make_model, make_pairs(8))
+    for step in range(5):
+        seen = trainer._score(trainer.sampler.rows(step), trainer.batches).loss_pairs
+        values = make_loss("dpo_shift", rejected_weight=1 - 0.1 * step)(seen)
+        trainer.train_step()
+        expected = (seen.weight * values.detach()).sum() / seen.weight.sum()
+        assert trainer._close_window()["loss"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_evaluations_measure_by_the_loss_of_the_end(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    trainer = shifting(make_model, make_pairs(8))
+    fixed = make_loss("dpo_shift", rejected_weight=0.5)
+    for _ in range(2):
+        trainer.train_step()
+    found = trainer.evaluate()["eval/loss"]
+    trainer.loss = fixed
+    assert found == trainer.evaluate()["eval/loss"]
+
+
+def test_run_whose_loss_changes_resumes_bit_for_bit(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs = make_pairs(8)
+    unbroken, first = shifting(make_model, pairs), shifting(make_model, pairs)
+    unbroken.train()
+    for _ in range(2):
+        first.train_step()
+    resumed = shifting(make_model, pairs)
+    resumed.restore(first.tensors(), first.state())
+    resumed.train()
+    expected = dict(unbroken.module.named_parameters())
+    for name, parameter in resumed.module.named_parameters():
+        assert parameter.equal(expected[name])
+
+
+def test_run_whose_loss_changes_goes_on_in_no_other_length(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    first = shifting(make_model, make_pairs(8))
+    longer = shifting(make_model, make_pairs(8), replace(PLAIN, steps=6))
+    with pytest.raises(InputError, match=r"the run has changed: total_steps was 5 and is 6"):
+        longer.restore(first.tensors(), first.state())
+
+
 # Whole steps
 
 

@@ -167,6 +167,13 @@ class Loss(ABC):
         """Return the weight of each pair in the step's mean, (P,); depends on the data alone."""
         return pairs.weight
 
+    def at_progress(self, share: float) -> "Loss":
+        """Return the loss as it is after ``share`` of the run's steps, in [0, 1]; here the same.
+
+        An evaluation measures by ``at_progress(1)`` at every step.
+        """
+        return self
+
     def update(self, pairs: PairLogProbs) -> Tensor:
         """Return the running statistics, (S,), from those in ``pairs`` and all pairs of a step."""
         return pairs.running

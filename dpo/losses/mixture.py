@@ -80,6 +80,10 @@ class Mixture(Loss):
         weighted = [share * value for (_, share), value in zip(self.terms, values, strict=True)]
         return torch.stack([torch.stack(weighted).sum(dim=0), *values])
 
+    def at_progress(self, share: float) -> "Mixture":
+        """Return the mixture of the terms as they are after ``share`` of the run's steps."""
+        return Mixture(tuple((loss.at_progress(share), factor) for loss, factor in self.terms))
+
     def update(self, pairs: PairLogProbs) -> Tensor:
         """Return the running statistics of all terms, one after another, (S,)."""
         parts = zip(self.terms, self._parts(pairs), strict=True)
