@@ -48,7 +48,7 @@ from dpo.models import ARCHITECTURES, Decoder, ModelConfig, parse_config
 from dpo.optim import OPTIMIZERS
 from dpo.prepare import prepare_policy
 from dpo.progress import Console
-from dpo.quantization import quantize_linears
+from dpo.quantization import SCHEMES, quantize_linears
 from dpo.rehearsal import Rows, over_layers, peak, rehearse_reference, rehearse_step
 from dpo.token_budget import (
     Line,
@@ -145,7 +145,7 @@ def test_weights_gradients_and_states_are_exact(
     assert found["update"][OPTIMIZER] == sum(state.untyped_storage().nbytes() for state in states)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+@pytest.mark.parametrize("quantize", [None, *SCHEMES])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_and_quantized_bases_are_exact(
     make_model: MakeModel, make_pairs: MakePairs, kind: Any, quantize: Any
