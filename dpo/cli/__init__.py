@@ -39,6 +39,10 @@ COMMANDS = {
         "dpo.cli.reference:reference",
         "Compute the reference log-probs of a data set and keep them for later runs.",
     ),
+    "weigh": Entry(
+        "dpo.cli.weigh:weigh",
+        "Weigh bad answers by how much likelier their prompts are among the good ones.",
+    ),
     "merge": Entry(
         "dpo.cli.merge:merge", "Write the plain model that an adapter makes of its base."
     ),
