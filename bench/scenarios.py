@@ -116,6 +116,7 @@ SCENARIOS: Final = {
     "5m-agent": Scenario(shape="5m", profile="agent", dtype="float32"),
     "5m-chat-simpo": Scenario(shape="5m", profile="chat", dtype="float32", loss="simpo"),
     "5m-chat-wpo": Scenario(shape="5m", profile="chat", dtype="float32", loss="wpo"),
+    "5m-chat-tdpo2": Scenario(shape="5m", profile="chat", dtype="float32", loss="tdpo2"),
     "135m-chat": Scenario(shape="135m", profile="chat"),
     "135m-chat-float32": Scenario(shape="135m", profile="chat", dtype="float32"),
     "135m-chat-not-shared": Scenario(shape="135m", profile="chat", shares_prefix=False),
@@ -144,7 +145,7 @@ SUITES: Final = {
         "135m-chat", "135m-agent", "135m-8k", "1b-chat", "1b-agent", "1b-agent-not-shared",
         "1b-long", "8b-chat", *FAMILIES["135m-length"], *FAMILIES["135m-pairs"],
     ),
-    "losses": ("5m-chat", "5m-chat-simpo", "5m-chat-wpo"),
+    "losses": ("5m-chat", "5m-chat-simpo", "5m-chat-wpo", "5m-chat-tdpo2"),
     "scaling": (*FAMILIES["5m-length"], *FAMILIES["5m-pairs"]),
     "scaling-gpu": (*FAMILIES["135m-length"], *FAMILIES["135m-pairs"]),
 }  # fmt: skip

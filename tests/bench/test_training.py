@@ -120,9 +120,14 @@ def test_little_time_makes_few_steps(tiny: str) -> None:
     assert len(found.step_seconds) == 3
 
 
-def test_loss_without_reference_has_no_pass(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCENARIOS, tiny, replace(SCENARIOS[tiny], loss="simpo"))
-    assert measure(tiny, steps=1, device_kind="cpu").reference_seconds is None
+@pytest.mark.parametrize(("loss", "parts"), [("simpo", 4), ("tdpo2", 5)])
+def test_loss_that_needs_no_reference_beforehand_has_no_pass(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, loss: str, parts: int
+) -> None:
+    monkeypatch.setitem(SCENARIOS, tiny, replace(SCENARIOS[tiny], loss=loss))
+    found = measure(tiny, steps=1, device_kind="cpu")
+    assert found.reference_seconds is None
+    assert len(found.split) == parts  # a reference in memory is a part of the step
 
 
 def test_lack_of_memory_has_an_exit_code_of_its_own(
