@@ -12,7 +12,7 @@ from typing import Final
 
 from dpo.bench.results import PARTS, Measurement
 
-NAMES, PANEL, BAR = 170, 280, 190  # widths: of the names, of a panel, of its longest bar
+NAMES, PANEL, BAR = 170, 325, 210  # widths: of the names, of a panel, of its longest bar
 TOP, ROW, THICK = 88, 24, 14  # heights: of the heads, of a row, of a bar
 COLORS: Final = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#9a9a9a")  # told apart by all eyes
 
@@ -109,4 +109,4 @@ def _legend(names: Sequence[str], left: float) -> Iterator[str]:
         if name:
             yield f'<rect x="{x}" y="63" width="9" height="9" fill="{color}"/>'
             yield f'<text class="faint" x="{x + 12}" y="71">{escape(name)}</text>'
-            x += 17 + 5.2 * len(name)
+            x += 18 + 6 * len(name)
