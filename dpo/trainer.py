@@ -19,11 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.accumulation import LossInputs, StepResult, differentiate, evaluate, mean_log_ratio
+from dpo.accumulation import (
+    LackOfMemoryError,
+    LossInputs,
+    StepResult,
+    differentiate,
+    evaluate,
+    mean_log_ratio,
+)
 from dpo.averaging import averaged_weights, keep_moving_average
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
-from dpo.device import is_lack_of_memory
 from dpo.displacement import DisplacementAlarm
+from dpo.distributed import Ranks
 from dpo.errors import InputError, RunError
 from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.live_reference import LiveReference
@@ -121,6 +128,7 @@ class Trainer:
         starts_at_reference: bool = True,
         rate_factors: Mapping[str, float] | None = None,
         callbacks: Sequence[Callback] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         """Prepare the run; nothing is computed yet but a reference that is not given.
 
@@ -141,7 +149,9 @@ class Trainer:
             starts_at_reference: the policy is its own reference, so the first loss is known and
                 checked.
             rate_factors: on the learning rate by parameter name, besides those of ``config.rates``.
-            callbacks: called with the trainer and each line of metrics.
+            callbacks: called with the trainer and each line of metrics, on every rank.
+            ranks: the processes that train together (``dpo.distributed``), each with all of this;
+                the weights are those of the first. None for a process that is alone.
 
         Raises:
             InputError: the loss would ignore a column of the data, an option needs held-out pairs
@@ -162,6 +172,8 @@ class Trainer:
         self.loss = make_loss(loss)
         self.precision = precision_of(self.config)
         self.device = next(policy.parameters()).device
+        self.ranks = ranks or Ranks()
+        self.ranks.share_weights(p for p in policy.parameters() if p.requires_grad)
         self.callbacks = list(callbacks)
         self.starts_at_reference = starts_at_reference
         if self.config.reference_sync_every is not None and not self.loss.needs_reference:
@@ -265,7 +277,7 @@ class Trainer:
             self.check_start()
             if self.eval_batches is not None:
                 self._emit(self.evaluate())
-        while self.step < self.total_steps and not self.should_stop:
+        while self.step < self.total_steps and not self.ranks.any(self.should_stop):
             yield self._advance()
 
     def _advance(self) -> Step:
@@ -294,6 +306,7 @@ class Trainer:
         started = time.perf_counter()
         rows = self.sampler.rows(self.step)
         result = self._differentiate(rows, self._total_weight(rows))
+        self.ranks.sum_gradients(self.module.parameters())
         set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm)
@@ -308,27 +321,36 @@ class Trainer:
         self.tokens_seen += tokens
         self._throughput.add(len(rows), tokens, time.perf_counter() - started)
 
-    def _differentiate(self, rows: Sequence[int], total_weight: float) -> StepResult:
-        """Give the parameters, which have none, the gradient of a step of ``rows``.
+    def _differentiate(
+        self, rows: Sequence[int], total_weight: float, ranks: Ranks | None = None
+    ) -> StepResult:
+        """Give the parameters, which have none, this rank's part of the gradient of ``rows``.
 
-        A lack of memory drops what part of it there is and begins the step again, in smaller
-        micro-batches, which the steps after it keep.
+        A lack of memory on a rank drops what part of it there is and begins the step again, there
+        in smaller micro-batches, which the steps after it keep.
         """
+        ranks = ranks or self.ranks
+        own = self.batches.divide(rows, ranks.count)[ranks.rank]
         while True:
             try:
-                return self._differentiate_at_once(rows, total_weight)
-            except RuntimeError as error:
-                smaller = self.batches.smaller(rows) if is_lack_of_memory(error) else None
-                if smaller is None:
-                    raise
+                return self._differentiate_at_once(rows, own, total_weight, ranks)
+            except LackOfMemoryError as lack:
+                error = lack.error
             # not in the handler, where the error's traceback still holds the tensors of the step
-            self._take_smaller(smaller, rows)
+            self._free_memory()
+            if error is not None:
+                self._take_smaller(own, error)
 
-    def _take_smaller(self, smaller: MicroBatches, rows: Sequence[int]) -> None:
-        """Free what memory there is to free, and cut steps as ``smaller`` does."""
+    def _free_memory(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _take_smaller(self, rows: Sequence[int], error: RuntimeError) -> None:
+        """Cut steps smaller, from this one on, whose ``rows`` found no memory."""
+        smaller = self.batches.smaller(rows)
+        if smaller is None:
+            raise error
         self.notes.append(
             f"step {self.step + 1}: the memory is full: going on in micro-batches of at most "
             f"{smaller.limit}, {len(smaller.split(rows))} in place of "
@@ -338,15 +360,18 @@ class Trainer:
         if self.mismatched is not None:
             self.mismatched = self.mismatched.cut_as(smaller)
 
-    def _differentiate_at_once(self, rows: Sequence[int], total_weight: float) -> StepResult:
+    def _differentiate_at_once(
+        self, rows: Sequence[int], own: Sequence[int], total_weight: float, ranks: Ranks
+    ) -> StepResult:
         step = LossInputs(
             self.loss,
             partial(self._score, batches=self.batches, step=self.step + 1),
-            self.batches.split(rows),
+            self.batches.split(own),
             rows,
             sums=MetricSums(self._sources),
             running=self.running,
-            mismatch=self._mismatch(self.mismatched, rows),
+            mismatch=self._mismatch(self.mismatched, rows, ranks),
+            ranks=ranks,
         )
         return differentiate(
             step,
@@ -355,11 +380,16 @@ class Trainer:
             router_weight=self.config.router_loss,
         )
 
-    def _mismatch(self, batches: MicroBatches | None, rows: Sequence[int]) -> Tensor:
+    def _mismatch(
+        self, batches: MicroBatches | None, rows: Sequence[int], ranks: Ranks | None = None
+    ) -> Tensor:
         """Return the mean log-ratio of the mismatched answers of ``rows``, 0 if none are needed."""
         if batches is None:
             return torch.zeros((), device=self.device)
-        return mean_log_ratio(partial(self._score, batches=batches), batches.split_sorted(rows))
+        ranks = ranks or self.ranks
+        own = batches.split_sorted(batches.divide(rows, ranks.count)[ranks.rank])
+        score = partial(self._score, batches=batches)
+        return mean_log_ratio(score, own, count=len(rows), ranks=ranks).to(self.device)
 
     def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
         batch = batches.collate(rows, step=step).to(self.device)
@@ -393,11 +423,16 @@ class Trainer:
         return total
 
     def _is_finite(self, norm: Tensor, losses: Tensor) -> bool:
-        """Ask the device once per step; on "stop" name the rows and leave the weights alone."""
-        is_finite = bool(norm.isfinite() & losses.isfinite().all())
-        if is_finite:
+        """Ask the device once per step; on "stop" name the rows and leave the weights alone.
+
+        Every rank has the norm of the whole gradient, and the losses of its own pairs.
+        """
+        flags = torch.stack([norm.isfinite(), losses.isfinite().all()])
+        norm_is_finite, own_are_finite = flags.tolist()
+        losses_are_finite = not self.ranks.any(not own_are_finite)
+        if norm_is_finite and losses_are_finite:
             return True
-        if self.precision.scales_loss and bool(losses.isfinite().all()):
+        if self.precision.scales_loss and losses_are_finite:
             self.scaler.update()  # float16 overflowed: the scale was too large, not the loss
         elif self.config.on_nonfinite == "stop":
             rows = self._rows_not_finite()
@@ -411,13 +446,15 @@ class Trainer:
         """Find the rows of the step whose loss or gradient alone is not finite; all if none is."""
         rows = self.sampler.rows(self.step)
         guilty = []
-        for row in rows:
+        for row in self.batches.divide(rows, self.ranks.count)[self.ranks.rank]:
             self.optimizer.zero_grad(set_to_none=True)
-            losses = self._differentiate([row], 1.0).losses
+            losses = self._differentiate([row], 1.0, Ranks()).losses
             norm = clip_gradients(self.module.parameters(), None)
             if not bool(norm.isfinite() & losses.isfinite().all()):
                 guilty.append(row)
-        return guilty or rows
+        found = self.ranks.gather(torch.tensor(guilty, dtype=torch.int64))
+        assert found is not None
+        return [row for row in rows if row in set(found.tolist())] or rows
 
     def _update(self, norm: Tensor) -> None:
         """Apply the accumulated gradient."""
@@ -492,21 +529,24 @@ class Trainer:
         """
         assert self.eval_batches is not None, "the trainer has no eval_pairs"
         rows = range(len(self.eval_batches.pairs))
+        own = self.eval_batches.divide(rows, self.ranks.count)[self.ranks.rank]
         self.module.eval()
         sums = MetricSums(self._eval_sources)
         with self.averaged_weights():
             data = LossInputs(
                 self.loss,
                 partial(self._score, batches=self.eval_batches),
-                self.eval_batches.split_sorted(rows),
+                self.eval_batches.split_sorted(own),
                 rows,
                 sums=sums,
                 running=self.running,
                 mismatch=self._mismatch(self.eval_mismatched, rows),
+                ranks=self.ranks,
             )
             evaluate(data)
         self.module.train()
-        return {"step": self.step} | {f"eval/{k}": v for k, v in sums.result().items()}
+        metrics = sums.of_all(self.ranks).result()
+        return {"step": self.step} | {f"eval/{name}": value for name, value in metrics.items()}
 
     def _note_evaluation(self, loss: float) -> None:
         """Keep count for early stopping and for the best model."""
@@ -522,7 +562,7 @@ class Trainer:
 
     def _close_window(self) -> dict[str, float]:
         """Turn what was gathered since the last line of metrics into one."""
-        window = self._window.result()
+        window = self._window.of_all(self.ranks).result()
         line = {
             "step": self.step,
             "epoch": self.step / self.sampler.steps_per_epoch,
@@ -532,7 +572,7 @@ class Trainer:
             "learning_rate": self._learning_rate_at(self.step - 1),
             **self._router_metrics(),
             **self._throughput.rates(),
-            "mem/peak_mib": peak_memory_mib(self.device),
+            "mem/peak_mib": self.ranks.max(peak_memory_mib(self.device)),
             "data/tokens": self.tokens_seen,
             "health/nonfinite": self.skipped_steps,
         }
