@@ -66,9 +66,13 @@ class Ranks:
         """
         return part
 
-    def first(self, rows: Sequence[int]) -> list[int]:
-        """Return the row numbers that the first rank has."""
-        return list(rows)
+    def first(self, numbers: Sequence[int]) -> list[int]:
+        """Return the numbers that the first rank has."""
+        return list(numbers)
+
+    def first_text(self, text: str) -> str:
+        """Return the text that the first rank has."""
+        return bytes(self.first(list(text.encode()))).decode()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradient of each parameter over the ranks, in place.
@@ -147,9 +151,9 @@ class JoinedRanks(Ranks):
             for number, dimensions, *sizes in (each.tolist() for each in headers)
         ]
 
-    def first(self, rows: Sequence[int]) -> list[int]:
-        """Return the row numbers that the first rank has."""
-        found = self.gather(torch.tensor(rows, dtype=torch.int64) if self.is_first else None)
+    def first(self, numbers: Sequence[int]) -> list[int]:
+        """Return the numbers that the first rank has."""
+        found = self.gather(torch.tensor(numbers, dtype=torch.int64) if self.is_first else None)
         assert found is not None
         return found.tolist()
 
@@ -179,8 +183,7 @@ class JoinedRanks(Ranks):
 
     def check_same(self, what: str, text: str) -> None:
         """Compare a text with that of the first rank."""
-        own = list(text.encode())
-        if self.any(self.first(own) != own):
+        if self.any(self.first_text(text) != text):
             raise InputError(
                 f"{what} differ from rank to rank: every machine must see the same files"
             )
@@ -252,7 +255,7 @@ def joined_ranks(device: torch.device, *, timeout: timedelta = TIMEOUT) -> Itera
         return
     with _listening_to_start(launch):
         store, rank, count = next(rendezvous("env://", timeout=timeout))
-        store = PrefixStore(f"start {launch.restarts}", store)
+        store = PrefixStore("dpo", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     ranks = JoinedRanks(launch, store)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from dpo.distributed import Ranks
 from dpo.errors import RunError
 from dpo.files import JSON, atomic_write, remove_leftovers, write_json
 from dpo.tokenized_pairs import TokenIds, TokenizedPair, TokenizedPairs
@@ -279,6 +280,7 @@ def compute_reference(
     *,
     batches: Batches,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> ReferenceLogProbs:
     """Compute what the cache lacks, and return the log-probs of all ``pairs``.
 
@@ -290,17 +292,19 @@ def compute_reference(
         pairs: the data.
         cache: where results are looked for and kept.
         batches: cuts the missing rows into those scored together; longest first makes the progress
-            honest and a lack of memory plain at once.
+            honest and a lack of memory plain at once. One of several ranks cuts its part of them.
         progress: is called with the tokens done and those to do.
+        ranks: that all compute into the folder of the cache.
 
     Raises:
         RunError: a log-prob is not finite.
     """
-    rows = cache.missing(pairs)
+    ranks = ranks or Ranks()
+    own = list(batches(ranks.first(cache.missing(pairs))))
     tokens = pairs.lengths().sum(axis=1)  # (P,)
-    done, total = 0, int(tokens[rows].sum())
+    done, total = 0, sum(int(tokens[list(batch)].sum()) for batch in own)
     try:
-        for batch in batches(rows):
+        for batch in own:
             for row, log_probs in zip(batch, score(batch), strict=True):
                 cache.append(pairs[row], log_probs)
                 done += int(tokens[row])
@@ -308,6 +312,7 @@ def compute_reference(
                 progress(done, total)
     finally:
         cache.flush()
+    ranks.wait()  # for what the others add
     return cache.lookup(pairs)
 
 
