@@ -224,6 +224,7 @@ def _balance(step: LossInputs, uses: Sequence[RouterUse]) -> tuple[Tensor, Tenso
     return loss.detach(), torch.autograd.grad(loss, shares)[0]
 
 
+@torch.no_grad()
 def evaluate(data: LossInputs) -> None:
     """Give ``data.sums`` what the metrics over its rows are made of, as if they were one step."""
     loss, whole = data.loss, []
