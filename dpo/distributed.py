@@ -255,7 +255,8 @@ def joined_ranks(device: torch.device, *, timeout: timedelta = TIMEOUT) -> Itera
         return
     with _listening_to_start(launch):
         store, rank, count = next(rendezvous("env://", timeout=timeout))
-        store = PrefixStore("dpo", store)
+        # torchrun keeps its store when it starts processes again: with where the last ones were
+        store = PrefixStore(f"start {launch.restarts}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
     ranks = JoinedRanks(launch, store)
@@ -278,9 +279,8 @@ def _listening_to_start(launch: Launch) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
         raise RunError(
-            f"rank {launch.rank} of {launch.count} does not reach the others: {first_line}"
+            f"rank {launch.rank} of {launch.count} does not reach the others: {_brief(error)}"
         ) from error
 
 
@@ -294,7 +294,12 @@ def _listening() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise LostRanksError(str(error).splitlines()[0]) from error
+        raise LostRanksError(_brief(error)) from error
+
+
+def _brief(error: RuntimeError) -> str:
+    """Return what an error of torch says, without its advice."""
+    return str(error).splitlines()[0].partition(". This is typically")[0]
 
 
 def _heed_no_more_signals() -> None:

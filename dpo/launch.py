@@ -16,12 +16,14 @@ class Launch:
         count: of the processes.
         local_rank: its number among those of its machine, from 0.
         local_count: of the processes of its machine.
+        restarts: how often torchrun has started the processes again.
     """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
+    restarts: int = 0
 
     @classmethod
     def of_environment(cls) -> Self:
@@ -37,4 +39,5 @@ class Launch:
             count=number("WORLD_SIZE", 1),
             local_rank=number("LOCAL_RANK", 0),
             local_count=number("LOCAL_WORLD_SIZE", 1),
+            restarts=number("TORCHELASTIC_RESTART_COUNT", 0),
         )
