@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch._dynamo
-from torch.distributed.distributed_c10d import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 import dpo.cli.train
 import dpo.run  # noqa: F401
