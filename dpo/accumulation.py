@@ -88,6 +88,10 @@ class LossInputs:
     mismatch: Tensor
     ranks: Ranks
 
+    def extra_passes(self) -> int:
+        """Return how often this rank must run the model beside its micro-batches: ask before."""
+        return self.ranks.extra_passes(len(self.micro_batches))
+
     def known(self, pairs: PairLogProbs) -> PairLogProbs:
         """Return pairs with what is known of the whole step."""
         return replace(pairs, running=self.running, mismatch=self.mismatch)
@@ -118,6 +122,8 @@ def within_memory(ranks: Ranks, work: Callable[[], T]) -> T:
     Raises:
         LackOfMemoryError: it was not.
     """
+    if ranks.in_step:  # which a rank that begins again would leave
+        return work()
     lack = None
     try:
         result = work()
@@ -132,7 +138,7 @@ def within_memory(ranks: Ranks, work: Callable[[], T]) -> T:
 
 def _differentiate_pairs(step: LossInputs, total_weight: float, scale: Scale) -> Tensor:
     """Differentiate each micro-batch by itself; return the losses, (n,)."""
-    loss, losses = step.loss, [step.running.new_empty(0)]
+    loss, losses, extra = step.loss, [step.running.new_empty(0)], step.extra_passes()
     for batch_rows in step.micro_batches:
         scored = step.score(batch_rows)
         pairs = step.known(scored.loss_pairs)
@@ -140,7 +146,16 @@ def _differentiate_pairs(step: LossInputs, total_weight: float, scale: Scale) ->
         scale((loss.pair_weights(pairs) * values).sum() / total_weight).backward()
         step.sums.add(loss, scored, values.detach())
         losses.append(values.detach())
+    _pass_for_nothing(step, extra)
     return torch.cat(losses)
+
+
+def _pass_for_nothing(step: LossInputs, extra: int) -> None:
+    """Run the model ``extra`` times, with a gradient of zero where it has one."""
+    for _ in range(extra):
+        scored = step.score(step.rows[:1])
+        if torch.is_grad_enabled():
+            (0.0 * scored.loss_pairs.chosen.sum()).backward()
 
 
 def _differentiate_whole(
@@ -162,7 +177,7 @@ def _differentiate_whole(
     found = torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)
     slopes = {name: slope[places] for name, slope in zip(leaves, found, strict=True)}
     losses = values.detach()[places]  # (n,)
-    kept = seen if len(seen) == 1 else []
+    kept = seen if len(seen) == 1 and not step.ranks.in_step else []
     del seen
     within_memory(
         step.ranks, lambda: _differentiate_all(step, kept, slopes, router_slope, losses, scale)
@@ -172,8 +187,12 @@ def _differentiate_whole(
 
 def _score_all(step: LossInputs) -> list[ScoredPairs]:
     """Score each micro-batch; a single one keeps its graph, so that it needs no second pass."""
-    with torch.set_grad_enabled(len(step.micro_batches) == 1):
-        return [step.score(batch_rows) for batch_rows in step.micro_batches]
+    keeps_graph = len(step.micro_batches) == 1 and not step.ranks.in_step
+    extra = step.extra_passes()
+    with torch.set_grad_enabled(keeps_graph):
+        scored = [step.score(batch_rows) for batch_rows in step.micro_batches]
+        _pass_for_nothing(step, extra)
+    return scored
 
 
 def _differentiate_all(
@@ -194,7 +213,7 @@ def _differentiate_all(
         losses: (n,) for the metrics.
         scale: applied to the slopes.
     """
-    first = 0
+    first, extra = 0, step.extra_passes()
     for batch_rows in step.micro_batches:
         here = slice(first, first + len(batch_rows))
         first += len(batch_rows)
@@ -210,6 +229,7 @@ def _differentiate_all(
             [output for output, _ in with_graph], [scale(slope) for _, slope in with_graph]
         )
         step.sums.add(step.loss, scored, losses[here])
+    _pass_for_nothing(step, extra)
 
 
 def _balance(step: LossInputs, uses: Sequence[RouterUse]) -> tuple[Tensor, Tensor]:
@@ -227,7 +247,7 @@ def _balance(step: LossInputs, uses: Sequence[RouterUse]) -> tuple[Tensor, Tenso
 @torch.no_grad()
 def evaluate(data: LossInputs) -> None:
     """Give ``data.sums`` what the metrics over its rows are made of, as if they were one step."""
-    loss, whole = data.loss, []
+    loss, whole, extra = data.loss, [], data.extra_passes()
     for batch_rows in data.micro_batches:
         scored = data.score(batch_rows)
         pairs = data.known(scored.loss_pairs)
@@ -236,28 +256,33 @@ def evaluate(data: LossInputs) -> None:
             data.sums.add(loss, scored, torch.zeros_like(pairs.chosen))
         else:
             data.sums.add(loss, scored, loss(pairs))
+    _pass_for_nothing(data, extra)
     if loss.sees_whole_step:
         pairs, places = _whole(data, whole)
         data.sums.assign_losses(loss(pairs)[places])
 
 
 def mean_log_ratio(
-    score: Score, micro_batches: Sequence[Sequence[int]], *, count: int, ranks: Ranks
+    score: Score, micro_batches: Sequence[Sequence[int]], *, rows: Sequence[int], ranks: Ranks
 ) -> Tensor:
-    """Return the mean log-ratio of the chosen answers of the ``count`` rows of all ranks, ().
+    """Return the mean log-ratio of the chosen answers of ``rows``, those of all ranks, ().
 
     Raises:
         LackOfMemoryError: the memory of a rank was full.
     """
 
     def sums() -> list[Tensor]:
+        extra = ranks.extra_passes(len(micro_batches))
         with torch.no_grad():
-            return [score(rows).pairs.chosen_log_ratio.sum() for rows in micro_batches]
+            found = [score(batch).pairs.chosen_log_ratio.sum() for batch in micro_batches]
+            for _ in range(extra):
+                score(rows[:1])
+        return found
 
     own = within_memory(ranks, sums)
     all_sums = ranks.gather(torch.stack(own) if own else None)
     assert all_sums is not None, "a step has rows"
-    return all_sums.sum() / count
+    return all_sums.sum() / len(rows)
 
 
 def _whole(step: LossInputs, parts: Sequence[PairLogProbs]) -> tuple[PairLogProbs, Tensor]:

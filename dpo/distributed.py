@@ -40,6 +40,7 @@ class Ranks:
 
     rank = 0
     count = 1
+    in_step = False  # whether all ranks must run the model equally often
 
     @property
     def is_first(self) -> bool:
@@ -65,6 +66,35 @@ class Ranks:
             The rows of all ranks; None if no rank has a tensor.
         """
         return part
+
+    def extra_passes(self, own: int) -> int:
+        """Return how often this rank must run the model beside its ``own`` passes, for nothing.
+
+        All ask before they run it: what puts the model together counts as a call of its own.
+        """
+        return int(self.max(own)) - own if self.in_step else 0
+
+    def prepare(self, model: nn.Module) -> None:
+        """Let ``model``, whose parameters have no numbers yet, hold this rank's parts of them."""
+
+    def divide(self, value: Tensor, like: Tensor) -> Tensor:
+        """Return a whole tensor in parts, divided over the ranks as ``like`` is."""
+        return value
+
+    def part_of(self, tensor: Tensor) -> Tensor:
+        """Return the part of a divided tensor that this rank holds, which shares its memory."""
+        return tensor
+
+    def joint_norm(self, norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the norm of tensors, (), from that of the parts of them that this rank holds."""
+        return norm
+
+    def take_apart(self, model: nn.Module) -> None:
+        """Let ``model`` have the optimizer's parameters, if it still holds whole ones."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of which ranks may hold parts whole, on the first rank."""
+        return tensor
 
     def first(self, numbers: Sequence[int]) -> list[int]:
         """Return the numbers that the first rank has."""
@@ -108,11 +138,12 @@ class JoinedRanks(Ranks):
     Args:
         launch: which.
         store: what the processes share even when one of them is gone.
+        device: of this process.
     """
 
-    def __init__(self, launch: Launch, store: Store) -> None:
+    def __init__(self, launch: Launch, store: Store, device: torch.device) -> None:
         self.rank, self.count, self._local_rank = launch.rank, launch.count, launch.local_rank
-        self._store = store
+        self._store, self.device = store, device
 
     def max(self, value: float) -> float:
         """Return the greatest value of all ranks."""
@@ -160,6 +191,8 @@ class JoinedRanks(Ranks):
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradient of each parameter over the ranks, in place, a bucket at a time."""
         trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if not trained:
+            return
         has_gradient = torch.tensor([parameter.grad is not None for parameter in trained]).int()
         with _listening():
             dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
@@ -213,10 +246,11 @@ class JoinedRanks(Ranks):
             is_told = False
         if is_told:
             return SystemExit(2 if isinstance(error, InputError) else 1)
-        if isinstance(error, LostRanksError):
+        if _is_loss(error):
             return RunError(
                 f"rank {self.rank} of {self.count} has lost the others: one was ended from outside "
-                f"or does not answer ({error}); the launcher says which. Go on with --resume auto"
+                f"or does not answer ({_brief(error)}); the launcher says which. Go on with "
+                "--resume auto"
             )
         if self.rank and type(error) in (InputError, RunError):
             return type(error)(f"rank {self.rank}: {error}")
@@ -238,11 +272,17 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def joined_ranks(device: torch.device, *, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
+def joined_ranks(
+    device: torch.device,
+    kind: type[JoinedRanks] = JoinedRanks,
+    *,
+    timeout: timedelta = TIMEOUT,
+) -> Iterator[Ranks]:
     """Join the processes that torchrun has started, if it has, while a ``with`` block runs.
 
     Args:
         device: of this process; its kind decides what gradients travel over.
+        kind: what the ranks divide.
         timeout: how long a rank waits for another.
 
     Raises:
@@ -259,7 +299,7 @@ def joined_ranks(device: torch.device, *, timeout: timedelta = TIMEOUT) -> Itera
         store = PrefixStore(f"start {launch.restarts}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
-    ranks = JoinedRanks(launch, store)
+    ranks = kind(launch, store, device)
     try:
         yield ranks
     except Exception as error:
@@ -297,7 +337,13 @@ def _listening() -> Iterator[None]:
         raise LostRanksError(_brief(error)) from error
 
 
-def _brief(error: RuntimeError) -> str:
+def _is_loss(error: Exception) -> bool:
+    """Say whether an error is that other ranks cannot be reached, also inside the model."""
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return is_of_gloo or isinstance(error, LostRanksError | dist.DistError)
+
+
+def _brief(error: Exception) -> str:
     """Return what an error of torch says, without its advice."""
     return str(error).splitlines()[0].partition(". This is typically")[0]
 

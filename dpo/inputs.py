@@ -20,6 +20,7 @@ from dpo.adapter_files import (
     read_adapter,
 )
 from dpo.config import RunConfig
+from dpo.distributed import Ranks
 from dpo.errors import InputError
 from dpo.fingerprint import adapter_fingerprint, weights_fingerprint
 from dpo.hub import commit_of, fetch_model
@@ -80,17 +81,22 @@ class ModelFolder:
         has_own = (self.name / "tokenizer.json").exists()
         return load_tokenizer(self.name if has_own else self.path)
 
-    def load(self, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+    def load(
+        self, *, dtype: torch.dtype, device: torch.device, ranks: Ranks | None = None
+    ) -> Decoder:
         """Load the model.
 
         Args:
             dtype: of the parameters in memory; those of an adapter are float32 at least.
             device: where they go.
+            ranks: those that may hold a part of each; None for one that holds all.
 
         Raises:
             InputError: a file is missing, damaged, or does not fit the others.
         """
-        model = load_model(self.path, dtype=dtype, device=device, quantize=self.quantize)
+        model = load_model(
+            self.path, dtype=dtype, device=device, quantize=self.quantize, ranks=ranks
+        )
         if self.adapter is not None:
             load_adapter(model, self.adapter.path)
         return model

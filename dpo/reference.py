@@ -300,7 +300,9 @@ def compute_reference(
         RunError: a log-prob is not finite.
     """
     ranks = ranks or Ranks()
-    own = list(batches(ranks.first(cache.missing(pairs))))
+    missing = ranks.first(cache.missing(pairs))
+    own = list(batches(missing))
+    extra = ranks.extra_passes(len(own))
     tokens = pairs.lengths().sum(axis=1)  # (P,)
     done, total = 0, sum(int(tokens[list(batch)].sum()) for batch in own)
     try:
@@ -310,6 +312,8 @@ def compute_reference(
                 done += int(tokens[row])
             if progress:
                 progress(done, total)
+        for _ in range(extra):
+            score([missing[0]])
     finally:
         cache.flush()
     ranks.wait()  # for what the others add

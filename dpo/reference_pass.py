@@ -129,7 +129,7 @@ class _Scorer:
     def _loaded(self) -> Decoder:
         if self.model is None:
             dtype = self.precision.parameters
-            self.model = self.folder.load(dtype=dtype, device=self.device)
+            self.model = self.folder.load(dtype=dtype, device=self.device, ranks=self.ranks)
         return self.model
 
 

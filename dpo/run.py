@@ -25,7 +25,7 @@ from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, 
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
-from dpo.distributed import Ranks, joined_ranks
+from dpo.distributed import JoinedRanks, Ranks, joined_ranks
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import Identity, refuse_another_run, training_identity
@@ -38,6 +38,7 @@ from dpo.inputs import (
     load_inputs,
     pin_revisions,
 )
+from dpo.launch import Launch
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, save_model
 from dpo.precision import precision_of
@@ -94,7 +95,8 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
     device = choose_device(config.train)
-    with joined_ranks(device) as ranks, _held(folder, ranks), explained_lack_of_memory():
+    kind = _kind_of_ranks(config)
+    with joined_ranks(device, kind) as ranks, _held(folder, ranks), explained_lack_of_memory():
         own_console, console = console, console if ranks.is_first else SilentConsole()
         checkpoint = _find_checkpoint(folder, config, ranks, console)
         models, inputs = _load(config, ranks, console)
@@ -126,6 +128,34 @@ def compute_reference_only(config: RunConfig, *, console: Console) -> None:
         obtain_references(config, models, inputs, console, device=device, ranks=ranks)
 
 
+def _kind_of_ranks(config: RunConfig) -> type[JoinedRanks]:
+    """Choose what several processes divide.
+
+    Raises:
+        InputError: an option does not go with that, or there is one process.
+    """
+    if config.train.parallel == "data":
+        return JoinedRanks
+    train, loss = config.train, config.loss.build()
+    unfit = {
+        "one process: start it with torchrun": Launch.of_environment().count == 1,
+        f"train.optimizer = {train.optimizer}, which looks at whole matrices or blocks, or "
+        "averages: take adamw or lion": train.optimizer not in ("adamw", "lion"),
+        "train.ema_decay": train.ema_decay is not None,
+        "train.dtype = fp16-mixed": train.dtype == "fp16-mixed",
+        "train.compile": train.compile,
+        "adapter.kind = dora": config.adapter.kind == "dora",
+        "adapter.quantize": config.adapter.quantize is not None,
+        "a reference that is held in memory": uses_live_reference(loss, train),
+    }
+    found = [what for what, is_so in unfit.items() if is_so]
+    if found:
+        raise InputError(f"train.parallel = shard does not go with {'; '.join(found)}")
+    from dpo.sharding import ShardedRanks  # half a second, which other runs do without
+
+    return ShardedRanks
+
+
 @contextmanager
 def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the folder of a run, rid of what killed writers left, on the rank that writes to it."""
@@ -133,6 +163,21 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
         for place in (folder, folder / CHECKPOINTS) if ranks.is_first else ():
             remove_leftovers(place)
         yield
+
+
+def _check_parts(models: Models) -> None:
+    """Refuse models that cannot be held in parts.
+
+    Raises:
+        InputError: one is.
+    """
+    for folder in (models.policy, models.reference):
+        if any(folder.config.experts):
+            raise InputError(
+                f"train.parallel = shard does not go with experts, as in {folder.path}"
+            )
+        if folder.adapter is not None and folder.adapter.adapter.is_dora:
+            raise InputError(f"train.parallel = shard does not go with DoRA, as in {folder.name}")
 
 
 def _find_checkpoint(
@@ -157,6 +202,8 @@ def _load(config: RunConfig, ranks: Ranks, console: Console) -> tuple[Models, In
     def load() -> tuple[Models, Inputs]:
         models = find_models(config)
         _check_adapter(config, models)
+        if config.train.parallel == "shard":
+            _check_parts(models)
         return models, load_inputs(config, models, console)
 
     models, inputs = ranks.one_before_others(load)
@@ -226,12 +273,12 @@ def _make_trainer(
             loss.check(pairs)
     # A policy that is its own reference is scored as it lies on disk: this comes before a resumed
     # run restores it. Another reference leaves the memory before the policy is loaded.
-    policy = _load_policy(config, models.policy, device) if is_own_reference else None
+    policy = _load_policy(config, models.policy, device, ranks) if is_own_reference else None
     references = mismatched = References()
     reference_weights = None
     if uses_live_reference(loss, config.train):
         if not is_own_reference:
-            model = _load_policy(config, models.reference, device)
+            model = _load_policy(config, models.reference, device, ranks)
             reference_weights = dict(model.named_parameters())
     elif loss.needs_reference:
         obtain = partial(
@@ -246,10 +293,11 @@ def _make_trainer(
         references = obtain(inputs)
         if loss.needs_mismatch:
             mismatched = obtain(inputs.mismatched(seed=config.train.seed))
-    policy = policy or _load_policy(config, models.policy, device)
+    policy = policy or _load_policy(config, models.policy, device, ranks)
     known = models.policy.adapter
     if known is not None and known.dropout:
         console.warn(f"{known.path} was trained with a dropout of {known.dropout}; here is none")
+    ranks.take_apart(policy)
     prepare_policy(policy, config)
     if config.train.dtype == "bfloat16" and not adapted_layers(policy):
         console.warn(
@@ -273,9 +321,11 @@ def _make_trainer(
     )
 
 
-def _load_policy(config: RunConfig, folder: ModelFolder, device: torch.device) -> Decoder:
+def _load_policy(
+    config: RunConfig, folder: ModelFolder, device: torch.device, ranks: Ranks
+) -> Decoder:
     dtype = precision_of(config.train).parameters
-    return folder.load(dtype=dtype, device=device)
+    return folder.load(dtype=dtype, device=device, ranks=ranks)
 
 
 class _Run:
@@ -333,8 +383,7 @@ class _Run:
                 self.console.warn(f"stopped at step {self.trainer.step}; go on with --resume auto")
                 self.ranks.wait()
                 raise SystemExit(128 + number)
-        if self.ranks.is_first:
-            self._write_model()
+        self._write_model()
         self.ranks.wait()
         return self._result()
 
@@ -361,11 +410,13 @@ class _Run:
     def _save(self) -> None:
         """Write a checkpoint, unless that of this step is written, and remove old ones."""
         trainer, checkpoints = self.trainer, self.folder / CHECKPOINTS
-        if trainer.step == self.saved_step or not self.ranks.is_first:
+        if trainer.step == self.saved_step:
+            return
+        tensors, self.saved_step = trainer.tensors(), trainer.step
+        if not self.ranks.is_first:
             return
         state = {**trainer.state(), **_models_identity(self.config, self.models)}
-        save_checkpoint(checkpoints, trainer.step, trainer.tensors(), state)
-        self.saved_step = trainer.step
+        save_checkpoint(checkpoints, trainer.step, tensors, state)
         prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
 
     def _best_step(self) -> int | None:
@@ -385,6 +436,9 @@ class _Run:
             best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
             self.trainer.restore_weights(best.tensors)
             self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
+        if not self.ranks.is_first:
+            self._save_policy(policy, self.folder)
+            return
         with atomic_directory(self.folder / "model", replace=True) as model_folder:
             with self.trainer.averaged_weights():
                 self._save_policy(policy, model_folder)
@@ -408,7 +462,9 @@ class _Run:
     def _save_policy(self, policy: Decoder, folder: Path) -> None:
         """Write the model, or its adapter alone if it has one."""
         if not adapted_layers(policy):
-            save_model(policy, folder)
+            save_model(policy, folder, ranks=self.ranks)
+            return
+        if not self.ranks.is_first:
             return
         base, revision = self.config.model, self.config.revision
         if (known := self.models.policy.adapter) is not None:

@@ -197,6 +197,7 @@ class Trainer:
         self.sampler = make_sampler(self.loss, pairs, self.config)
         self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
+        self.ranks.take_apart(policy)  # the reference may have been computed with it
         scales = rate_scales(policy, self.config.rates)
         for name, factor in (rate_factors or {}).items():
             scales[name] = scales.get(name, 1.0) * factor
@@ -309,7 +310,7 @@ class Trainer:
         self.ranks.sum_gradients(self.module.parameters())
         set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm)
+        norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm, self.ranks)
         if self._is_finite(norm, result.losses):
             self._update(norm)
             self.running = result.running
@@ -389,7 +390,7 @@ class Trainer:
         ranks = ranks or self.ranks
         own = batches.split_sorted(batches.divide(rows, ranks.count)[ranks.rank])
         score = partial(self._score, batches=batches)
-        return mean_log_ratio(score, own, count=len(rows), ranks=ranks).to(self.device)
+        return mean_log_ratio(score, own, rows=rows, ranks=ranks).to(self.device)
 
     def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
         batch = batches.collate(rows, step=step).to(self.device)
@@ -446,10 +447,13 @@ class Trainer:
         """Find the rows of the step whose loss or gradient alone is not finite; all if none is."""
         rows = self.sampler.rows(self.step)
         guilty = []
-        for row in self.batches.divide(rows, self.ranks.count)[self.ranks.rank]:
+        in_step = self.ranks.in_step  # each row on all ranks, else each on one
+        for row in (
+            rows if in_step else self.batches.divide(rows, self.ranks.count)[self.ranks.rank]
+        ):
             self.optimizer.zero_grad(set_to_none=True)
             losses = self._differentiate([row], 1.0, Ranks()).losses
-            norm = clip_gradients(self.module.parameters(), None)
+            norm = clip_gradients(self.module.parameters(), None, self.ranks if in_step else None)
             if not bool(norm.isfinite() & losses.isfinite().all()):
                 guilty.append(row)
         found = self.ranks.gather(torch.tensor(guilty, dtype=torch.int64))
@@ -620,9 +624,13 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the trained weights, the optimizer state by parameter name, the random state."""
+        self.ranks.take_apart(self.module)
         return {
-            "model": {name: p.detach() for name, p in self._trained()},
-            "optimizer": optimizer_tensors(self.optimizer, self.module),
+            "model": {name: self.ranks.whole(p.detach()) for name, p in self._trained()},
+            "optimizer": {
+                name: self.ranks.whole(state)
+                for name, state in optimizer_tensors(self.optimizer, self.module).items()
+            },
             "random": {"cpu": torch.get_rng_state()},
             "loss": {"running": self.running},
             **({"reference": self.live_reference.weights} if self.live_reference else {}),
@@ -657,10 +665,11 @@ class Trainer:
 
     def restore_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over the weights of what ``tensors`` returned and the optimizer's averages."""
+        self.ranks.take_apart(self.module)
         with torch.no_grad():
             for name, parameter in self._trained():
-                parameter.copy_(tensors["model"][name])
-        restore_optimizer(self.optimizer, self.module, tensors["optimizer"])
+                parameter.copy_(self.ranks.divide(tensors["model"][name], parameter))
+        restore_optimizer(self.optimizer, self.module, tensors["optimizer"], self.ranks)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)

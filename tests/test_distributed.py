@@ -40,9 +40,11 @@ QUICK: dict[str, dict[str, Any]] = {
     "sigmoid": {},
     "kto": {"loss": "kto", "unpaired": True},
     "bco with experts": {"loss": "bco", "experts": True, "options": {"router_loss": 0.5}},
-    "lora": {"lora": True},
+    "lora": {"lora": "q_proj,down_proj"},
     "no memory on one rank": {"short_rank": 1, "options": {"batch_size": 10}},
     "rows that are not finite": {"is_poisoned": True},
+    "sharded": {"is_sharded": True},
+    "sharded bco": {"is_sharded": True, "loss": "bco", "options": {"batch_size": 1}},
 }
 SLOW: dict[str, dict[str, Any]] = {
     **{f"loss {name}": {"loss": name} for name in LOSSES},
@@ -56,7 +58,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "pairs one by one": {"options": {"micro_batch_size": 1}},
     "whole steps one by one": {"loss": "bco", "options": {"micro_batch_size": 1}},
     "router loss": {"experts": True, "options": {"router_loss": 0.5}},
-    "lora of a whole step": {"lora": True, "loss": "aot"},
+    "lora of a whole step": {"lora": "q_proj,lm_head", "loss": "aot"},
     "a moving reference": {"options": {"reference_sync_every": 2}},
     "an average": {"options": {"ema_decay": 0.5}},
     "windows of two steps": {"options": {"log_every": 2}},
@@ -73,6 +75,23 @@ SLOW: dict[str, dict[str, Any]] = {
         for name in ("adamw8bit", "adafactor", "lion", "muon", "schedule-free")
     },
 }  # fmt: skip
+OF_WHOLE_DISTRIBUTIONS = ("tdpo1", "tdpo2")  # of the reference, which is then held in memory
+SHARDED: dict[str, dict[str, Any]] = {
+    **{f"loss {name}": {"loss": name} for name in LOSSES if name not in OF_WHOLE_DISTRIBUTIONS},
+    "unpaired": {"loss": "kto", "unpaired": True},
+    "without sharing": {"options": {"share_prefix": False}},
+    "one pair a step": {"options": {"batch_size": 1}},
+    "whole steps of one pair": {"loss": "dr_dpo", "options": {"batch_size": 1}},
+    "pairs one by one": {"loss": "bco", "options": {"micro_batch_size": 1}},
+    "no activations kept": {"keeps_no_activations": True},
+    "experts": {"experts": True, "options": {"router_loss": 0.5}},
+    "lora": {"lora": "q_proj,down_proj"},
+    "lora of the output": {"lora": "q_proj,lm_head", "loss": "aot"},
+    "lion": {"options": {"optimizer": "lion"}},
+    "no clipping": {"options": {"max_grad_norm": None}},
+    "rows that are not finite": {"is_poisoned": True},
+    "steps that are skipped": {"is_poisoned": True, "options": {"on_nonfinite": "skip"}},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +134,14 @@ def test_steps_on_two_ranks_equal_those_of_one() -> None:
 @pytest.mark.parametrize("count", [2, 3])
 def test_steps_of_every_kind_on_ranks_equal_those_of_one(count: int) -> None:
     for name, case in compared(count, QUICK | SLOW).items():
+        assert_equal(name, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_steps_of_a_model_in_parts_equal_those_of_one_rank(count: int) -> None:
+    cases = {name: {**case, "is_sharded": True} for name, case in SHARDED.items()}
+    for name, case in compared(count, cases).items():
         assert_equal(name, case)
 
 
@@ -306,15 +333,39 @@ def test_run_on_two_ranks_leaves_what_a_run_of_one_leaves(
                 assert found[name] == pytest.approx(value, abs=1e-4), name
 
 
+@pytest.mark.parametrize("options", [(), ("--adapter", "lora", "--dtype", "bf16-mixed")], ids=str)
+def test_run_with_a_model_in_parts_leaves_what_a_run_of_one_leaves(
+    options: tuple[str, ...], tmp_path: Path, arguments: Arguments, launch: Start
+) -> None:
+    more = ("--steps", "4", "--eval-split", "0.25", "--eval-every", "2", "--keep-best", *options)
+    parts = ("--parallel", "shard", "--activation-checkpointing")
+    codes, _, stderr = launch(2, arguments(tmp_path / "PARTS", *more, *parts)).ended()
+    assert codes == [0, 0], stderr
+    alone(arguments(tmp_path / "ONE", *more))
+    file = "model.safetensors" if not options else "adapter_model.safetensors"
+    expected = load_file(tmp_path / "ONE/model" / file)
+    found = load_file(tmp_path / "PARTS/model" / file)
+    noise = 1e-5 if not options else 2e-2  # bfloat16 products; a step of AdamW is a sign at first
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=noise)
+    states = [
+        load_file(tmp_path / folder / "checkpoints/step-000004/optimizer.safetensors")
+        for folder in ("ONE", "PARTS")
+    ]
+    assert {n: s.shape for n, s in states[0].items()} == {n: s.shape for n, s in states[1].items()}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["data", "shard"])
 def test_run_goes_on_with_any_number_of_ranks(
-    tmp_path: Path, arguments: Arguments, launch: Start
+    parallel: str, tmp_path: Path, arguments: Arguments, launch: Start
 ) -> None:
     """Two, one and three ranks in turn; and two and two, which changes not a bit."""
     for folder, parts in (("MIXED", (2, 1, 3)), ("SAME", (2, 2, 2)), ("UNBROKEN", (2,))):
         for number, count in enumerate(parts, start=1):
             steps = 6 * number // len(parts)
-            more = ("--steps", str(steps), "--save-every", "2", "--resume", "auto")
+            more = ["--steps", str(steps), "--save-every", "2", "--resume", "auto"]
+            more += ["--parallel", parallel if count > 1 else "data"]
             codes, _, stderr = launch(count, arguments(tmp_path / folder, *more)).ended()
             assert codes == [0] * count, stderr
     assert apart(tmp_path / "SAME", tmp_path / "UNBROKEN") == 0
@@ -331,10 +382,12 @@ def wait_for_a_step(folder: Path) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("parallel", ["data", "shard"])
 def test_signal_to_one_rank_stops_all_after_a_checkpoint(
-    tmp_path: Path, arguments: Arguments, launch: Start
+    parallel: str, tmp_path: Path, arguments: Arguments, launch: Start
 ) -> None:
-    launched = launch(2, arguments(tmp_path / "RUN", "--steps", "3000"))
+    more = ("--steps", "3000", "--parallel", parallel)
+    launched = launch(2, arguments(tmp_path / "RUN", *more))
     wait_for_a_step(tmp_path / "RUN")
     os.kill(launched.pids[1], signal.SIGTERM)
     codes, _, stderr = launched.ended()
@@ -351,10 +404,12 @@ def errors_in(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("Error: ")]
 
 
+@pytest.mark.parametrize("parallel", ["data", "shard"])
 def test_rank_that_is_killed_ends_the_others_with_one_line(
-    tmp_path: Path, arguments: Arguments, launch: Start
+    parallel: str, tmp_path: Path, arguments: Arguments, launch: Start
 ) -> None:
-    launched = launch(3, arguments(tmp_path / "RUN", "--steps", "3000"))
+    more = ("--steps", "3000", "--parallel", parallel)
+    launched = launch(3, arguments(tmp_path / "RUN", *more))
     wait_for_a_step(tmp_path / "RUN")
     os.kill(launched.pids[1], signal.SIGKILL)
     codes, _, stderr = launched.ended()
@@ -459,6 +514,99 @@ def test_rank_that_does_not_answer_ends_the_others_after_a_time(launch: Start) -
     codes, stdout, _ = launch(2, [], LATE).ended()
     assert codes[0] == 1
     assert stdout.startswith("rank 0 of 2 has lost the others")
+
+
+# --- a model in parts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--optimizer", "muon"), "train.optimizer = muon"),
+        (("--optimizer", "adamw8bit"), "train.optimizer = adamw8bit"),
+        (("--ema-decay", "0.5"), "train.ema_decay"),
+        (("--compile",), "train.compile"),
+        (("--adapter", "dora"), "adapter.kind = dora"),
+        (("--adapter", "lora", "--quantize", "int8"), "adapter.quantize"),
+        (("--loss", "tdpo1"), "a reference that is held in memory"),
+        (("--reference-sync-every", "2"), "a reference that is held in memory"),
+        ((), "one process: start it with torchrun"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_in_parts_is_refused_by_name(
+    options: tuple[str, ...], named: str, tmp_path: Path, arguments: Arguments
+) -> None:
+    command = arguments(tmp_path / "RUN", "--steps", "1", "--parallel", "shard", *options)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: train.parallel = shard does not go with ")
+    assert named in result.stderr
+    assert not (tmp_path / "RUN").exists()
+
+
+def test_experts_cannot_be_in_parts(
+    tmp_path: Path, make_model_folder: Callable[..., Path], launch: Start, arguments: Arguments
+) -> None:
+    experts = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    folder = make_model_folder(tmp_path / "experts", num_local_experts=2, **experts)
+    more = ("--parallel", "shard", "--model", str(folder))
+    codes, _, stderr = launch(2, arguments(tmp_path / "RUN", *more)).ended()
+    assert codes == [2, 1]  # the second waits for the first, which is gone
+    (line,) = errors_in(stderr)
+    assert line.endswith(f"train.parallel = shard does not go with experts, as in {folder}")
+
+
+LARGE = """
+import torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from dpo.launch import Launch
+from dpo.models import Decoder, parse_config
+from dpo.sharding import ShardedRanks
+
+store = FakeStore()
+dist.init_process_group("fake", store=store, rank=5, world_size=64)
+config = parse_config({
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192, "tie_word_embeddings": False,
+})
+with torch.device("meta"):
+    model = Decoder(config)
+whole = sum(p.numel() for p in model.parameters())
+ShardedRanks(Launch(rank=5, count=64), store, torch.device("cpu")).prepare(model)
+print(whole, sum(p.to_local().numel() for p in model.parameters()))
+"""
+STORED = """
+import sys, torch
+from pathlib import Path
+from dpo.distributed import joined_ranks
+from dpo.models import load_model
+from dpo.sharding import ShardedRanks
+
+with joined_ranks(torch.device("cpu"), ShardedRanks) as ranks:
+    model = load_model(Path(sys.argv[1]), ranks=ranks)
+    local = [p.to_local() for p in model.parameters()]
+    print(sum(part.untyped_storage().nbytes() for part in local), flush=True)
+"""
+
+
+def test_rank_keeps_nothing_but_its_part_of_what_it_reads(
+    launch: Start, model_folder: Path
+) -> None:
+    codes, stdout, stderr = launch(2, [str(model_folder)], STORED).ended()
+    assert codes == [0, 0], stderr
+    whole = sum(tensor.nbytes for tensor in load_file(model_folder / "model.safetensors").values())
+    assert sum(map(int, stdout.split())) == whole
+
+
+def test_model_of_eight_billion_is_divided_over_64_ranks(launch: Start) -> None:
+    """Without its weights, in a process group that only counts."""
+    codes, stdout, stderr = launch(1, [], LARGE).ended()
+    assert codes == [0], stderr
+    whole, own = map(int, stdout.split())
+    assert whole == 8_030_261_248
+    assert own == whole // 64
 
 
 # --- how a process was started ------------------------------------------------------------------

@@ -21,9 +21,12 @@ import torch
 from torch import nn
 
 from dpo.adapters import Adapter, add_adapter
-from dpo.distributed import Ranks, joined_ranks
+from dpo.distributed import JoinedRanks, Ranks, joined_ranks
+from dpo.launch import Launch
 from dpo.losses import LOSSES
 from dpo.models import Decoder, init_model, parse_config
+from dpo.models.transforms import checkpoint_activations
+from dpo.sharding import ShardedRanks
 from dpo.tokenized_pairs import TokenizedPair, TokenizedPairs, columns_of
 from dpo.train_config import TrainConfig
 from dpo.trainer import NonFiniteError, Trainer
@@ -46,8 +49,10 @@ class Case:
         steps: to do.
         dtype: of the weights.
         unpaired: whether most rows have one answer.
-        lora: whether an adapter is trained.
+        lora: the layers that get an adapter, which is trained; None for all training.
+        keeps_no_activations: whether they are computed again.
         experts: whether the model has some.
+        is_sharded: whether each rank holds a part of the model.
         short_rank: the rank that finds no memory for more than 60 tokens; None for none.
         is_poisoned: whether some rows have a loss that is not finite.
     """
@@ -59,8 +64,10 @@ class Case:
     steps: int = 3
     dtype: str = "float64"
     unpaired: bool = False
-    lora: bool = False
+    lora: str | None = None
+    keeps_no_activations: bool = False
     experts: bool = False
+    is_sharded: bool = False
     short_rank: int | None = None
     is_poisoned: bool = False
 
@@ -148,11 +155,14 @@ def make_trainer(case: Case, ranks: Ranks) -> Trainer:
         )
         reference = before.batches.reference
         mismatched = before.mismatched.reference if before.mismatched else None
-    policy: nn.Module = make_model(case, seed=0)
+    policy: Any = make_model(case, seed=0)
+    if case.is_sharded:
+        ranks.prepare(policy)
     if case.lora:
-        add_adapter(policy, Adapter(4, 8.0), seed=0)
-    if case.is_poisoned:
-        policy = Poisoned(make_model(case, seed=0))
+        add_adapter(policy, Adapter(4, 8.0), targets=case.lora, seed=0)
+    if case.keeps_no_activations:
+        checkpoint_activations(policy)
+    policy = Poisoned(policy) if case.is_poisoned else policy
     options = {
         "batch_size": 4, "learning_rate": 1e-2, "schedule": "constant", "steps": case.steps,
         **case.options,
@@ -194,7 +204,7 @@ def run(case: Case, ranks: Ranks) -> Outcome:
     except NonFiniteError as error:
         rows = error.rows
     lines.append(trainer.evaluate())
-    weights = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    weights = trainer.tensors()["model"]
     return Outcome(weights, lines, trainer.notes, rows)
 
 
@@ -206,6 +216,9 @@ def difference(found: float, expected: float) -> float:
 
 def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
     """Run a case on all ranks and, on the first, alone; say how far apart they are."""
+    if case.is_sharded:
+        assert isinstance(ranks, JoinedRanks)
+        ranks = ShardedRanks(Launch.of_environment(), ranks._store, ranks.device)
     found = run(case, ranks)
     notes, are_equal = (
         int(ranks.max(len(found.notes))),
@@ -231,6 +244,7 @@ def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
         "moved": max(
             float((found.weights[name] - parameter.detach()).abs().max())
             for name, parameter in before.named_parameters()
+            if parameter.requires_grad
         ),
         "notes": notes,
         "rows": [found.rows, alone.rows],
@@ -239,6 +253,8 @@ def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
 
 def is_of_first(outcome: Outcome, ranks: Ranks) -> bool:
     """Say whether the weights of this rank are those of the first, bit for bit."""
+    if ranks.in_step:
+        return True
     of_first = [weight.clone() for weight in outcome.weights.values()]
     ranks.share_weights(of_first)
     return all(map(torch.equal, of_first, outcome.weights.values()))
