@@ -49,8 +49,13 @@ FORMS: dict[str, tuple[AdapterConfig, Dtype]] = {
     "DoRA": (AdapterConfig(kind="dora"), "float32"),
     "LoRA on int8": (AdapterConfig(kind="lora", quantize="int8"), "float32"),
     "LoRA on nf4": (AdapterConfig(kind="lora", quantize="nf4"), "float32"),
+    "LoRA on nf4-double": (AdapterConfig(kind="lora", quantize="nf4-double"), "float32"),
     "LoRA, bfloat16": (AdapterConfig(kind="lora"), "bfloat16"),
     "LoRA on nf4, bfloat16": (AdapterConfig(kind="lora", quantize="nf4"), "bfloat16"),
+    "LoRA on nf4-double, bfloat16": (
+        AdapterConfig(kind="lora", quantize="nf4-double"),
+        "bfloat16",
+    ),
 }
 COLUMNS = ("weights", "gradients", "optimizer", "peak of loading", "step above it", "planned")
 

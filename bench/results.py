@@ -34,7 +34,7 @@ class Measurement:
         peak_mib: most memory used: allocated on a GPU, resident of the process on a CPU.
         state_mib: weights, gradients and optimizer state, which the peak holds in any case.
         reference_tokens_per_s: useful tokens of the pass before training.
-        split: seconds of a step by part, from further steps that wait after each part.
+        split: mean seconds of the parts of these steps, as training logs them under ``time/``.
     """
 
     scenario: str

@@ -15,11 +15,9 @@ import json
 import statistics
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -34,66 +32,13 @@ from dpo.models import Decoder, init_model, parse_config
 from dpo.models.config import ModelConfig
 from dpo.models.transforms import checkpoint_activations
 from dpo.precision import PRECISIONS, Precision
-from dpo.scoring import MicroBatches, ScoredPairs, score_batch
 from dpo.throughput import peak_memory_mib
 from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
 from dpo.train_config import Device, TrainConfig
 from dpo.trainer import Trainer
 
-SPLIT_STEPS = 2
 PRODUCT_SIZES = (1024, 2048, 4096)  # of the square products whose fastest rate is the yardstick
 PRODUCT_SECONDS = 0.5  # a size whose product takes longer is the last that is tried
-
-
-class SplitTrainer(Trainer):
-    """A trainer that can take the time of the parts of a step.
-
-    Attributes:
-        seconds: by part, while ``is_splitting``.
-        is_splitting: wait for the device after each part, which costs time itself.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.is_splitting = False
-        super().__init__(*arguments, **options)
-
-    @contextmanager
-    def _part(self, name: str) -> Iterator[None]:
-        if not self.is_splitting:
-            yield
-            return
-        synchronize(self.device)
-        started = time.perf_counter()
-        yield
-        synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - started
-
-    def train_step(self) -> None:
-        """Do one optimizer step."""
-        with self._part("step"):
-            super().train_step()
-
-    def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
-        with self._part("data"):
-            batch = batches.collate(rows, step=step).to(self.device)
-        with self._part("forward"), self.precision.context(self.device):
-            return score_batch(self.policy, batch, self.loss)
-
-    def _update(self, norm: torch.Tensor) -> None:
-        with self._part("optimizer"):
-            super()._update(norm)
-
-    def split(self, steps: int) -> dict[str, float]:
-        """Do ``steps`` steps and return the mean seconds of the parts; they add up to a step."""
-        self.is_splitting = True
-        for _ in range(steps):
-            self.train_step()
-        self.is_splitting = False
-        means = {name: total / steps for name, total in self.seconds.items()}
-        whole = means.pop("step")
-        # what is left: backward, and the clipping and metrics that are small beside it
-        return {**means, "backward": whole - sum(means.values())}
 
 
 def random_pairs(scenario: Scenario, count: int) -> TokenizedPairs:
@@ -186,12 +131,13 @@ def measure(
     pairs = random_pairs(scenario, scenario.batch_size)
     lengths = pairs.lengths()
     started = time.perf_counter()
-    trainer = SplitTrainer(model, pairs, options, loss=scenario.loss)
+    trainer = Trainer(model, pairs, options, loss=scenario.loss)
     synchronize(device)
     reference_seconds = time.perf_counter() - started
     trainer.train_step()
+    trainer.close_window()
     step_seconds = [_timed_step(trainer) for _ in range(steps)]
-    split = trainer.split(SPLIT_STEPS)
+    line = trainer.close_window()
     peak, median = peak_memory_mib(device), statistics.median(step_seconds)
     rate, flops = matrix_rate(precision, device), useful_flops(config, lengths)
     copies = 1 if scenario.shares_prefix else 2
@@ -211,7 +157,7 @@ def measure(
         peak_mib=peak,
         state_mib=_state_bytes(trainer) / 2**20,
         reference_tokens_per_s=float(lengths.sum() / reference_seconds),
-        split=split,
+        split={n.removeprefix("time/"): t for n, t in line.items() if n.startswith("time/")},
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from dpo.train_config import TrainConfig
 
 PRICES_OF: Final = 2025
@@ -23,12 +25,15 @@ class Accelerator:
         bf16_tflops: dense matrix products in 16 bits with sums in float32, 10^12 per second.
         float32_tflops: the same in float32, without tensor cores.
         usd_per_hour: typical of rented ones in ``PRICES_OF``; half and double are found too.
+        device_names: what torch calls those that the figures are true of: a board of another form
+            (PCIe for SXM) may be slower.
     """
 
     memory_gib: float
     bf16_tflops: float
     float32_tflops: float
     usd_per_hour: float
+    device_names: tuple[str, ...]
 
     def flops_per_s(self, config: TrainConfig) -> float:
         """Return the datasheet's rate in the numerics of a run; TF32 has half that of bf16."""
@@ -38,10 +43,20 @@ class Accelerator:
 
 
 ACCELERATORS: Final[dict[str, Accelerator]] = {
-    "H100": Accelerator(79, 989, 67, 3.0),
-    "H200": Accelerator(139, 989, 67, 3.8),
-    "A100-80": Accelerator(79, 312, 19.5, 1.8),
-    "L4": Accelerator(22, 121, 30.3, 0.8),
-    "RTX 4090": Accelerator(23.5, 165, 82.6, 0.5),
-    "MI300X": Accelerator(191, 1307, 163.4, 3.0),
+    "H100": Accelerator(79, 989, 67, 3.0, ("NVIDIA H100 80GB HBM3",)),
+    "H200": Accelerator(139, 989, 67, 3.8, ("NVIDIA H200",)),
+    "A100-80": Accelerator(
+        *(79, 312, 19.5, 1.8), ("NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe")
+    ),
+    "L4": Accelerator(22, 121, 30.3, 0.8, ("NVIDIA L4",)),
+    "RTX 4090": Accelerator(23.5, 165, 82.6, 0.5, ("NVIDIA GeForce RTX 4090",)),
+    "MI300X": Accelerator(191, 1307, 163.4, 3.0, ("AMD Instinct MI300X",)),
 }
+
+
+def accelerator_of(device: torch.device) -> Accelerator | None:
+    """Return what is known of a device; None of a CPU, or of a GPU that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((each for each in ACCELERATORS.values() if name in each.device_names), None)

@@ -7,7 +7,7 @@ differentiated with. The gradient is exact in both cases, and no micro-batch is 
 Each rank has micro-batches of its own, any number of them, and gets its part of the gradient; what
 is a function of the whole step is the same on all of them.
 
-Shapes: P pairs of the step, n pairs of this rank, C columns.
+Shapes: P pairs of the step, n pairs of this rank, T terms of the loss.
 """
 
 from __future__ import annotations
@@ -142,10 +142,10 @@ def _differentiate_pairs(step: LossInputs, total_weight: float, scale: Scale) ->
     for batch_rows in step.micro_batches:
         scored = step.score(batch_rows)
         pairs = step.known(scored.loss_pairs)
-        values = loss(pairs)
-        scale((loss.pair_weights(pairs) * values).sum() / total_weight).backward()
+        values = loss.with_terms(pairs)
+        scale((loss.pair_weights(pairs) * values[0]).sum() / total_weight).backward()
         step.sums.add(loss, scored, values.detach())
-        losses.append(values.detach())
+        losses.append(values[0].detach())
     _pass_for_nothing(step, extra)
     return torch.cat(losses)
 
@@ -172,17 +172,17 @@ def _differentiate_whole(
     leaves = {name: getattr(pairs, name).detach().requires_grad_() for name in _sloped(loss)}
     pairs = replace(pairs, **leaves)
     pairs = replace(pairs, running=loss.update(pairs))
-    values = loss(pairs)
-    objective = (loss.pair_weights(pairs) * values).sum() / total_weight
+    values = loss.with_terms(pairs)
+    objective = (loss.pair_weights(pairs) * values[0]).sum() / total_weight
     found = torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True)
     slopes = {name: slope[places] for name, slope in zip(leaves, found, strict=True)}
-    losses = values.detach()[places]  # (n,)
+    losses = values.detach()[:, places]  # (1 + T, n)
     kept = seen if len(seen) == 1 and not step.ranks.in_step else []
     del seen
     within_memory(
         step.ranks, lambda: _differentiate_all(step, kept, slopes, router_slope, losses, scale)
     )
-    return StepResult(step.sums, losses, pairs.running, balance)
+    return StepResult(step.sums, losses[0], pairs.running, balance)
 
 
 def _score_all(step: LossInputs) -> list[ScoredPairs]:
@@ -210,7 +210,7 @@ def _differentiate_all(
         kept: the one micro-batch that is scored with its graph; is emptied.
         slopes: (n,) by name of the log-probs.
         router_slope: (X,) of the shares of experts.
-        losses: (n,) for the metrics.
+        losses: (1 + T, n) for the metrics, as of ``Loss.with_terms``.
         scale: applied to the slopes.
     """
     first, extra = 0, step.extra_passes()
@@ -228,7 +228,7 @@ def _differentiate_all(
         torch.autograd.backward(
             [output for output, _ in with_graph], [scale(slope) for _, slope in with_graph]
         )
-        step.sums.add(step.loss, scored, losses[here])
+        step.sums.add(step.loss, scored, losses[:, here])
     _pass_for_nothing(step, extra)
 
 
@@ -253,13 +253,13 @@ def evaluate(data: LossInputs) -> None:
         pairs = data.known(scored.loss_pairs)
         if loss.sees_whole_step:
             whole.append(pairs)
-            data.sums.add(loss, scored, torch.zeros_like(pairs.chosen))
+            data.sums.add(loss, scored, None)
         else:
-            data.sums.add(loss, scored, loss(pairs))
+            data.sums.add(loss, scored, loss.with_terms(pairs))
     _pass_for_nothing(data, extra)
     if loss.sees_whole_step:
         pairs, places = _whole(data, whole)
-        data.sums.assign_losses(loss(pairs)[places])
+        data.sums.assign_losses(loss.with_terms(pairs)[:, places])
 
 
 def mean_log_ratio(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dpo.adapters import Adapter
 
 AdapterKind = Literal["lora", "dora"]
-Quantization = Literal["int8", "nf4"]
+Quantization = Literal["int8", "nf4", "nf4-double"]
 
 _CHOICES = {"kind": AdapterKind, "quantize": Quantization}
 
@@ -49,7 +49,8 @@ class AdapterConfig:
         float | None, "LoRA+: the matrices that start at 0 learn so many times faster, > 0; 1."
     ] = None
     quantize: Annotated[
-        Quantization | None, "Hold the frozen linear layers of every model in 8 or in 4.5 bits."
+        Quantization | None,
+        "Hold the frozen linear layers of every model in 8 bits, 4.5 or 4.13.",
     ] = None
     base: Annotated[
         str | None, "Base of a model that is an adapter; none: the one that it names."

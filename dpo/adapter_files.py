@@ -166,11 +166,48 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     adapter = read_adapter(folder).adapter
     path = adapter_weights(folder)
+    saved = _read_weights(path)
+    faults = [*_unequal_copies(model, saved.copies)]
+    for name, parts in saved.updates.items():
+        faults += _misfits(model, name, parts, adapter)
+    if faults or not saved.updates:
+        raise InputError(f"{path}: {'; '.join(faults[:_SHOWN]) or 'there are no updates in it'}")
+    layers = adapt(model, saved.updates, adapter)
+    with torch.no_grad():
+        for name, parts in saved.updates.items():
+            for part, tensor in parts.items():
+                layers[name].get_parameter(part).copy_(tensor)
+
+
+def adapter_parameters(folder: Path) -> list[str]:
+    """Name the parameters of a saved adapter as they are named in a model that has it.
+
+    Raises:
+        InputError: the weights are missing or damaged.
+    """
+    updates = _read_weights(adapter_weights(folder)).updates
+    return [f"{layer}.{part}" for layer, parts in updates.items() for part in parts]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What a file of weights holds.
+
+    Attributes:
+        updates: layer to part to tensor.
+        copies: of the base, by its names.
+    """
+
+    updates: Mapping[str, Mapping[str, Tensor]]
+    copies: Mapping[str, Tensor]
+
+
+def _read_weights(path: Path) -> _Weights:
     try:
         tensors = read_tensors(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged or cut off: {error}") from error
-    updates: dict[str, dict[str, Tensor]] = {}  # layer to part to tensor
+    updates: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
@@ -179,16 +216,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             copies[name.replace(".base_layer.", ".")] = tensor
         else:
             updates.setdefault(name.removesuffix(suffix), {})[_SUFFIXES[suffix]] = tensor
-    faults = [*_unequal_copies(model, copies)]
-    for name, parts in updates.items():
-        faults += _misfits(model, name, parts, adapter)
-    if faults or not updates:
-        raise InputError(f"{path}: {'; '.join(faults[:_SHOWN]) or 'there are no updates in it'}")
-    layers = adapt(model, updates, adapter)
-    with torch.no_grad():
-        for name, parts in updates.items():
-            for part, tensor in parts.items():
-                layers[name].get_parameter(part).copy_(tensor)
+    return _Weights(updates, copies)
 
 
 def _unequal_copies(model: nn.Module, copies: Mapping[str, Tensor]) -> Iterator[str]:

@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo.segments import AttentionPlan
-
-SHORT_KEYS: Final = 512  # from here on 16-bit products pay on a CPU
+from dpo.cpu_attention import attend_by_runs
+from dpo.segments import AttentionPlan, visible_keys
 
 
 @dataclass(frozen=True)
@@ -100,14 +99,10 @@ def sdpa(
     """Attend run by run with ``scaled_dot_product_attention``: any device, any dtype.
 
     No run is padded; on a CPU a loop over runs beats one padded call (and one call with a dense
-    mask). On a CPU, 16-bit floats are computed in float32 where runs are short: its 16-bit kernel
-    takes up to four times as long for them (backward, on runs of 60 to 140 keys).
+    mask).
     """
-    is_narrow = query.dtype in (torch.bfloat16, torch.float16)
-    if query.device.type == "cpu" and is_narrow and plan.longest_keys <= SHORT_KEYS:
-        with torch.autocast("cpu", enabled=False):
-            wide = (query.float(), key.float(), value.float())
-            return _run_by_run(*wide, plan, options).to(value.dtype)
+    if query.device.type == "cpu" and options.softcap is None:
+        return attend_by_runs(query, key, value, plan, window=options.window, scale=options.scale)
     return _run_by_run(query, key, value, plan, options)
 
 
@@ -128,13 +123,7 @@ def _run_by_run(
 
 def _causal_run(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """Attend from (L, H, E) queries, aligned with the last L keys, to (M, G, E) keys causally."""
-    queries, keys, window = len(query), len(key), options.window
-    visible: Tensor | None = None
-    if queries < keys or (window is not None and window < keys):
-        visible = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        visible = visible.tril(keys - queries)
-        if window is not None:
-            visible = visible.triu(keys - queries - window + 1)
+    visible = visible_keys(len(query), len(key), options.window, query.device)
     attended = attend_dense(
         query.transpose(0, 1)[None],
         key.transpose(0, 1)[None],

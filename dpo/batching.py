@@ -37,6 +37,12 @@ class AnswerBatch:
     answer_count: int
     answer_segments: tuple[int, ...]
 
+    @property
+    def filler(self) -> int:
+        """Tokens that only fill the stream up: those of a first segment that nothing follows."""
+        segments = self.stream.plan.segments
+        return 0 if 0 in segments.parents else segments.lengths[0]
+
     def reads(self) -> Tensor:
         """Count for each token of the stream the answers that it is read for, (N,) float32."""
         segments = self.stream.plan.segments

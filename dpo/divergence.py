@@ -89,11 +89,11 @@ class _TiledKl(torch.autograd.Function):
         grad = grads[0]  # (K,)
         normalizer, reference_normalizer = ctx.saved_tensors
         policy, reference = ctx.tiles
-        gradients = HeadGradients(policy, *ctx.needs_input_grad[:4])
+        gradients = HeadGradients(policy, grad, *ctx.needs_input_grad[:4])
         # d KL / d z = softmax(z) - softmax(z_ref)
         for (start, tile), (_, other) in zip(policy.tiles(), reference.tiles(), strict=True):
             slope = policy.slope(tile)
             tile.sub_(normalizer[:, None]).exp_()
-            tile.sub_(other.sub_(reference_normalizer[:, None]).exp_()).mul_(grad[:, None])
+            tile.sub_(other.sub_(reference_normalizer[:, None]).exp_())
             gradients.add_tile(start, tile if slope is None else tile.mul_(slope))
         return *gradients.result(), None, None, None, None

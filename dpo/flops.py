@@ -5,41 +5,73 @@ Shapes: P pairs.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo.models import Decoder
+from dpo.quantization import QuantizedLinear
 
 Lengths: TypeAlias = NDArray[np.int64]
 
 
-def training_flops(model: Decoder, lengths: Lengths, *, recomputes: bool = False) -> float:
-    """Count what a step on pairs takes: 6 x active weights x useful tokens, and attention.
+@dataclass(frozen=True)
+class TrainingFlops:
+    """What a step on pairs takes: 6 x active weights x useful tokens, and attention.
 
     A multiplication and its addition are two. Of the three passes through a product (forward, the
     gradient of its input, that of its weight) a frozen weight has two. The head counts for answers
     alone; padding, or a prompt a second time, never.
 
-    Args:
-        model: its parameters' shapes are read, and which are trained.
-        lengths: (P, 3) tokens of prompt, chosen and rejected answer.
-        recomputes: count the forward pass through the layers twice (activation checkpointing).
+    Attributes:
+        per_token: of the layers' products.
+        per_answer_token: of the head's.
+        per_visible_token: of attention, by its window, for each token that a token sees.
     """
-    config, tokens, again = model.config, float(lengths.sum()), int(recomputes)
-    total = 0.0
-    for block, window, experts in zip(
-        model.model.layers, config.windows, config.experts, strict=True
-    ):
-        for weight in block.parameters():
-            share = experts.chosen / experts.count if experts and weight.dim() == 3 else 1.0
-            total += share * (again + _passes(weight)) * _flops(weight) * tokens
-        heads = config.heads * config.head_size
-        total += (again + 3) * 4.0 * heads * visible_tokens(lengths, window)
-    head = model.output_head().weight
-    return total + _passes(head) * _flops(head) * float(lengths[:, 1:].sum())
+
+    per_token: float
+    per_answer_token: float
+    per_visible_token: Mapping[int | None, float]
+
+    @classmethod
+    def of(cls, model: Decoder, *, recomputes: bool = False) -> TrainingFlops:
+        """Read the shapes of a model's weights, and which are trained.
+
+        Args:
+            model: what is trained.
+            recomputes: count the forward pass through the layers twice (activation checkpointing).
+        """
+        config, again, per_token = model.config, int(recomputes), 0.0
+        attention: dict[int | None, float] = defaultdict(float)
+        for block, window, experts in zip(
+            model.model.layers, config.windows, config.experts, strict=True
+        ):
+            for weight in block.parameters():
+                share = experts.chosen / experts.count if experts and weight.dim() == 3 else 1.0
+                per_token += share * (again + _passes(weight)) * _flops(weight)
+            per_token += (again + 2) * _quantized_flops(block)
+            attention[window] += (again + 3) * 4.0 * config.heads * config.head_size
+        head = model.output_head().weight
+        return cls(per_token, _passes(head) * _flops(head), dict(attention))
+
+    def __call__(self, lengths: Lengths) -> float:
+        """Count for (P, 3) tokens of prompt, chosen and rejected answer."""
+        attention = sum(
+            each * visible_tokens(lengths, window)
+            for window, each in self.per_visible_token.items()
+        )
+        products = self.per_token * float(lengths.sum())
+        return products + attention + self.per_answer_token * float(lengths[:, 1:].sum())
+
+
+def training_flops(model: Decoder, lengths: Lengths, *, recomputes: bool = False) -> float:
+    """Count once, as ``TrainingFlops`` does."""
+    return TrainingFlops.of(model, recomputes=recomputes)(lengths)
 
 
 def visible_tokens(lengths: Lengths, window: int | None = None) -> float:
@@ -58,6 +90,12 @@ def _triangle(length: Lengths, window: int | None) -> Lengths:
 
 def _passes(weight: Tensor) -> int:
     return 3 if weight.requires_grad else 2
+
+
+def _quantized_flops(block: nn.Module) -> float:
+    """Per token and pass, of the weights that are held in codes and so are no parameters."""
+    layers = [module for module in block.modules() if isinstance(module, QuantizedLinear)]
+    return sum(2.0 * layer.in_features * layer.out_features for layer in layers)
 
 
 def _flops(weight: Tensor) -> float:

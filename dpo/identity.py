@@ -25,10 +25,11 @@ def training_identity(
 ) -> Identity:
     """Return the data and the options without which resumed training would not be the same.
 
-    The length of the run matters where the schedule decays over it, the held-out pairs where they
-    decide when it ends or what is kept.
+    The length of the run matters where the learning rate or the loss changes over it, the held-out
+    pairs where they decide when it ends or what is kept.
     """
-    steps = make_sampler(loss, pairs, config).steps_per_epoch
+    total_steps = config.total_steps(make_sampler(loss, pairs, config).steps_per_epoch)
+    changes = config.schedule != "constant" or loss.at_progress(0.0) != loss.at_progress(1.0)
     compares_evaluations = config.keep_best or config.early_stopping is not None
     return {
         "data": pairs.fingerprint,
@@ -45,7 +46,7 @@ def training_identity(
         "optimizer": config.optimizer,
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
-        "total_steps": None if config.schedule == "constant" else config.total_steps(steps),
+        "total_steps": total_steps if changes else None,
         "decay_share": config.decay_share,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,

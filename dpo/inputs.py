@@ -386,6 +386,11 @@ def _read(
 
 def _tell(console: Console, source: str, notes: PairNotes, told: PairSource) -> None:
     console.say(f"{source}: {_counted(notes)}, {told.format}")
+    tell_left_out(console, source, told)
+
+
+def tell_left_out(console: Console, source: str, told: PairSource) -> None:
+    """Tell which columns of a source are not read, and which rows are left out."""
     if told.ignored_columns:
         console.say(f"{source}: columns that are not read: {', '.join(told.ignored_columns)}")
     if told.skipped:

@@ -137,28 +137,31 @@ class _TiledLogProbs(torch.autograd.Function):
         with_square: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         head = TileMaker(hidden, weight, up, bias, scale, softcap, tile_bytes)
-        rows = len(hidden)
-        top = hidden.new_full((rows,), -torch.inf, dtype=head.wide)  # running max of z
+        # running max of z; finite, since (top - new_top) * total must be 0 at first
+        top = hidden.new_full((len(hidden),), torch.finfo(head.wide).min, dtype=head.wide)
         total = torch.zeros_like(top)  # sum of e^(z - top)
-        total_z = torch.zeros_like(top)  # sum of z e^(z - top)
+        total_z = torch.zeros_like(top)  # sum of (z - top) e^(z - top)
         total_square = torch.zeros_like(top)  # sum of e^2(z - top)
         argmax = torch.zeros_like(targets)
+        buffer = head.buffer()
         for start, tile in head.tiles():
             tile_top, tile_argmax = tile.max(dim=1)
             argmax = torch.where(tile_top > top, tile_argmax + start, argmax)
             new_top = torch.maximum(top, tile_top)
             shrink = (top - new_top).exp()
-            exps = (tile - new_top[:, None]).exp_()  # (K, C)
-            total = total * shrink + exps.sum(dim=1)
-            total_z = total_z * shrink + torch.linalg.vecdot(exps, tile)
+            tile -= new_top[:, None]
+            exps = torch.exp(tile, out=_view(buffer, tile.shape))  # (K, C)
             if with_square:
                 total_square = total_square * shrink.square() + torch.linalg.vecdot(exps, exps)
+            total_z = (total_z + (top - new_top) * total) * shrink
+            total = total * shrink + exps.sum(dim=1)
+            total_z += exps.mul_(tile).sum(dim=1)
             top = new_top
         log_normalizer = top + total.log()
         log_probs = head.target_logits(targets) - log_normalizer
         ctx.save_for_backward(hidden, weight, up, bias, targets, log_normalizer)
         ctx.options = (scale, softcap, tile_bytes, head.narrow)
-        entropy, is_top = log_normalizer - total_z / total, argmax == targets
+        entropy, is_top = total.log() - total_z / total, argmax == targets
         ctx.mark_non_differentiable(entropy, is_top)
         if not with_square:
             return log_probs, entropy, is_top, None
@@ -172,22 +175,21 @@ class _TiledLogProbs(torch.autograd.Function):
         hidden, weight, up, bias, targets, log_normalizer = ctx.saved_tensors
         scale, softcap, tile_bytes, narrow = ctx.options
         head = TileMaker(hidden, weight, up, bias, scale, softcap, tile_bytes, narrow)
-        gradients = HeadGradients(head, *ctx.needs_input_grad[:4])
-
-        # d log_prob / d z = 1[target] - softmax(z): first the softmax, tile by tile
+        # d log_prob / d z = -(softmax(z) - 1[target]): first the softmax, tile by tile
+        gradients = HeadGradients(head, -grad, *ctx.needs_input_grad[:4])
         for start, tile in head.tiles():
             slope = head.slope(tile)
-            tile.sub_(log_normalizer[:, None]).exp_().mul_(-grad[:, None])
+            tile.sub_(log_normalizer[:, None]).exp_()
             gradients.add_tile(start, tile if slope is None else tile.mul_(slope))
 
         # then the ones, exactly, where the targets are
         slope = head.slope(head.target_logits(targets))
-        gradients.add_targets(targets, grad if slope is None else grad * slope)
+        gradients.add_targets(targets, -torch.ones_like(grad) if slope is None else -slope)
         return *gradients.result(), None, None, None, None, None
 
 
 class HeadGradients:
-    """Gradients of what makes logits, from those of the logits.
+    """Gradients of what makes logits, from those of the logits, row by row times a factor.
 
     Of the hidden states (K, D), with an update (K, D + R); of the weight (V, D); of the update's
     factor (V, R); of the bias (V,). Those that are not wanted are None.
@@ -196,13 +198,16 @@ class HeadGradients:
     def __init__(
         self,
         head: TileMaker,
+        factor: Tensor,
         wants_hidden: bool,
         wants_weight: bool,
         wants_up: bool,
         wants_bias: bool,
     ) -> None:
-        """Begin; every tile of the vocabulary must be added once."""
-        self.head, self.narrow_hidden = head, head.hidden.to(head.narrow)
+        """Begin; every tile of the vocabulary must be added once. ``factor`` is (K,)."""
+        self.head, self.factor = head, factor
+        self.scaled = head.hidden * factor[:, None]  # (K, D)
+        self.narrow = self.scaled.to(head.narrow)
         self.hidden = torch.zeros_like(head.hidden, dtype=head.wide) if wants_hidden else None
         self.weight = torch.empty_like(head.weight) if wants_weight else None
         self.up = torch.empty_like(head.up) if wants_up and head.up is not None else None
@@ -210,34 +215,36 @@ class HeadGradients:
         self.size = head.weight.shape[1]
 
     def add_tile(self, start: int, tile: Tensor) -> None:
-        """Add the gradient of the (K, C) raw products from vocabulary index ``start`` on."""
+        """Add the (K, C) gradient, but for the factor, of the products from index ``start`` on."""
         rows = slice(start, start + tile.shape[1])
         narrow = tile.to(self.head.narrow)  # (K, C)
         if self.hidden is not None:
             self.hidden += narrow @ self.head.rows(rows).to(self.head.narrow)
         if self.weight is not None:
-            self.weight[rows] = narrow.T @ self.narrow_hidden[:, : self.size]
+            self.weight[rows] = narrow.T @ self.narrow[:, : self.size]
         if self.up is not None:
-            self.up[rows] = narrow.T @ self.narrow_hidden[:, self.size :]
+            self.up[rows] = narrow.T @ self.narrow[:, self.size :]
         if self.bias is not None:
-            self.bias[rows] = tile.sum(dim=0)
+            self.bias[rows] = self.factor.to(tile.dtype) @ tile
 
     def add_targets(self, targets: Tensor, gradient: Tensor) -> None:
-        """Add the (K,) gradient of the raw product of each row's target; after all tiles."""
-        ones, hidden = gradient[:, None], self.head.hidden
+        """Add the (K,) gradient, but for the factor, of each row's target; after all tiles."""
+        ones = gradient[:, None]
         if self.hidden is not None:
             self.hidden += ones * self.head.rows(targets)
         if self.weight is not None:
-            of_rows = (ones * hidden[:, : self.size]).to(self.weight.dtype)
+            of_rows = (ones * self.scaled[:, : self.size]).to(self.weight.dtype)
             self.weight.index_add_(0, targets, of_rows)
         if self.up is not None:
-            self.up.index_add_(0, targets, (ones * hidden[:, self.size :]).to(self.up.dtype))
+            self.up.index_add_(0, targets, (ones * self.scaled[:, self.size :]).to(self.up.dtype))
         if self.bias is not None:
-            self.bias.index_add_(0, targets, gradient.to(self.bias.dtype))
+            self.bias.index_add_(0, targets, (gradient * self.factor).to(self.bias.dtype))
 
     def result(self) -> tuple[Tensor | None, ...]:
         """Return the gradients, in that order, in the dtypes of what they are of."""
-        hidden = None if self.hidden is None else self.hidden.to(self.head.hidden.dtype)
+        hidden = self.hidden
+        if hidden is not None:
+            hidden = (hidden * self.factor[:, None]).to(self.head.hidden.dtype)
         return hidden, self.weight, self.up, self.bias
 
 
@@ -268,15 +275,27 @@ class TileMaker:
         self.tile_size = max(64, tile_bytes // (self.wide.itemsize * max(1, len(hidden))))
 
     def tiles(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the first vocabulary index and the (K, C) logits of each tile, in ``wide``."""
+        """Yield the first vocabulary index and the (K, C) logits of each tile, in ``wide``.
+
+        A tile may be changed; it lives until the next is made, in the same memory.
+        """
         hidden = self.hidden.to(self.narrow)
+        wide = self.buffer()
+        narrow = wide if self.narrow == self.wide else self.buffer(self.narrow)
         with torch.autocast(self.hidden.device.type, enabled=False):
             for start in range(0, len(self.weight), self.tile_size):
                 weight = self.rows(slice(start, start + self.tile_size)).to(self.narrow)
-                tile = (hidden @ weight.T).to(self.wide)
+                shape = torch.Size((len(hidden), len(weight)))
+                products = torch.mm(hidden, weight.T, out=_view(narrow, shape))
+                tile = products if narrow is wide else _view(wide, shape).copy_(products)
                 if self.bias is not None:
                     tile += self.bias[start : start + self.tile_size]
                 yield start, self._bound(tile)
+
+    def buffer(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return memory for a tile, of ``wide`` if no dtype is given."""
+        size = len(self.hidden) * min(self.tile_size, len(self.weight))
+        return self.hidden.new_empty(size, dtype=dtype or self.wide)
 
     def rows(self, index: slice | Tensor) -> Tensor:
         """Rows of the weight; with an update, (W, B): its factor beside it."""
@@ -293,10 +312,11 @@ class TileMaker:
         return self._bound(logits)
 
     def _bound(self, logits: Tensor) -> Tensor:
+        """Scale and bound ``logits``, in place."""
         if self.scale != 1.0:
-            logits = logits * self.scale
+            logits *= self.scale
         if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
     def slope(self, logits: Tensor) -> Tensor | None:
@@ -304,3 +324,8 @@ class TileMaker:
         if self.softcap is not None:
             return self.scale * (1 - (logits / self.softcap).square())
         return None if self.scale == 1.0 else torch.full_like(logits, self.scale)
+
+
+def _view(buffer: Tensor, shape: torch.Size) -> Tensor:
+    """Return the start of ``buffer`` as a tensor of ``shape``."""
+    return buffer[: shape.numel()].view(shape)

@@ -38,6 +38,13 @@ entropy                          of the policy, mean over the tokens of both ans
 token_accuracy                   share of chosen tokens that are the most likely one
 ================================ ===================================================================
 
+Of a mixture also each term, under its name in ``dpo.losses.LOSSES`` and without its coefficient, so
+that ``loss`` is the sum of the terms times their coefficients:
+
+================================ ===================================================================
+loss/<term>                      sum(omega term) / sum(omega), a mean over pairs also of ``sft``
+================================ ===================================================================
+
 And against a reference:
 
 ================================ ===================================================================
@@ -45,6 +52,8 @@ kl/k1_seq_chosen                 mean u
 kl/k1_seq_rejected               mean v
 kl/k1_tok                        sum(u + v) / sum(n_w + n_l)
 kl/k3_tok                        mean of ``k3_estimate`` over the tokens of both answers
+kl/full_fwd                      mean KL(reference || policy) of whole distributions at the tokens
+                                 of both answers, with a loss that reads it: tdpo1, tdpo2
 displacement/chosen              mean u: below 0 where the chosen answers became less likely
 displacement/share_u_negative    share of u < 0
 ================================ ===================================================================
@@ -71,11 +80,28 @@ displacement/alarm               1 where ``dpo.displacement`` gives the alarm, e
 perf/step_s                      mean seconds of a step
 perf/pairs_per_s                 pairs / seconds
 perf/tokens_per_s                tokens / seconds, a prompt and each of its answers counted once
+perf/tflops_per_s                10^12 operations / seconds, of those that ``dpo.flops`` counts
+perf/mfu                         the same / the datasheet's rate, on a GPU of ``dpo.accelerators``
+perf/pad_fraction                share of the computed tokens that only fill a micro-batch up
+perf/shared_fraction             share of the tokens of plain texts, each answer with its prompt,
+                                 that need not be computed, because texts share prefixes
+time/data                        mean seconds of a step in which micro-batches are put together
+time/reference                   the same for a reference in memory (``dpo.live_reference``)
+time/forward                     for the policy's forward passes
+time/backward                    for the losses, the sums of metrics and the backward passes
+time/optimizer                   for clipping and the update
 mem/peak_mib                     most memory so far: allocated on a GPU, resident of the process
 data/tokens                      tokens trained on since the first step
 health/clip_share                share of steps whose gradient norm was above train.max_grad_norm
+health/update_ratio              norm of the last step's change of the trained weights / norm of the
+                                 weights before it, over a sample: ``dpo.health.WeightSample``
 health/nonfinite                 steps skipped since the first
 ================================ ===================================================================
+
+The parts of ``time/`` add up to ``perf/step_s``. On a GPU they are what its stream spends between
+marks (``dpo.step_clock``): time that it waits for data is data's, and a transfer too. Only what is
+under ``perf/``, ``time/`` and ``mem/`` depends on the machine and on how steps are cut up. There is
+no ``perf/mfu`` where no datasheet's rate is known, as on a CPU: ``dpo bench`` measures one.
 
 Of rows with one answer, the metrics of an answer count those that have it; the metrics of gaps and
 of differences count no such row. The ``kl`` metrics are estimates over given answers, not over the
@@ -83,7 +109,7 @@ policy's own: gauges of drift. A metric whose denominator is 0 is left out; thos
 ``ALWAYS_LOGGED`` stand in every line of ``metrics.jsonl`` about a step, as null where the step was
 skipped.
 
-Shapes: P pairs, K tokens, C columns, M sums, S sources.
+Shapes: P pairs, K tokens, T terms of a mixture, C columns, M sums, S sources.
 
 To add a metric: its numerator and denominator in one of the ``_*_quotients``, or a line in
 ``_derived`` if it is made of several.
@@ -99,7 +125,7 @@ import torch
 from torch import Tensor
 
 from dpo.distributed import Ranks
-from dpo.losses import Loss, PairLogProbs
+from dpo.losses import Loss, PairLogProbs, term_names
 from dpo.losses.base import MAX_EXPONENT, PAIR_COLUMNS
 from dpo.sources import Sources
 
@@ -108,7 +134,7 @@ if TYPE_CHECKING:
 
 ALWAYS_LOGGED: Final = (
     *("loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"),
-    *("logps/chosen", "logps/rejected"),
+    *("logps/chosen", "logps/rejected", "grad_norm"),
 )
 _QUANTILES: Final = {
     "rewards/margin_p05": 0.05,
@@ -129,11 +155,13 @@ class TokenStatistics:
         entropy: of the policy at the tokens of both answers, nats.
         chosen_is_top: whether a chosen answer's token is the most likely one.
         k3: ``k3_estimate`` at the tokens of both answers; None without a reference.
+        full_kl: the reference's divergence at the tokens of both answers, where the loss reads it.
     """
 
     entropy: Tensor
     chosen_is_top: Tensor
     k3: Tensor | None = None
+    full_kl: Tensor | None = None
 
 
 def k3_estimate(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -145,26 +173,43 @@ def k3_estimate(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 class MetricSums:
     """One window; feed it each micro-batch, read it once."""
 
-    def __init__(self, sources: Sources | None = None) -> None:
-        """Start an empty window; with ``sources`` it has metrics of each, and is fed by ``add``."""
-        self._sources = sources
+    def __init__(self, sources: Sources | None = None, *, terms: Sequence[str] = ()) -> None:
+        """Start an empty window; with ``sources`` it has metrics of each, and is fed by ``add``.
+
+        ``terms`` are the ``term_names`` of the loss, if their losses are given too.
+        """
+        self._sources, self._terms = sources, terms
         self._rows: list[int] = []  # of the data, as the columns
         self._has_reference = True
         self._columns: list[Tensor] = []  # (C, P) of each micro-batch
-        self._token_sums: list[Tensor] = []  # (2, 3) of each micro-batch
+        self._token_sums: list[Tensor] = []  # (2, 4) of each micro-batch
 
-    def add(self, loss: Loss, scored: "ScoredPairs", losses: Tensor) -> None:
-        """Add a scored micro-batch and the loss of each of its pairs, (P,), without waiting."""
+    @classmethod
+    def of_loss(cls, loss: Loss, sources: Sources | None = None) -> "MetricSums":
+        """Start an empty window that is fed with ``loss.with_terms``."""
+        return cls(sources, terms=term_names(loss))
+
+    def add(self, loss: Loss, scored: "ScoredPairs", losses: Tensor | None) -> None:
+        """Add a scored micro-batch, without waiting.
+
+        Args:
+            loss: the loss.
+            scored: the micro-batch.
+            losses: as for ``update``; None if ``assign_losses`` is to follow.
+        """
         pairs, tokens, reference = scored.pairs, scored.tokens, scored.batch.reference
         is_chosen = scored.batch.texts.answers % 2 == 0  # (K,)
         with torch.no_grad():
+            seen, has_kl = scored.loss_pairs, loss.token_statistic == "reference_kl"
             statistics = TokenStatistics(
                 entropy=tokens.entropy,
                 chosen_is_top=tokens.is_top & is_chosen,
                 k3=None if reference is None else k3_estimate(tokens.log_probs, reference),
+                full_kl=seen.chosen_statistic + seen.rejected_statistic if has_kl else None,
             )
-            weights = loss.pair_weights(scored.loss_pairs)
-            rewards = loss.rewards(scored.loss_pairs)
+            weights, rewards = loss.pair_weights(seen), loss.rewards(seen)
+            if losses is None:
+                losses = pairs.chosen.new_zeros(1 + len(self._terms), len(pairs.chosen))
         has_reference = reference is not None
         self._rows += scored.batch.rows
         self.update(pairs, losses, weights, rewards, statistics, has_reference=has_reference)
@@ -184,7 +229,7 @@ class MetricSums:
 
         Args:
             pairs: its log-probs.
-            losses: (P,) the loss of each pair.
+            losses: (P,) the loss of each pair, or (1 + T, P) with those of the terms below it.
             weights: (P,) ``Loss.pair_weights``.
             rewards: (P,) each, ``Loss.rewards``.
             tokens: where given, adds the metrics of single tokens.
@@ -192,15 +237,15 @@ class MetricSums:
         """
         self._has_reference &= has_reference
         of_pairs = [getattr(pairs, name) for name in PAIR_COLUMNS]
-        self._columns.append(torch.stack([*of_pairs, losses, weights, *rewards]))
+        self._columns.append(torch.stack([*of_pairs, weights, *rewards, *torch.atleast_2d(losses)]))
         if tokens is not None:
             self._token_sums.append(_token_sums(pairs, tokens))
 
     def assign_losses(self, losses: Tensor) -> None:
-        """Replace the losses of all pairs added so far by (P,) others, in the same order."""
-        parts = losses.split([columns.shape[1] for columns in self._columns])
+        """Replace the losses of all pairs added so far by (1 + T, P) others, in the same order."""
+        parts = losses.split([columns.shape[1] for columns in self._columns], dim=1)
         for columns, part in zip(self._columns, parts, strict=True):
-            columns[len(PAIR_COLUMNS)] = part
+            columns[-len(losses) :] = part
 
     def merge(self, other: "MetricSums") -> None:
         """Add the window of ``other`` to this one."""
@@ -211,7 +256,7 @@ class MetricSums:
 
     def of_all(self, ranks: Ranks) -> "MetricSums":
         """Return the window of all ranks, of which this is one."""
-        whole = MetricSums(self._sources)
+        whole = MetricSums(self._sources, terms=self._terms)
         whole._has_reference = not ranks.any(not self._has_reference)
         rows = ranks.gather(torch.tensor(self._rows, dtype=torch.int64))
         whole._rows = [] if rows is None else rows.tolist()
@@ -226,7 +271,7 @@ class MetricSums:
         """Return the metrics, of which an empty window has none, by one transfer to the host."""
         if not self._columns:
             return {}
-        quotients, gap = _pair_quotients(_wide(torch.cat(self._columns, dim=1)))
+        quotients, gap = _pair_quotients(wide(torch.cat(self._columns, dim=1)), self._terms)
         token_sums = torch.stack([gap.new_zeros(2, len(_TOKEN_METRICS)), *self._token_sums])
         sums = torch.cat([_summed(quotients), token_sums.sum(dim=0)], dim=1)  # (2, M)
         levels = torch.tensor(list(_QUANTILES.values()), dtype=gap.dtype, device=gap.device)
@@ -285,18 +330,20 @@ def _ratios(
     }
 
 
-_TOKEN_METRICS: Final = ("entropy", "token_accuracy", "kl/k3_tok")
+_TOKEN_METRICS: Final = ("entropy", "token_accuracy", "kl/k3_tok", "kl/full_fwd")
 
 
-def _wide(values: Tensor) -> Tensor:
+def wide(values: Tensor) -> Tensor:
     """Widen to float64, where the device has it: float32 sums would depend on the split."""
     return values if values.device.type == "mps" else values.double()
 
 
-def _pair_quotients(columns: Tensor) -> tuple[Quotients, Tensor]:
+def _pair_quotients(columns: Tensor, terms: Sequence[str]) -> tuple[Quotients, Tensor]:
     """Return all quotients over pairs, and the gaps, NaN without two answers, of (C, P) columns."""
-    *of_pairs, losses, weights, chosen, rejected = columns
-    pairs, gap = PairLogProbs(*of_pairs), chosen - rejected
+    count = len(PAIR_COLUMNS)
+    pairs = PairLogProbs(*columns[:count])
+    weights, chosen, rejected, *losses = columns[count:]
+    gap = chosen - rejected
     of_chosen, of_rejected = pairs.weight * pairs.has_chosen, pairs.weight * pairs.has_rejected
     of_gaps = {
         "rewards/margin": (pairs.weight * gap, pairs.weight),
@@ -304,8 +351,9 @@ def _pair_quotients(columns: Tensor) -> tuple[Quotients, Tensor]:
         **_calibration_quotients(pairs, gap),
     }
     is_pair = pairs.has_chosen * pairs.has_rejected
+    names = ["loss", *(f"loss/{term}" for term in terms)]
     quotients = {
-        "loss": (weights * losses, weights),
+        **{name: (weights * values, weights) for name, values in zip(names, losses, strict=True)},
         "rewards/chosen": (of_chosen * chosen, of_chosen),
         "rewards/rejected": (of_rejected * rejected, of_rejected),
         **_log_prob_quotients(pairs),
@@ -373,14 +421,16 @@ def _summed(quotients: Quotients) -> Tensor:
 
 
 def _token_sums(pairs: PairLogProbs, tokens: TokenStatistics) -> Tensor:
-    """Return the numerators and denominators of ``_TOKEN_METRICS``: (2, 3)."""
-    chosen_tokens = _wide(pairs.chosen_tokens).sum()
-    both = chosen_tokens + _wide(pairs.rejected_tokens).sum()
+    """Return the numerators and denominators of ``_TOKEN_METRICS``: (2, 4)."""
+    chosen_tokens = wide(pairs.chosen_tokens).sum()
+    both = chosen_tokens + wide(pairs.rejected_tokens).sum()
     zero = torch.zeros_like(both)
-    numerators = [tokens.entropy, tokens.chosen_is_top, zero if tokens.k3 is None else tokens.k3]
-    denominators = [both, chosen_tokens, zero if tokens.k3 is None else both]
-    sums = [numerator.sum(dtype=zero.dtype) for numerator in numerators]
-    return torch.stack([torch.stack(sums), torch.stack(denominators)])
+    quotients = [(tokens.entropy, both), (tokens.chosen_is_top, chosen_tokens)]
+    quotients += [
+        (zero, zero) if values is None else (values, both) for values in (tokens.k3, tokens.full_kl)
+    ]
+    sums = [numerator.sum(dtype=zero.dtype) for numerator, _ in quotients]
+    return torch.stack([torch.stack(sums), torch.stack([below for _, below in quotients])])
 
 
 def _derived(ratios: Mapping[str, float]) -> dict[str, float]:

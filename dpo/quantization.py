@@ -1,4 +1,4 @@
-"""Frozen linear layers in 8 or 4.5 bits a weight.
+"""Frozen linear layers in 8, 4.5 or 4.13 bits a weight.
 
 A weight is made again from its codes in the forward and in the backward pass, and never kept. The
 arithmetic is that of the input's dtype: only memory is saved.
@@ -23,6 +23,7 @@ from dpo.errors import InputError
 from dpo.policy import Policy
 
 BLOCK: Final = 64  # weights that share a scale in nf4
+SCALES: Final = 256  # of these that share a scale of theirs in nf4-double
 
 # Dettmers et al. 2023 (arXiv 2305.14314), appendix E: quantiles of the normal distribution, of
 # which one is zero, divided by the largest.
@@ -39,7 +40,7 @@ class Scheme:
     """A way to hold a weight in codes and scales.
 
     Attributes:
-        encode: (O, I) weight to codes, of any shape, and float32 scales.
+        encode: (O, I) weight to codes and float32 scales, each of any shape.
         decode: codes, scales and (O, I) to the weight, in the dtype of the scales.
     """
 
@@ -80,9 +81,34 @@ def _decode_nf4(codes: Tensor, scales: Tensor, shape: torch.Size) -> Tensor:
     return weights.flatten()[: shape.numel()].view(shape)
 
 
+def _encode_nf4_double(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Hold the scales of nf4 as 255ths of the largest of 256.
+
+    Returns (n / 2 + n / 64,) uint8, the codes of all weights and then those of their scales, and
+    (n / 16384, 1) scales of scales. The double quantization of Dettmers et al. 2023 (arXiv
+    2305.14314, section 3) in as many bits, 0.127 a weight for scales; but where the paper codes
+    their distance from their mean in both signs, they are coded from zero, which outliers harm
+    less, and what was quantized once is quantized again without error.
+    """
+    codes, scales = _encode_nf4(weight)
+    rows = F.pad(scales.flatten(), (0, -len(scales) % SCALES)).view(-1, SCALES)
+    steps = rows.amax(dim=1, keepdim=True) / 255  # (n / 16384, 1)
+    scale_codes = (rows / torch.where(steps > 0, steps, 1)).round_().to(torch.uint8)
+    return torch.cat([codes, scale_codes.flatten()[: len(scales)]]), steps
+
+
+def _decode_nf4_double(codes: Tensor, steps: Tensor, shape: torch.Size) -> Tensor:
+    blocks = -(-shape.numel() // BLOCK)
+    weight_codes, scale_codes = codes.split([blocks * BLOCK // 2, blocks])
+    steps_of_blocks = steps.flatten().repeat_interleave(SCALES)[:blocks]
+    scales = scale_codes * steps_of_blocks  # (n / 64,)
+    return _decode_nf4(weight_codes, scales.unsqueeze(1), shape)
+
+
 SCHEMES: Final[dict[str, Scheme]] = {
     "int8": Scheme(_encode_int8, _decode_int8),
     "nf4": Scheme(_encode_nf4, _decode_nf4),
+    "nf4-double": Scheme(_encode_nf4_double, _decode_nf4_double),
 }
 
 

@@ -39,6 +39,7 @@ CHARTS = (
         {"logps/chosen": "chosen", "logps/rejected": "rejected"},
     ),
     Chart("Gradient norm", {"grad_norm": "norm before clipping"}),
+    Chart("Update by weights", {"health/update_ratio": "norm of the update / norm of the weights"}),
     Chart("Pairs per second", {"perf/pairs_per_s": "pairs/s"}),
 )
 

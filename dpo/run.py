@@ -18,8 +18,9 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dpo.adapter_files import save_adapter
+from dpo.adapter_files import adapter_parameters, save_adapter
 from dpo.adapters import adapted_layers, rate_scales
 from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
 from dpo.config import RunConfig
@@ -41,10 +42,13 @@ from dpo.inputs import (
 from dpo.launch import Launch
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, save_model
+from dpo.optim import rate_scales as find_rates
+from dpo.optim import trained_names
 from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.progress import Console, SilentConsole
 from dpo.reference_pass import References, obtain_references
+from dpo.rehearsal import hollow_policy
 from dpo.report import REPORT, write_report
 from dpo.run_folder import (
     CHECKPOINTS,
@@ -202,6 +206,7 @@ def _load(config: RunConfig, ranks: Ranks, console: Console) -> tuple[Models, In
     def load() -> tuple[Models, Inputs]:
         models = find_models(config)
         _check_adapter(config, models)
+        _check_names(config, models)
         if config.train.parallel == "shard":
             _check_parts(models)
         return models, load_inputs(config, models, console)
@@ -257,6 +262,26 @@ def _check_adapter(config: RunConfig, models: Models) -> None:
                 f"adapter.{name} needs an adapter to train: give adapter.kind, or a model that is "
                 "an adapter"
             )
+
+
+def _check_names(config: RunConfig, models: Models) -> None:
+    """Refuse names of layers and of parameters that find none, by a policy without memory.
+
+    The trainer and the adapter ask the same, but after the reference is computed.
+
+    Raises:
+        InputError: adapter.targets or a pattern of train.rates finds nothing.
+    """
+    if config.adapter.kind is None and not config.train.rates:
+        return
+    if (known := models.policy.adapter) is not None:
+        names = adapter_parameters(known.path)
+    else:
+        with FakeTensorMode():
+            policy = hollow_policy(models.policy.config, config)
+            prepare_policy(policy, config)
+        names = trained_names(policy)
+    find_rates(names, config.train.rates)
 
 
 def _make_trainer(

@@ -1,4 +1,4 @@
-"""Implicit rewards of any preference pairs: ``dpo score``.
+"""Implicit rewards of any preference pairs and unpaired answers: ``dpo score``.
 
 Shapes: P pairs.
 """
@@ -20,7 +20,7 @@ from dpo.device import choose_device, explained_lack_of_memory
 from dpo.errors import InputError, RunError
 from dpo.files import atomic_write
 from dpo.inputs import find_models, load_all_pairs
-from dpo.losses import Loss, make_loss
+from dpo.losses import Loss, TokenLoss, make_loss
 from dpo.policy import Policy
 from dpo.precision import PRECISIONS, Precision, precision_of
 from dpo.progress import Console
@@ -34,19 +34,20 @@ from dpo.tokenization import TokenizedPairs
 class PairScore:
     """One pair under a policy; log-probs are sums over the answer, in nats.
 
-    The reference's are None if the loss needs no reference. Pairs with the same prompt have the
+    The reference's are None if the loss needs no reference. Of an answer that an unpaired row lacks
+    all is None, as is the margin then, but for its 0 tokens. Pairs with the same prompt have the
     same ``prompt_hash``, so that they can be counted as one unit.
     """
 
     id: str
     prompt_hash: str
-    chosen_log_prob: float
-    rejected_log_prob: float
+    chosen_log_prob: float | None
+    rejected_log_prob: float | None
     reference_chosen_log_prob: float | None
     reference_rejected_log_prob: float | None
-    chosen_reward: float
-    rejected_reward: float
-    margin: float
+    chosen_reward: float | None
+    rejected_reward: float | None
+    margin: float | None
     chosen_tokens: int
     rejected_tokens: int
 
@@ -74,13 +75,14 @@ def score_pairs(
         The scores in the order of ``pairs``.
 
     Raises:
-        InputError: the policy lacks the protocol, the loss its reference, or a row an answer.
+        InputError: the policy lacks the protocol, the loss its reference, or a row an answer that
+            the loss compares with the other one, token by token.
         RunError: a log-prob is not finite.
     """
     if not isinstance(policy, Policy):
         raise InputError(f"{type(policy).__name__} is no policy: it has no output_head()")
-    _refuse_unpaired(pairs)
     loss = make_loss(loss)
+    _refuse_unpaired(pairs, loss)
     if loss.needs_reference and reference is None:
         raise InputError(f"the loss {loss} needs the reference log-probs of the pairs")
     batches = MicroBatches(
@@ -113,7 +115,7 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
     device = choose_device(config.train)
     models = find_models(config)
     inputs = load_all_pairs(config, models, console)
-    _refuse_unpaired(inputs.pairs)
+    _refuse_unpaired(inputs.pairs, loss)
     references = References()
     with explained_lack_of_memory():
         if loss.needs_reference:
@@ -128,10 +130,10 @@ def score_file(config: RunConfig, *, console: Console) -> Path:
     return out
 
 
-def _refuse_unpaired(pairs: TokenizedPairs) -> None:
-    if pairs.is_unpaired.any():
+def _refuse_unpaired(pairs: TokenizedPairs, loss: Loss) -> None:
+    if isinstance(loss, TokenLoss) and pairs.is_unpaired.any():
         name = pairs.ids[int(pairs.is_unpaired.argmax())]
-        raise InputError(f"row {name!r} has one answer alone, but scores compare two answers")
+        raise InputError(f"row {name!r} has one answer alone, but rewards of {loss} need two")
 
 
 def _score(
@@ -165,9 +167,12 @@ def _score(
                     f"pair {batches.pairs.ids[row]!r}: its log-probs under the policy are not "
                     "finite: the weights are damaged or the dtype overflows (try float32)"
                 )
+            pair = batches.pairs[row]
             if batches.reference is None:
                 of_pair[2:4] = None, None
-            pair = batches.pairs[row]
+            for side, answer in enumerate((pair.chosen_ids, pair.rejected_ids)):
+                if not len(answer):
+                    of_pair[side:6:2], of_pair[6] = [None] * 3, None
             prompt_hash = hashlib.sha256(pair.prompt_ids.tobytes()).hexdigest()[:16]
             scores[row] = PairScore(pair.id, prompt_hash, *of_pair, *counts)
         if progress is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dpo.batching import PairBatch, collate, draw, pack
 from dpo.divergence import reference_kl
 from dpo.live_reference import LiveReference
-from dpo.log_probs import TokenLogProbs, predict_answers, token_log_probs
+from dpo.log_probs import Predictions, TokenLogProbs, predict_answers, token_log_probs
 from dpo.losses import Loss, PairLogProbs, TokenLoss
 from dpo.losses.base import NOT_GIVEN
 from dpo.losses.token_level import AnswerTokens
@@ -208,7 +208,7 @@ def score_batch(
     policy: Policy,
     batch: PairBatch,
     loss: Loss | None = None,
-    live_reference: LiveReference | None = None,
+    of_reference: Predictions | None = None,
     *,
     with_router: bool = False,
 ) -> ScoredPairs:
@@ -216,17 +216,12 @@ def score_batch(
 
     Args:
         policy: the model.
-        batch: with the reference log-probs, unless the reference is live.
+        batch: with the reference log-probs, if there is a reference.
         loss: what it asks for is put into ``loss_pairs``; the log-probs alone if None.
-        live_reference: run first, without gradient.
+        of_reference: what a live reference predicts, from ``run_reference``.
         with_router: the policy is `Routed` and records its routers.
     """
     statistic = None if loss is None else loss.token_statistic
-    of_reference = None
-    if live_reference is not None:
-        of_reference = live_reference.predict(policy, batch.texts)
-        found = token_log_probs(of_reference.hidden, batch.texts.targets, of_reference.head)
-        batch = replace(batch, reference=found.log_probs.detach())
     predicted = predict_answers(policy, batch.texts)
     router = None
     if with_router:
@@ -253,6 +248,20 @@ def score_batch(
     if statistic == "reference_kl" and of_reference is not None:
         loss_pairs = _with_statistic(loss_pairs, batch, reference_kl(predicted, of_reference))
     return ScoredPairs(batch, tokens, pairs, _with_extras(loss_pairs, batch), router)
+
+
+@torch.no_grad()
+def run_reference(
+    policy: Policy, batch: PairBatch, reference: LiveReference
+) -> tuple[PairBatch, Predictions]:
+    """Run a live reference, of which ``policy`` is the architecture.
+
+    Returns:
+        The batch with the reference's log-probs, and all that it predicts.
+    """
+    predicted = reference.predict(policy, batch.texts)
+    found = token_log_probs(predicted.hidden, batch.texts.targets, predicted.head)
+    return replace(batch, reference=found.log_probs), predicted
 
 
 def _pairs(batch: PairBatch, log_probs: Tensor, reference: Tensor) -> PairLogProbs:

@@ -125,11 +125,6 @@ class AttentionPlan:
         """Tokens in the root runs: where the branch runs begin in the stream."""
         return sum(self.root_lengths)
 
-    @cached_property
-    def longest_keys(self) -> int:
-        """Most keys of any run."""
-        return max(self.root_lengths + self.branch_key_lengths)
-
     def to(self, device: torch.device) -> AttentionPlan:
         """Return the same plan with its tensors on ``device``."""
         return replace(
@@ -210,3 +205,16 @@ def plan_attention(segments: Segments) -> AttentionPlan:
 
 def _bounds(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def visible_keys(
+    queries: int, keys: int, window: int | None, device: torch.device | None = None
+) -> Tensor | None:
+    """Say which keys each query of a run sees, (queries, keys) bool, aligned at the lower right.
+
+    None where each query sees its own key and all before it, and there are no others.
+    """
+    if queries == keys and (window is None or window >= keys):
+        return None
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return visible if window is None else visible.triu(keys - queries - window + 1)

@@ -9,7 +9,6 @@ Shapes: P pairs of a micro-batch.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.displacement import DisplacementAlarm
 from dpo.distributed import Ranks
 from dpo.errors import InputError, RunError
+from dpo.health import StepMeans, WeightSample, relative_change
 from dpo.identity import Identity, refuse_another_run, training_identity
 from dpo.live_reference import LiveReference
 from dpo.losses import Loss, PairLogProbs, make_loss
@@ -44,13 +44,20 @@ from dpo.optim import (
     parameter_groups,
     rate_scales,
     set_learning_rate,
+    trained_names,
 )
 from dpo.policy import Policy
 from dpo.precision import precision_of
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.routing import Routed
 from dpo.sampling import make_sampler
-from dpo.scoring import MicroBatches, ScoredPairs, answer_log_probs, score_batch
+from dpo.scoring import (
+    MicroBatches,
+    ScoredPairs,
+    answer_log_probs,
+    run_reference,
+    score_batch,
+)
 from dpo.sources import sources_of
 from dpo.throughput import Throughput, peak_memory_mib
 from dpo.tokenization import TokenizedPairs
@@ -175,6 +182,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.ranks.share_weights(p for p in policy.parameters() if p.requires_grad)
         self.callbacks = list(callbacks)
+        self._throughput = Throughput(policy, self.config, self.device, self.ranks.count)
         self.starts_at_reference = starts_at_reference
         if self.config.reference_sync_every is not None and not self.loss.needs_reference:
             raise InputError(f"train.reference_sync_every: {self.loss} has no reference to move")
@@ -198,7 +206,7 @@ class Trainer:
         self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
         self.ranks.take_apart(policy)  # the reference may have been computed with it
-        scales = rate_scales(policy, self.config.rates)
+        scales = rate_scales(trained_names(policy), self.config.rates)
         for name, factor in (rate_factors or {}).items():
             scales[name] = scales.get(name, 1.0) * factor
         self.optimizer = make_optimizer(
@@ -222,10 +230,10 @@ class Trainer:
         self.should_stop = False
         self._sources = sources_of(pairs)
         self._eval_sources = None if eval_pairs is None else sources_of(eval_pairs)
-        self._window, self._throughput = MetricSums(self._sources), Throughput()
+        self._window, self._means = MetricSums.of_loss(self.loss, self._sources), StepMeans()
+        # of a model in parts, which move in memory, there is none
+        self._weight_sample = None if self.ranks.in_step else WeightSample(policy.parameters())
         self.notes: list[str] = []
-        self._norms: list[Tensor] = []
-        self._balances: list[Tensor] = []
         self._alarm = DisplacementAlarm()
 
     def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
@@ -286,8 +294,8 @@ class Trainer:
         self.train_step()
         is_last = self.step == self.total_steps
         metrics = evaluation = None
-        if self.step % self.config.log_every == 0 or is_last:
-            metrics = self._close_window()
+        if self._logs(self.step):
+            metrics = self.close_window()
             self._emit(metrics)
         every = self.config.eval_every
         if self.eval_batches is not None and (is_last or (every and self.step % every == 0)):
@@ -295,6 +303,10 @@ class Trainer:
             self._note_evaluation(evaluation["eval/loss"])
             self._emit(evaluation)
         return Step(self.step, metrics, evaluation)
+
+    def _logs(self, step: int) -> bool:
+        """Say whether a line of metrics follows on step number ``step``, from 1."""
+        return step % self.config.log_every == 0 or step == self.total_steps
 
     def train_step(self) -> None:
         """Do one optimizer step over its micro-batches.
@@ -304,23 +316,29 @@ class Trainer:
         Raises:
             NonFiniteError: the loss or a gradient is not finite and ``on_nonfinite`` is "stop".
         """
-        started = time.perf_counter()
-        rows = self.sampler.rows(self.step)
-        result = self._differentiate(rows, self._total_weight(rows))
-        self.ranks.sum_gradients(self.module.parameters())
+        with self._throughput.clock.running("data"):
+            rows = self.sampler.rows(self.step)
+            result = self._differentiate(rows, self._total_weight(rows))
+            self.ranks.sum_gradients(self.module.parameters())
+            self._throughput.clock.begin("optimizer")
+            self._finish_step(result)
+        lengths = self.batches.pairs.lengths()[rows]
+        self.tokens_seen += int(lengths.sum())
+        self._throughput.add_step(lengths)
+
+    def _finish_step(self, result: StepResult) -> None:
+        """Update the weights by the gradient that they have, if it is finite."""
         set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm, self.ranks)
         if self._is_finite(norm, result.losses):
             self._update(norm)
             self.running = result.running
-            self._balances += [] if result.balance is None else [result.balance]
             self._window.merge(result.sums)
+            if result.balance is not None:
+                self._means.add("router/balance", result.balance)
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        tokens = int(self.batches.pairs.lengths()[rows].sum())
-        self.tokens_seen += tokens
-        self._throughput.add(len(rows), tokens, time.perf_counter() - started)
 
     def _differentiate(
         self, rows: Sequence[int], total_weight: float, ranks: Ranks | None = None
@@ -365,11 +383,11 @@ class Trainer:
         self, rows: Sequence[int], own: Sequence[int], total_weight: float, ranks: Ranks
     ) -> StepResult:
         step = LossInputs(
-            self.loss,
+            self.loss.at_progress(self.step / self.total_steps),
             partial(self._score, batches=self.batches, step=self.step + 1),
             self.batches.split(own),
             rows,
-            sums=MetricSums(self._sources),
+            sums=MetricSums.of_loss(self.loss, self._sources),
             running=self.running,
             mismatch=self._mismatch(self.mismatched, rows, ranks),
             ranks=ranks,
@@ -393,15 +411,24 @@ class Trainer:
         return mean_log_ratio(score, own, rows=rows, ranks=ranks).to(self.device)
 
     def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
+        clock, of_reference = self._throughput.clock, None
+        clock.begin("data")
         batch = batches.collate(rows, step=step).to(self.device)
+        self._throughput.add_stream(batch.texts, batches.pairs.lengths()[list(rows)])
         with self.precision.context(self.device):
-            return score_batch(
+            if self.live_reference is not None:
+                clock.begin("reference")
+                batch, of_reference = run_reference(self.policy, batch, self.live_reference)
+            clock.begin("forward")
+            scored = score_batch(
                 self.policy,
                 batch,
                 self.loss,
-                self.live_reference,
+                of_reference,
                 with_router=self.config.router_loss is not None,
             )
+        clock.begin("backward")
+        return scored
 
     def _total_weight(self, rows: Sequence[int]) -> float:
         """Sum of the loss's pair weights over a whole step, known before the first forward pass."""
@@ -467,9 +494,16 @@ class Trainer:
                 "no gradient reaches the policy: every parameter is frozen, "
                 "or the loss does not depend on the answers"
             )
+        sample = self._weight_sample if self._logs(self.step + 1) else None
+        before = None if sample is None else sample.read()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._norms.append(norm)
+        self._means.add("grad_norm", norm)
+        if (bound := self.config.max_grad_norm) is not None:
+            self._means.add("health/clip_share", (norm > bound).to(norm.dtype))
+        if sample is not None and before is not None:
+            change = relative_change(before, sample.read())
+            self._means.add("health/update_ratio", change)
         every = self.config.reference_sync_every
         if every is not None and (self.step + 1) % every == 0:
             assert self.live_reference is not None
@@ -519,8 +553,8 @@ class Trainer:
 
     def _first_loss(self, pairs: PairLogProbs) -> str:
         """Say what the loss of the first micro-batch is and what it should be."""
-        pairs = replace(pairs, running=self.running)
-        found, expected = self.loss(pairs).mean(), self.loss.at_reference(pairs).mean()
+        pairs, loss = replace(pairs, running=self.running), self.loss.at_progress(0.0)
+        found, expected = loss(pairs).mean(), loss.at_reference(pairs).mean()
         return f"the first loss is {found:.6g} and should be {expected:.6g}"
 
     def evaluate(self) -> dict[str, float]:
@@ -535,10 +569,10 @@ class Trainer:
         rows = range(len(self.eval_batches.pairs))
         own = self.eval_batches.divide(rows, self.ranks.count)[self.ranks.rank]
         self.module.eval()
-        sums = MetricSums(self._eval_sources)
+        sums = MetricSums.of_loss(self.loss, self._eval_sources)
         with self.averaged_weights():
             data = LossInputs(
-                self.loss,
+                self.loss.at_progress(1.0),  # the same at each step, so that evaluations compare
                 partial(self._score, batches=self.eval_batches),
                 self.eval_batches.split_sorted(own),
                 rows,
@@ -564,42 +598,29 @@ class Trainer:
         patience = self.config.early_stopping
         return patience is not None and self.evaluations_since_best >= patience
 
-    def _close_window(self) -> dict[str, float]:
-        """Turn what was gathered since the last line of metrics into one."""
+    def close_window(self) -> dict[str, float]:
+        """Turn what was gathered since the last line of metrics into one.
+
+        The loop does so by itself every ``log_every`` steps; this is for a loop of one's own over
+        ``train_step``.
+        """
         window = self._window.of_all(self.ranks).result()
         line = {
             "step": self.step,
             "epoch": self.step / self.sampler.steps_per_epoch,
             **dict.fromkeys(ALWAYS_LOGGED, math.nan),  # what a skipped step has none of
             **window,
-            **self._gradient_metrics(),
+            **self._means.result(),
             "learning_rate": self._learning_rate_at(self.step - 1),
-            **self._router_metrics(),
-            **self._throughput.rates(),
+            **self._throughput.close(),
             "mem/peak_mib": self.ranks.max(peak_memory_mib(self.device)),
             "data/tokens": self.tokens_seen,
             "health/nonfinite": self.skipped_steps,
         }
         if self.starts_at_reference and {"displacement/chosen", "rewards/margin"} <= window.keys():
             line["displacement/alarm"] = float(self._alarm.hears(window))
-        self._window, self._throughput = MetricSums(self._sources), Throughput()
-        self._norms, self._balances = [], []
+        self._window, self._means = MetricSums.of_loss(self.loss, self._sources), StepMeans()
         return line
-
-    def _router_metrics(self) -> dict[str, float]:
-        if not self._balances:
-            return {}
-        return {"router/balance": float(torch.stack(self._balances).mean())}
-
-    def _gradient_metrics(self) -> dict[str, float]:
-        bound = self.config.max_grad_norm
-        if not self._norms:
-            return {"grad_norm": math.nan}
-        norms = torch.stack(self._norms)
-        if bound is None:
-            return {"grad_norm": float(norms.mean())}
-        mean, clipped = torch.stack([norms.mean(), (norms > bound).to(norms.dtype).mean()]).tolist()
-        return {"grad_norm": mean, "health/clip_share": clipped}
 
     def _emit(self, metrics: Metrics) -> None:
         for callback in self.callbacks:

@@ -23,11 +23,12 @@ from dpo.eval.policies import Action, PolicyDecision, RulesPolicy, State
 from dpo.eval.token_trie import TokenTrie, build_trie
 from dpo.files import read_json
 from dpo.generate import GenerateOptions, Generation, encode_prompts, generate
+from dpo.inputs import find_model
 from dpo.log_probs import completion_log_probs
-from dpo.models import Decoder, load_model
+from dpo.models import Decoder
 from dpo.preferences import PreferencePair
 from dpo.tokenization import tokenize_pairs
-from dpo.tokenizer import Tokenizer, load_tokenizer
+from dpo.tokenizer import Tokenizer
 
 _SHOWN_CHARACTERS = 60
 
@@ -83,19 +84,24 @@ class LanguageModelPolicy:
     ) -> LanguageModelPolicy:
         """Load what policy training wrote: a model, its tokenizer and ``<policy>_metadata.json``.
 
+        The model may be an adapter; it is put onto its base as that is on disk, not quantized.
+
         Args:
             path: the folder; the policy's name in reports.
             seed: as for the class.
             device: where to compute; None is a GPU if there is one.
 
         Raises:
-            InputError: the folder holds no policy, or one of an unknown kind.
+            InputError: the folder holds no policy, one of an unknown kind, or an adapter whose base
+                is not found.
         """
         folder = Path(path)
         kind = _read_kind(folder)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        tokenizer, model = load_tokenizer(folder), load_model(folder, device=device)
+        found = find_model(str(folder), None)
+        tokenizer = found.load_tokenizer()
+        model = found.load(dtype=torch.float32, device=torch.device(device))
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeddings "

@@ -77,7 +77,7 @@ def make_trainer(
     """Make a trainer in float64 whose policy is not its reference."""
     other = make_model(seed=1, dtype=torch.float64)
     reference = mismatched = None
-    if LOSSES[loss].token_statistic != "reference_kl":
+    if make_loss(loss).token_statistic != "reference_kl":
         plain = columns_of([replace(pair, margin=0.0) for pair in pairs])
         before = Trainer(other, plain, PLAIN, loss="kto")
         reference = before.batches.reference
@@ -103,7 +103,7 @@ def run(trainer: Trainer, steps: int) -> tuple[dict[str, Tensor], list[dict[str,
     lines = []
     for _ in range(steps):
         trainer.train_step()
-        lines.append(trainer._close_window())
+        lines.append(trainer.close_window())
     lines.append(trainer.evaluate())
     return {n: p.detach().clone() for n, p in trainer.module.named_parameters()}, lines
 
@@ -116,7 +116,7 @@ def assert_equal_runs(found: Trainer, expected: Trainer, steps: int = 2) -> None
     for found_line, expected_line in zip(found_lines, expected_lines, strict=True):
         assert found_line.keys() == expected_line.keys()
         for name, value in expected_line.items():
-            if not name.startswith(("perf/", "mem/")):
+            if not name.startswith(("perf/", "mem/", "time/")):
                 assert found_line[name] == pytest.approx(value, abs=1e-9), name
 
 
@@ -195,6 +195,68 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(
     for name_, parameter in unbroken.module.named_parameters():
         assert parameter.equal(dict(resumed.module.named_parameters())[name_])
     assert resumed.running.equal(unbroken.running)
+
+
+# Losses that change over a run
+
+SHIFT: dict[str, float] = {"rejected_weight": 1.0, "final_rejected_weight": 0.5}
+
+
+def shifting(make_model: MakeModel, pairs: TokenizedPairs, config: TrainConfig = PLAIN) -> Trainer:
+    """A trainer of DPO-Shift whose lambda falls from 1 to 0.5."""
+    return Trainer(
+        make_model(), pairs, config, loss=make_loss("dpo_shift", **SHIFT), eval_pairs=pairs
+    )
+
+
+def test_each_step_has_the_loss_of_its_share_of_the_run(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    """Lambda is 1, 0.9, ... 0.6 in the five steps."""
+    trainer = shifting(make_model, make_pairs(8))
+    for step in range(5):
+        seen = trainer._score(trainer.sampler.rows(step), trainer.batches).loss_pairs
+        values = make_loss("dpo_shift", rejected_weight=1 - 0.1 * step)(seen)
+        trainer.train_step()
+        expected = (seen.weight * values.detach()).sum() / seen.weight.sum()
+        assert trainer._close_window()["loss"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_evaluations_measure_by_the_loss_of_the_end(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    trainer = shifting(make_model, make_pairs(8))
+    fixed = make_loss("dpo_shift", rejected_weight=0.5)
+    for _ in range(2):
+        trainer.train_step()
+    found = trainer.evaluate()["eval/loss"]
+    trainer.loss = fixed
+    assert found == trainer.evaluate()["eval/loss"]
+
+
+def test_run_whose_loss_changes_resumes_bit_for_bit(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs = make_pairs(8)
+    unbroken, first = shifting(make_model, pairs), shifting(make_model, pairs)
+    unbroken.train()
+    for _ in range(2):
+        first.train_step()
+    resumed = shifting(make_model, pairs)
+    resumed.restore(first.tensors(), first.state())
+    resumed.train()
+    expected = dict(unbroken.module.named_parameters())
+    for name, parameter in resumed.module.named_parameters():
+        assert parameter.equal(expected[name])
+
+
+def test_run_whose_loss_changes_goes_on_in_no_other_length(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    first = shifting(make_model, make_pairs(8))
+    longer = shifting(make_model, make_pairs(8), replace(PLAIN, steps=6))
+    with pytest.raises(InputError, match=r"the run has changed: total_steps was 5 and is 6"):
+        longer.restore(first.tensors(), first.state())
 
 
 # Whole steps
@@ -515,6 +577,39 @@ def test_options_that_a_loss_would_ignore_are_refused(
 def test_odpo_refuses_gaps_without_a_logarithm(make_pairs: MakePairs) -> None:
     with pytest.raises(InputError, match=r"8 pairs have none above 0 \(the first is pair 0\)"):
         make_loss("odpo").check(make_pairs(8))
+
+
+@pytest.mark.parametrize("loss", ["sigmoid:0.8,sft:1", "sigmoid:0.8,bco:0.2,sft:1", "kto:1,ipo:3"])
+def test_terms_of_a_mixture_add_up_to_it_however_a_step_is_cut(
+    loss: str, make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    pairs, names = make_pairs(8), dict(term.split(":") for term in loss.split(","))
+    whole = make_trainer(make_model, pairs, loss, micro_batch_size=8)
+    assert_equal_runs(make_trainer(make_model, pairs, loss, tokens_per_micro_batch=40), whole)
+    for line, prefix in ((whole.evaluate(), "eval/"), (step_of(whole), "")):
+        terms = {n.removeprefix(f"{prefix}loss/"): v for n, v in line.items() if "loss/" in n}
+        assert terms.keys() == names.keys()
+        total = sum(float(names[term]) * value for term, value in terms.items())
+        assert line[f"{prefix}loss"] == pytest.approx(total)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid:0.8,sft:1", "sigmoid:0.8,bco:0.2"])
+def test_evaluated_terms_are_means_over_the_rows_by_their_weights(
+    loss: str, make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    trainer = make_trainer(make_model, make_pairs(8), loss, micro_batch_size=3)
+    trainer.train_step()
+    assert trainer.eval_batches is not None
+    seen = trainer._score(range(8), trainer.eval_batches).loss_pairs
+    values = trainer.loss.with_terms(replace(seen, running=trainer.running))
+    expected = (values * seen.weight).sum(dim=1) / seen.weight.sum()
+    found = [value for name, value in trainer.evaluate().items() if name.startswith("eval/loss")]
+    assert found == pytest.approx(expected.tolist())
+
+
+def step_of(trainer: Trainer) -> dict[str, float]:
+    trainer.train_step()
+    return trainer.close_window()
 
 
 @settings(

@@ -118,13 +118,14 @@ def test_new_adapter_takes_the_reference_of_its_base_from_the_cache(config: RunC
     assert "all 16 pairs are in the cache" in said_by(config)
 
 
-def test_quantized_base_has_a_reference_of_its_own(config: RunConfig) -> None:
+def test_quantized_bases_have_references_of_their_own(config: RunConfig) -> None:
     started(config)
-    quantized = changed(config, quantize="nf4", out=f"{config.out}-4")
-    assert "all 16 pairs are in the cache" not in said_by(quantized)
-    again = replace(quantized, adapter=AdapterConfig(quantize="nf4"))
-    run.compute_reference_only(again, console=silent())
-    assert len(list(Path(config.out).parent.glob("cache/dpo-engine/reference/*/info.json"))) == 2
+    for scheme in ("nf4", "nf4-double"):
+        quantized = changed(config, quantize=scheme, out=f"{config.out}-{scheme}")
+        assert "all 16 pairs are in the cache" not in said_by(quantized)
+        again = replace(quantized, adapter=AdapterConfig(quantize=scheme))
+        run.compute_reference_only(again, console=silent())
+    assert len(list(Path(config.out).parent.glob("cache/dpo-engine/reference/*/info.json"))) == 3
     assert metrics(quantized.out)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
@@ -207,6 +208,32 @@ def test_ratio_of_rates_changes_the_result(config: RunConfig) -> None:
     assert weights(config.out) != weights(f"{config.out}-2")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "q_projection"}, r"adapter\.targets: no linear layer matches 'q_projection'"),
+        ({"rates": {"embed": 0.5}}, r"train\.rates: 'embed' finds no trained parameter"),
+    ],
+    ids=["targets", "rates"],
+)
+def test_names_that_find_nothing_are_refused_before_the_reference_is_computed(
+    config: RunConfig, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        started(changed(config, **options))
+    assert not (tmp_path / "cache" / "dpo-engine" / "reference").exists()
+
+
+def test_rates_of_an_adapter_that_is_trained_on_are_known_before_it_is_loaded(
+    config: RunConfig,
+) -> None:
+    first = started(config).model
+    on = replace(config, model=str(first), out=f"{config.out}-2", adapter=AdapterConfig())
+    with pytest.raises(InputError, match=r"train\.rates: 'embed' finds no .*down_proj\.up"):
+        started(changed(on, rates={"embed": 0.5}))
+    started(changed(on, rates={r"q_proj\.up$": 0.5}))
+
+
 # --- what else reads an adapter -----------------------------------------------------------------
 
 
@@ -266,10 +293,13 @@ def test_card_names_base_and_adapter(config: RunConfig) -> None:
 # --- merging ------------------------------------------------------------------------------------
 
 
-def test_merging_what_was_trained_on_a_quantized_base(config: RunConfig, tmp_path: Path) -> None:
-    result = started(changed(config, quantize="nf4"))
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-double"])
+def test_merging_what_was_trained_on_a_quantized_base(
+    config: RunConfig, tmp_path: Path, scheme: Any
+) -> None:
+    result = started(changed(config, quantize=scheme))
     merged: dict[str, dict[str, torch.Tensor]] = {}
-    for name, options in (("exact", ["--quantize", "nf4"]), ("plain", ["--dtype", "bfloat16"])):
+    for name, options in (("exact", ["--quantize", scheme]), ("plain", ["--dtype", "bfloat16"])):
         out = str(tmp_path / name)
         arguments = ["--adapter", str(result.model), "--model", config.model, "--out", out]
         called("merge", *arguments, *options)

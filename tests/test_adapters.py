@@ -378,7 +378,10 @@ def test_options_describe_the_adapter_with_the_defaults_of_trl() -> None:
     ("options", "message"),
     [
         ({"kind": "ia3"}, r"adapter\.kind must be one of lora, dora, got 'ia3'"),
-        ({"quantize": "int4"}, r"adapter\.quantize must be one of int8, nf4, got 'int4'"),
+        (
+            {"quantize": "int4"},
+            r"adapter\.quantize must be one of int8, nf4, nf4-double, got 'int4'",
+        ),
         ({"kind": "lora", "rank": 0}, r"adapter\.rank must be at least 1, got 0"),
         ({"kind": "lora", "alpha": 0.0}, r"adapter\.alpha must be above 0 and finite, got 0\.0"),
         ({"b_rate_ratio": math.inf}, r"adapter\.b_rate_ratio must be above 0 and finite, got inf"),

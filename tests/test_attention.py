@@ -73,14 +73,36 @@ def test_cpu_tensors_take_sdpa_in_every_dtype() -> None:
 def test_narrow_floats_on_a_cpu_equal_the_reference_in_short_runs_and_long(
     segments: Segments, longest: int, options: AttentionOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo.attention.SHORT_KEYS", longest)
+    monkeypatch.setattr("dpo.cpu_attention.SHORT_KEYS", longest)
     plan, narrow = plan_attention(segments), inputs(segments, torch.bfloat16)
-    query, key, value = (leaf.double() for leaf in narrow)
-    expected = BACKENDS["reference"](query, key, value, plan, options)
+    exact = [leaf.detach().double().requires_grad_() for leaf in narrow]
+    expected = BACKENDS["reference"](exact[0], exact[1], exact[2], plan, options)
     with torch.autocast("cpu", torch.bfloat16):
         found = sdpa(*narrow, plan, options)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-2)
+    slopes = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    gradients = torch.autograd.grad(found, narrow, slopes.bfloat16())
+    for one, other in zip(gradients, torch.autograd.grad(expected, exact, slopes), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=4e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_cpu_keeps_a_number_for_each_token_and_head_beside_the_stream(
+    dtype: torch.dtype,
+) -> None:
+    segments = FORESTS["packed pairs"]
+    leaves, sizes = inputs(segments, dtype), {}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = attend(*leaves, plan_attention(segments))
+    for tensor in (*leaves, output):
+        sizes.pop(tensor.untyped_storage().data_ptr())
+    assert sum(sizes.values()) == sum(segments.lengths) * 4 * 4  # four heads, float32
 
 
 @pytest.mark.gpu

@@ -61,6 +61,10 @@ COUNTERPARTS = {
         "test_cuda.py::test_peak_memory_of_cuda_is_asked_of_torch_in_mib",
         "test_cuda.py::test_peak_memory_on_the_cpu_is_that_of_this_process",
     ),
+    "test_cuda.py::test_times_of_the_parts_on_cuda_add_up_to_the_step": (
+        "test_throughput.py::test_times_of_the_parts_add_up_to_the_step",
+        "test_throughput.py::test_clock_of_a_gpu_marks_its_stream_and_waits_for_the_last_mark_alone",
+    ),
     "test_cuda.py::test_gpu_that_is_there_is_taken": (
         "test_device.py::test_auto_takes_the_gpu_if_there_is_one",
     ),
@@ -279,6 +283,17 @@ def test_peak_memory_of_cuda_is_asked_of_torch_in_mib(monkeypatch: pytest.Monkey
 
 def test_peak_memory_on_the_cpu_is_that_of_this_process() -> None:
     assert 50 < peak_memory_mib(torch.device("cpu")) < 50_000
+
+
+@pytest.mark.gpu
+def test_times_of_the_parts_on_cuda_add_up_to_the_step(
+    make_model: MakeModel, make_pairs: MakePairs
+) -> None:
+    for step in Trainer(make_model().cuda(), make_pairs(), PLAIN):
+        assert step.metrics is not None
+        parts = [step.metrics[f"time/{p}"] for p in ("data", "forward", "backward", "optimizer")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(step.metrics["perf/step_s"])
 
 
 @pytest.mark.gpu

@@ -337,6 +337,31 @@ def test_label_smoothing_is_the_same_label_prob_in_every_row(pairs: PairLogProbs
     )
 
 
+# Losses that change over a run
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.75, 1.0), (1.0, 0.75)])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_lambda_of_dpo_shift_moves_in_a_straight_line(
+    first: float, last: float, share: float, pairs: PairLogProbs
+) -> None:
+    moving = make_loss("dpo_shift", rejected_weight=first, final_rejected_weight=last)
+    fixed = make_loss("dpo_shift", rejected_weight=first + share * (last - first))
+    torch.testing.assert_close(moving.at_progress(share)(pairs), fixed(pairs))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_that_is_not_told_to_change_is_the_same_all_along(name: str) -> None:
+    loss = make_loss(name)
+    assert loss.at_progress(0.5) is loss
+
+
+def test_terms_of_a_mixture_change_as_they_do_alone(pairs: PairLogProbs) -> None:
+    mixture = make_loss("dpo_shift:0.5,sft:2", rejected_weight=1.0, final_rejected_weight=0.5)
+    expected = make_loss("dpo_shift:0.5,sft:2", rejected_weight=0.75)
+    assert mixture.at_progress(0.5)(pairs).equal(expected(pairs))
+
+
 # What all must hold to
 
 
@@ -731,6 +756,7 @@ def test_unknown_option_is_refused_with_the_losss_own(name: str) -> None:
         ("robust", "label_smoothing", 0.5, r"must be a number in \[0, 0\.5\), got 0\.5"),
         ("exo_pair", "label_smoothing", 0.0, r"must be a number in \(0, 0\.5\), got 0\.0"),
         ("dpo_shift", "rejected_weight", 1.1, r"must be a number in \(0, 1], got 1\.1"),
+        ("dpo_shift", "final_rejected_weight", 0.0, r"must be a number in \(0, 1], got 0\.0"),
         ("rpo", "alpha", -1.0, r"must be a number in \[0, inf\), got -1\.0"),
         ("f_dpo", "divergence", "tv", r"loss\.divergence must be one of reverse_kl, .* got 'tv'"),
         ("f_dpo", "alpha", 0.5, r"loss\.alpha is read only with loss\.divergence='alpha'"),

@@ -15,7 +15,7 @@ from torch import Tensor
 import dpo.metrics
 from dpo.batching import AnswerBatch, PairBatch
 from dpo.log_probs import TokenLogProbs
-from dpo.losses import PairLogProbs, make_loss
+from dpo.losses import Mixture, PairLogProbs, make_loss, term_names
 from dpo.losses.base import PAIR_COLUMNS
 from dpo.metrics import MetricSums, TokenStatistics, k3_estimate
 from dpo.models import Decoder
@@ -246,6 +246,35 @@ def test_k3_is_finite_and_not_negative(log_prob: float, reference: float) -> Non
     assert value.item() >= 0
 
 
+# Terms of a mixture
+
+
+def test_terms_of_a_mixture_by_hand() -> None:
+    """SFT is a mean over pairs here: (12 / 5 + 3 * 30 / 10) / 4 with row weights 1 and 3."""
+    loss, pairs = make_loss("sigmoid:0.8,sft:0.5"), golden_pairs()
+    sums = MetricSums.of_loss(loss)
+    sums.update(pairs, loss.with_terms(pairs), loss.pair_weights(pairs), loss.rewards(pairs))
+    metrics = sums.result()
+    sigmoid = metrics_of(pairs)["loss"]
+    assert metrics["loss/sigmoid"] == pytest.approx(sigmoid)
+    assert metrics["loss/sft"] == pytest.approx(2.85)
+    assert metrics["loss"] == pytest.approx(0.8 * sigmoid + 0.5 * 2.85)
+
+
+def test_loss_that_is_no_mixture_has_no_terms() -> None:
+    assert not [name for name in metrics_of(golden_pairs()) if name.startswith("loss/")]
+
+
+def test_terms_have_the_names_of_their_losses_each_its_own() -> None:
+    def own(pairs: PairLogProbs) -> Tensor:
+        return pairs.chosen
+
+    terms = [make_loss("ipo"), make_loss("sigmoid"), make_loss("sigmoid", beta=0.5), make_loss(own)]
+    mixture = Mixture(tuple((term, 1.0) for term in terms))
+    assert term_names(mixture) == ["ipo", "sigmoid", "sigmoid_2", "own"]
+    assert term_names(make_loss("ipo:1,sft:2")) == ["ipo", "sft"]
+
+
 # Windows
 
 
@@ -468,6 +497,16 @@ def test_scored_micro_batch_adds_its_pairs_and_tokens() -> None:
     assert metrics["kl/k3_tok"] == pytest.approx((2 / math.e + math.e - 2) / 3)
 
 
+def test_divergence_that_a_loss_takes_is_a_mean_over_tokens() -> None:
+    sums, scored = MetricSums(), scored_pairs(reference=torch.tensor([-2.0, -3.0, -2.0]))
+    seen = replace(
+        scored.pairs, chosen_statistic=torch.tensor([0.6]), rejected_statistic=torch.tensor([0.3])
+    )
+    loss = make_loss("tdpo1")
+    sums.add(loss, replace(scored, loss_pairs=seen), loss(seen))
+    assert sums.result()["kl/full_fwd"] == pytest.approx(0.3)
+
+
 def test_scored_micro_batch_without_a_reference_has_none_of_its_metrics() -> None:
     loss, sums, scored = make_loss("sft"), MetricSums(), scored_pairs(reference=None)
     sums.add(loss, scored, loss(scored.pairs))
@@ -481,10 +520,10 @@ def test_table_of_the_module_lists_every_metric_of_a_step(
 ) -> None:
     experts = {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2}
     config = TrainConfig(batch_size=8, steps=2, learning_rate=1e-2, router_loss=0.1)
-    *_, last = Trainer(make_model(**experts), make_pairs(8), config)
+    *_, last = Trainer(make_model(**experts), make_pairs(8), config, loss="tdpo1")
     assert last.metrics is not None
     table = re.findall(r"^([a-z_/0-9]+) {2,}", dpo.metrics.__doc__ or "", re.MULTILINE)
-    assert sorted(table) == sorted(last.metrics)
+    assert sorted(table) == sorted([*last.metrics, "perf/mfu"])  # which needs a known GPU
 
 
 # Sources

@@ -305,6 +305,23 @@ def test_compiled_blocks_give_equal_log_probs(name: str, tmp_path: Path) -> None
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_blocks_are_compiled_once_for_all_layers_and_streams() -> None:
+    graphs = set()
+    for layers in (1, 3):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        config = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        model = init_model(parse_config(config | {"num_hidden_layers": layers}), seed=0)
+        compile_blocks(model)
+        for count in (3, 4, 7):
+            prompt, *answers = (np.arange(count + more, dtype=np.int32) for more in range(3))
+            texts = collate_answers([(prompt, answers)] * count, share_prefix=False)
+            completion_log_probs(model, texts).log_probs.sum().backward()
+            graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1
+
+
 def test_untrained_models_of_every_variant_save_and_load_again(peer: Any, tmp_path: Path) -> None:
     model = init_model(read_config(Path(peer.name_or_path)), seed=1)
     save_model(model, tmp_path, max_shard_bytes=20_000)

@@ -26,6 +26,7 @@ from dpo.optim import (
     parameter_groups,
     rate_scales,
     set_learning_rate,
+    trained_names,
 )
 from dpo.optim.adamw8bit import dequantise, quantise
 from dpo.optim.schedules import warmup_stable_decay
@@ -119,7 +120,7 @@ class TestParameterGroups:
 
 class TestRateScales:
     def test_pattern_may_match_anywhere_and_the_first_that_does_counts(self) -> None:
-        scales = rate_scales(TiedModel(), {"^hidden": 0.5, r"\.bias$": 0.25})
+        scales = rate_scales(trained_names(TiedModel()), {"^hidden": 0.5, r"\.bias$": 0.25})
         assert scales == {"hidden.weight": 0.5, "hidden.bias": 0.5, "norm.bias": 0.25}
 
     @pytest.mark.parametrize(
@@ -133,13 +134,13 @@ class TestRateScales:
             InputError,
             match=rf"train\.rates: '{last}' finds no trained parameter.*embedding\.weight, norm",
         ):
-            rate_scales(TiedModel(), rates)
+            rate_scales(trained_names(TiedModel()), rates)
 
     def test_pattern_that_finds_only_frozen_parameters_is_refused(self) -> None:
         model = TiedModel()
         model.norm.requires_grad_(False)
         with pytest.raises(InputError, match="'norm' finds no trained parameter"):
-            rate_scales(model, {"norm": 0.5})
+            rate_scales(trained_names(model), {"norm": 0.5})
 
 
 class TestAdamW:

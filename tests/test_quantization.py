@@ -23,7 +23,11 @@ from dpo.quantization import (
 )
 
 # root mean square of the error over that of normal weights, and bytes per weight
-FIGURES = {"int8": (0.0075, 1 + 4 / 512), "nf4": (0.092, 0.5 + 4 / 64)}
+FIGURES = {
+    "int8": (0.0075, 1 + 4 / 512),
+    "nf4": (0.092, 0.5 + 4 / 64),
+    "nf4-double": (0.092, 0.5 + (1 + 4 / 256) / 64),
+}
 
 
 def drawn(*size: int, seed: int = 0) -> Tensor:
@@ -58,6 +62,30 @@ def test_error_and_size_are_as_stated(scheme: str) -> None:
     found = (held.weight - weight).square().mean().sqrt() / weight.square().mean().sqrt()
     assert float(found) == pytest.approx(error, rel=0.02)
     assert (held.codes.nbytes + held.scales.nbytes) / (256 * 512) == pytest.approx(size)
+
+
+def test_scales_of_nf4_double_are_255ths_of_the_largest_of_256() -> None:
+    """Each differs from nf4's by half a step at most; the paper states 0.127 bits for them."""
+    layer = linear(300, 64)  # 300 blocks: one whole row of 256 scales and a part of another
+    exact = QuantizedLinear(layer, "nf4").scales.flatten()
+    held = QuantizedLinear(layer, "nf4-double")
+    steps = torch.stack([exact[:256].max(), exact[256:].max()]) / 255
+    torch.testing.assert_close(held.scales.flatten(), steps)
+    found = held.codes[300 * 32 :] * steps.repeat_interleave(256)[:300]
+    assert bool(((found - exact).abs() <= 0.5001 * steps.repeat_interleave(256)[:300]).all())
+    assert 8 * FIGURES["nf4-double"][1] - 4 == pytest.approx(0.127, abs=1e-4)
+
+
+def test_quantized_scales_add_little_to_the_error_of_nf4() -> None:
+    """Also where a few columns are twenty times as large as the others."""
+    layer = linear(256, 512)
+    with torch.no_grad():
+        layer.weight[:, :4] *= 20
+    errors = [
+        float((QuantizedLinear(layer, scheme).weight - layer.weight).detach().square().mean())
+        for scheme in ("nf4", "nf4-double")
+    ]
+    assert errors[0] < errors[1] < 1.02 * errors[0]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -161,5 +189,7 @@ def test_whole_weights_are_let_go_while_a_model_is_read(
 
 
 def test_unknown_scheme_is_refused(make_model: Callable[..., Decoder]) -> None:
-    with pytest.raises(InputError, match=r"quantize must be one of int8, nf4, got 'int4'"):
+    with pytest.raises(
+        InputError, match=r"quantize must be one of int8, nf4, nf4-double, got 'int4'"
+    ):
         quantize_linears(make_model(), "int4")

@@ -323,6 +323,14 @@ def test_column_that_the_loss_ignores_is_refused_before_the_reference_is_compute
     assert not (tmp_path / "cache" / "dpo-engine" / "reference").exists()
 
 
+def test_rate_of_no_parameter_is_refused_before_the_reference_is_computed(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    with pytest.raises(InputError, match=r"train\.rates: 'embedding' finds no trained parameter"):
+        started(changed(config, rates={"embedding": 0.5}))
+    assert not (tmp_path / "cache" / "dpo-engine" / "reference").exists()
+
+
 def test_run_starts_from_another_reference(
     tmp_path: Path, config: RunConfig, make_model_folder: MakeFolder
 ) -> None:

@@ -51,13 +51,6 @@ def config(tmp_path: Path, model_folder: Path, make_model_folder: MakeFolder) ->
     )
 
 
-def test_rows_of_one_answer_alone_are_refused(config: RunConfig) -> None:
-    row = {"id": "a", "prompt": "say", "completion": "yes", "label": True}
-    Path(str(config.data)).write_text(json.dumps(row), encoding="utf-8")
-    with pytest.raises(InputError, match="row 'a' has one answer alone, but scores compare two"):
-        score_file(config, console=Console(quiet=True))
-
-
 def changed(config: RunConfig, **options: Any) -> RunConfig:
     """Replace options, those of the training under their own names."""
     names = options.keys() & {field.name for field in fields(TrainConfig)}
@@ -88,6 +81,59 @@ def test_line_has_the_names_that_scripts_rely_on(config: RunConfig) -> None:
     ratio = line["chosen_log_prob"] - line["reference_chosen_log_prob"]
     assert line["chosen_reward"] == pytest.approx(0.1 * ratio, abs=1e-5)
     assert line["margin"] == pytest.approx(line["chosen_reward"] - line["rejected_reward"])
+
+
+def unpaired(config: RunConfig) -> RunConfig:
+    """The same rows one answer after another: good and bad ones in turn."""
+    texts = Path(str(config.data)).read_text(encoding="utf-8").splitlines()
+    rows = [
+        {
+            "id": f"{row['id']} {side}",
+            "prompt": row["prompt"],
+            "completion": row[side],
+            "label": is_good,
+        }
+        for row in map(json.loads, texts)
+        for side, is_good in (("chosen", True), ("rejected", False))
+    ]
+    data = Path(str(config.data)).with_name("unpaired.jsonl")
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return replace(config, data=str(data), out=f"{config.out}-unpaired")
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "bco", "simpo"])
+def test_unpaired_answers_have_the_scores_that_they_have_in_pairs(
+    config: RunConfig, loss: str
+) -> None:
+    config = replace(config, loss=LossConfig(loss))
+    whole, single = scores(config), scores(unpaired(config))
+    for pair, good, bad in zip(whole, single[::2], single[1::2], strict=True):
+        assert (good["id"], bad["id"]) == (f"{pair['id']} chosen", f"{pair['id']} rejected")
+        for there, missing, row in (("chosen", "rejected", good), ("rejected", "chosen", bad)):
+            assert list(row) == list(pair)
+            assert row["margin"] is None
+            for name in ("{}_log_prob", "reference_{}_log_prob", "{}_reward", "{}_tokens"):
+                assert row[name.format(there)] == pytest.approx(pair[name.format(there)], abs=1e-4)
+                assert not row[name.format(missing)]
+                assert name == "{}_tokens" or row[name.format(missing)] is None
+
+
+def test_scores_of_unpaired_answers_are_the_rewards_that_training_logs(config: RunConfig) -> None:
+    config = changed(unpaired(config), loss=LossConfig("kto"), batch_size=16, steps=1)
+    run.train(config, console=Console(io.StringIO()))
+    found = scores(config)
+    for side in ("chosen", "rejected"):
+        rewards = [line[f"{side}_reward"] for line in found if line[f"{side}_tokens"]]
+        assert sum(rewards) / 8 == pytest.approx(metrics(config)[0][f"rewards/{side}"], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["ld_dpo", "sampo", "humanline"])
+def test_unpaired_answers_are_refused_by_losses_that_change_tokens(
+    config: RunConfig, loss: str
+) -> None:
+    config = replace(unpaired(config), loss=LossConfig(loss))
+    with pytest.raises(InputError, match=r"row 'pair 0 chosen' has one answer alone, but rewards"):
+        scores(config)
 
 
 def test_pairs_of_one_prompt_have_one_hash(tmp_path: Path, config: RunConfig) -> None:

@@ -48,6 +48,10 @@ COMMANDS = {
         "Compute the reference log-probs of a data set and keep them for later runs.",
         takes_ranks=True,
     ),
+    "weigh": Entry(
+        "dpo.cli.weigh:weigh",
+        "Weigh bad answers by how much likelier their prompts are among the good ones.",
+    ),
     "merge": Entry(
         "dpo.cli.merge:merge", "Write the plain model that an adapter makes of its base."
     ),

@@ -84,6 +84,7 @@ __all__ = [
     "bradley_terry",
     "make_loss",
     "negative_log_likelihood",
+    "term_names",
 ]
 
 Option = float | str
@@ -184,6 +185,19 @@ def make_loss(loss: str | Loss | type[Loss] | Callable[..., Tensor], /, **option
     if ":" in loss:
         return _wrap(_imported(loss), loss, options)
     return _build(_entry(loss), loss, options)
+
+
+def term_names(loss: Loss) -> list[str]:
+    """Name the terms of a mixture as ``LOSSES`` does, one's second use ``name_2``; [] of others."""
+    if not isinstance(loss, Mixture):
+        return []
+    known = {entry: name for name, entry in LOSSES.items()}
+    names = [
+        term.name if isinstance(term, CustomLoss) else known.get(type(term), type(term).__name__)
+        for term, _ in loss.terms
+    ]
+    uses = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    return [name if use == 1 else f"{name}_{use}" for name, use in zip(names, uses, strict=True)]
 
 
 _TERM = r"\w+:[-+.\d][-+.\de]*"

@@ -1,6 +1,6 @@
 """What every loss has in common: its input, its interface and the checks of its options.
 
-Shapes: P pairs, K answer tokens, S running statistics.
+Shapes: P pairs, K answer tokens, S running statistics, T terms of a mixture.
 """
 
 from abc import ABC, abstractmethod
@@ -155,6 +155,10 @@ class Loss(ABC):
     def __call__(self, pairs: PairLogProbs) -> Tensor:
         """Return the loss of each pair, (P,)."""
 
+    def with_terms(self, pairs: PairLogProbs) -> Tensor:
+        """Return the loss of each pair and, below it, those of a mixture's terms: (1 + T, P)."""
+        return self(pairs)[None]
+
     @abstractmethod
     def rewards(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
         """Return the implicit rewards of the chosen and the rejected answers, (P,) each."""
@@ -162,6 +166,13 @@ class Loss(ABC):
     def pair_weights(self, pairs: PairLogProbs) -> Tensor:
         """Return the weight of each pair in the step's mean, (P,); depends on the data alone."""
         return pairs.weight
+
+    def at_progress(self, share: float) -> "Loss":
+        """Return the loss as it is after ``share`` of the run's steps, in [0, 1]; here the same.
+
+        An evaluation measures by ``at_progress(1)`` at every step.
+        """
+        return self
 
     def update(self, pairs: PairLogProbs) -> Tensor:
         """Return the running statistics, (S,), from those in ``pairs`` and all pairs of a step."""

@@ -1,4 +1,7 @@
-"""A weighted sum of losses on the same pairs."""
+"""A weighted sum of losses on the same pairs.
+
+Shapes: P pairs, S running statistics, T terms.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -68,9 +71,18 @@ class Mixture(Loss):
 
     def __call__(self, pairs: PairLogProbs) -> Tensor:
         """Return the weighted sum for each pair, (P,)."""
-        terms = zip(self.terms, self._parts(pairs), strict=True)
-        values = [coefficient * loss(part) for (loss, coefficient), part in terms]
-        return torch.stack(values).sum(dim=0)
+        return self.with_terms(pairs)[0]
+
+    def with_terms(self, pairs: PairLogProbs) -> Tensor:
+        """Return the weighted sum for each pair and, below it, the terms: (1 + T, P)."""
+        parts = zip(self.terms, self._parts(pairs), strict=True)
+        values = [loss(part) for (loss, _), part in parts]
+        weighted = [share * value for (_, share), value in zip(self.terms, values, strict=True)]
+        return torch.stack([torch.stack(weighted).sum(dim=0), *values])
+
+    def at_progress(self, share: float) -> "Mixture":
+        """Return the mixture of the terms as they are after ``share`` of the run's steps."""
+        return Mixture(tuple((loss.at_progress(share), factor) for loss, factor in self.terms))
 
     def update(self, pairs: PairLogProbs) -> Tensor:
         """Return the running statistics of all terms, one after another, (S,)."""

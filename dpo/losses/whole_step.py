@@ -164,7 +164,7 @@ class Bco(ReferenceLoss):
     """``-ls(beta u - d) - ls(d - beta v)``, ``d`` the mean of all rewards so far, this step's too.
 
     Binary classifier optimization: Jung et al., arXiv:2404.04656. A row with one answer has
-    one of the terms; the density-ratio weights of the paper are not part of it.
+    one of the terms; the density-ratio weights of the paper come in the data (``dpo weigh``).
     """
 
     takes_unpaired: ClassVar[bool] = True

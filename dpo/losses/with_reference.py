@@ -330,11 +330,21 @@ class CalDpo(ReferenceLoss):
 class DpoShift(ReferenceLoss):
     """``-ls(beta (u - rejected_weight v) - m)``: Yang et al., arXiv:2502.07599.
 
-    ``rejected_weight`` is the paper's lambda, 0.5 to 0.95 there.
+    ``rejected_weight`` is the paper's lambda, 0.5 to 0.95 there. With ``final_rejected_weight`` it
+    moves there in a straight line over the steps of the run: up (0.75 to 1 in the paper) or down
+    (1 to 0.75).
     """
 
     reads = MARGIN_AND_LABEL_PROB
     rejected_weight: Annotated[float, "(0, 1]"] = 0.95
+    final_rejected_weight: Annotated[float | None, "(0, 1]"] = None
+
+    def at_progress(self, share: float) -> "DpoShift":
+        """Return the loss with lambda as it is after ``share`` of the steps."""
+        if self.final_rejected_weight is None:
+            return self
+        reached = (1 - share) * self.rejected_weight + share * self.final_rejected_weight
+        return replace(self, rejected_weight=reached)
 
     def __call__(self, pairs: PairLogProbs) -> Tensor:
         """Return the loss of each pair, (P,)."""

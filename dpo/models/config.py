@@ -52,7 +52,7 @@ class ModelConfig:
         has_mlp_bias: of all matrices of the MLPs.
         has_qkv_bias: of the projections to queries, keys and values.
         has_attention_output_bias: of the projection behind the heads.
-        norm: a name in ``dpo.models.decoder.NORMS``.
+        norm: a name in ``dpo.models.norms.NORMS``.
         norms_inputs: what attention and MLP read is normed.
         norms_outputs: what they write is normed.
         has_one_norm: the MLP reads what the attention reads, normed by the same norm.

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpo.attention import AttentionOptions, attend
 from dpo.errors import InputError
 from dpo.models.config import ACTIVATIONS, ModelConfig
 from dpo.models.experts import SparseMLP
+from dpo.models.gating import gated
+from dpo.models.norms import make_norm, make_query_key_norm
 from dpo.models.rope import Rotation, rotation
 from dpo.policy import OutputHead
 from dpo.routing import RouterUse, total_use, use_of
@@ -26,6 +26,8 @@ from dpo.segments import AttentionPlan, Segments, TokenStream
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 """From (N, H, E) queries, (N, G, E) keys and (N, G, E) values to (N, H, E)."""
+
+AttendIn = Callable[[AttentionPlan, Tensor, Tensor, Tensor, AttentionOptions], Tensor]
 
 
 class Decoder(nn.Module):
@@ -90,6 +92,7 @@ class Trunk(nn.Module):
             self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = make_norm(config)
+        self.attend_in: AttendIn = attend_in
 
     def forward(self, stream: TokenStream) -> Tensor:
         """Return (N, D) hidden states of ``stream`` after the last norm.
@@ -99,7 +102,7 @@ class Trunk(nn.Module):
         """
         if self.config.refuses_longer_texts:
             _check_lengths(stream.plan.segments, self.config.max_positions)
-        attend_in_stream = partial(_attend_in, stream.plan)
+        attend_in_stream = partial(self.attend_in, stream.plan)
         return self.read(
             stream.input_ids, stream.positions, [attend_in_stream] * self.config.layers
         )
@@ -144,10 +147,11 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, rotation: Rotation | None, attend_here: Attend) -> Tensor:
         """Map (N, D) to (N, D)."""
-        attended = self.self_attn(self.input_layernorm(hidden), rotation, attend_here)
+        read = as_factor(self.input_layernorm(hidden))
+        attended = self.self_attn(read, rotation, attend_here)
         attended = self.attention_output_norm(attended)
         between = torch.add(hidden, attended, alpha=self.residual_scale)
-        read = self.post_attention_layernorm(hidden if self.is_parallel else between)
+        read = as_factor(self.post_attention_layernorm(hidden if self.is_parallel else between))
         return torch.add(between, self.mlp_output_norm(self.mlp(read)), alpha=self.residual_scale)
 
 
@@ -192,7 +196,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (N, D) to (N, D)."""
-        inner = self.activation(self.gate_proj(hidden)) * self.up_proj(hidden)
+        inner = gated(self.gate_proj(hidden), self.up_proj(hidden), self.activation)  # (N, I)
         projected: Tensor = self.down_proj(inner)
         return projected
 
@@ -213,57 +217,23 @@ class PlainMLP(nn.Module):
         return projected
 
 
-class ShiftedRMSNorm(nn.RMSNorm):
-    """An RMSNorm whose weight is its gain less one, so that weight decay pulls gains to one."""
-
-    def reset_parameters(self) -> None:
-        """Make all gains one."""
-        nn.init.zeros_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Norm the last dimension."""
-        return F.rms_norm(x, self.normalized_shape, 1.0 + self.weight, self.eps)
-
-
-class JointRMSNorm(nn.RMSNorm):
-    """An RMSNorm over all heads of a token together."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Norm (N, H, E) over its last two dimensions; the weight is (H E,)."""
-        return super().forward(x.flatten(1)).view_as(x)
-
-
-Norm = nn.RMSNorm | nn.LayerNorm
-NORMS: Final[dict[str, Callable[[int, float], Norm]]] = {
-    "rms": nn.RMSNorm,
-    "rms, gain less one": ShiftedRMSNorm,
-    "layer": nn.LayerNorm,
-    "layer, no bias": partial(nn.LayerNorm, bias=False),
-}
-
-
-def make_norm(config: ModelConfig) -> Norm:
-    """Make a norm of a token's numbers."""
-    return NORMS[config.norm](config.hidden_size, config.norm_epsilon)
-
-
-def make_query_key_norm(config: ModelConfig, heads: int) -> nn.Module:
-    """Make a norm of (N, H, E) queries or keys, or what stands in its place."""
-    if config.query_key_norm is None:
-        return nn.Identity()
-    if config.query_key_norm == "all heads":
-        return JointRMSNorm(heads * config.head_size, config.norm_epsilon)
-    return NORMS[config.norm](config.head_size, config.norm_epsilon)
-
-
 def make_mlp(config: ModelConfig) -> nn.Module:
     """Make an MLP that all tokens take."""
     return GatedMLP(config) if config.is_gated else PlainMLP(config)
 
 
-def _attend_in(
+def as_factor(hidden: Tensor) -> Tensor:
+    """Round to autocast's dtype, if it is on: once, not in each product that reads ``hidden``."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(kind))
+
+
+def attend_in(
     plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> Tensor:
+    """Attend within a stream; with its plan an ``Attend``."""
     return attend(query, key, value, plan, options)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpo.models.architectures import Experts
 from dpo.models.config import ACTIVATIONS, ModelConfig
+from dpo.models.gating import gated
 
 
 class SparseMLP(nn.Module):
@@ -79,6 +80,6 @@ class ExpertMLPs(nn.Module):
         )
         outputs = []
         for group, (gate, up, down) in zip(groups, matrices, strict=True):
-            inner = self.activation(F.linear(group, gate)) * F.linear(group, up)
+            inner = gated(F.linear(group, gate), F.linear(group, up), self.activation)
             outputs.append(F.linear(inner, down))
         return torch.cat(outputs)

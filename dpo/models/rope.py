@@ -73,17 +73,44 @@ class Rotation:
         """Rotate the first R numbers of (N, H, E) queries or keys by their positions."""
         size = self.cosines.shape[-1]
         if size < heads.shape[-1]:
-            rotated = self.rotate(heads[..., :size])
-            return torch.cat([rotated, heads[..., size:].to(rotated.dtype)], dim=-1)
-        return heads * self.cosines + self._turned(heads) * self.sines
+            turned = self.rotate(heads[..., :size])
+            return torch.cat([turned, heads[..., size:].to(turned.dtype)], dim=-1)
+        if torch.compiler.is_compiling():  # which makes the backward pass by itself
+            return _rotated(heads, self.cosines, self.sines, self.pairs_neighbours)
+        rotated: Tensor = _Rotate.apply(  # type: ignore[no-untyped-call]
+            heads, self.cosines, self.sines, self.pairs_neighbours
+        )
+        return rotated
 
-    def _turned(self, heads: Tensor) -> Tensor:
-        """Turn each pair (x, y) into (-y, x)."""
-        if self.pairs_neighbours:
-            first, second = heads.unflatten(-1, (-1, 2)).unbind(-1)
-            return torch.stack([-second, first], dim=-1).flatten(-2)
-        first, second = heads.chunk(2, dim=-1)
-        return torch.cat([-second, first], dim=-1)
+
+class _Rotate(torch.autograd.Function):
+    """Each pair (x, y) to (x cos - y sin, y cos + x sin); back by the negated angle."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor, pairs_neighbours: bool
+    ) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        ctx.pairs_neighbours, ctx.dtype = pairs_neighbours, heads.dtype
+        return _rotated(heads, cosines, sines, pairs_neighbours)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cosines, sines = ctx.saved_tensors
+        back = _rotated(grads[0], cosines, -sines, ctx.pairs_neighbours)
+        return back.to(ctx.dtype), None, None, None
+
+
+def _rotated(heads: Tensor, cosines: Tensor, sines: Tensor, pairs_neighbours: bool) -> Tensor:
+    rotated = heads * cosines  # (N, H, R)
+    if pairs_neighbours:
+        first, second = slice(0, None, 2), slice(1, None, 2)
+    else:
+        half = heads.shape[-1] // 2
+        first, second = slice(half), slice(half, None)
+    rotated[..., first].addcmul_(heads[..., second], sines[..., first], value=-1)
+    rotated[..., second].addcmul_(heads[..., first], sines[..., second])
+    return rotated
 
 
 def rotation(positions: Tensor, rope: Rope) -> Rotation:

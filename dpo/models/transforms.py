@@ -6,6 +6,7 @@ The trainer knows nothing of them.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +30,13 @@ def checkpoint_activations(model: Decoder) -> None:
 
 
 def compile_blocks(model: Decoder) -> None:
-    """Compile each block for streams of any length, in place; all blocks share one graph.
+    """Compile each block for streams of any length, in place; all blocks share their graphs.
 
-    Quantized layers are left out of it: the making of a weight from codes cannot be traced.
+    Left out are attention, which would be compiled anew for each plan, and quantized layers: the
+    making of a weight from codes cannot be traced.
     """
+    outside: Any = torch.compiler.disable(model.model.attend_in)
+    model.model.attend_in = outside
     modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     for module in modules:
         module.forward = torch.compiler.disable(module.forward)

@@ -11,7 +11,13 @@ import torch
 
 from dpo.optim.adamw8bit import AdamW8bit
 from dpo.optim.clipping import clip_gradients
-from dpo.optim.groups import ParameterGroup, parameter_groups, rate_scales, set_learning_rate
+from dpo.optim.groups import (
+    ParameterGroup,
+    parameter_groups,
+    rate_scales,
+    set_learning_rate,
+    trained_names,
+)
 from dpo.optim.lion import Lion
 from dpo.optim.schedule_free import ScheduleFreeAdamW
 from dpo.optim.schedules import SCHEDULES, make_schedule
@@ -26,6 +32,7 @@ __all__ = [
     "parameter_groups",
     "rate_scales",
     "set_learning_rate",
+    "trained_names",
 ]
 
 OPTIMIZERS: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {

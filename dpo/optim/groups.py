@@ -1,7 +1,7 @@
 """Groups of parameters, as torch.optim takes them, and their learning rates."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,18 +46,22 @@ def parameter_groups(
     return list(groups.values())
 
 
-def rate_scales(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
+def trained_names(model: nn.Module) -> list[str]:
+    """Name the parameters that are trained, a tied one by the first of its names."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def rate_scales(names: Sequence[str], rates: Mapping[str, float]) -> dict[str, float]:
     """Return the factor on the learning rate of each trained parameter that a pattern finds.
 
     Args:
-        model: its parameters are meant, a tied one by the first of its names.
+        names: of the trained parameters.
         rates: factor by regular expression, which may match anywhere in a name. Of several that
             match, the first counts.
 
     Raises:
         InputError: a pattern finds no parameter.
     """
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     scales: dict[str, float] = {}
     for pattern, scale in rates.items():
         found = [name for name in names if name not in scales and re.search(pattern, name)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import tokenizers
 import torch
 from tokenizers import models, pre_tokenizers
 
+from dpo.adapter_files import save_adapter
+from dpo.adapters import Adapter, add_adapter
 from dpo.batching import collate_answers
 from dpo.data.kinds import KINDS, PolicyKind
 from dpo.data.kinds.extraction import ExtractionKind, ExtractionState
@@ -28,7 +31,7 @@ from dpo.eval.policies import (
 )
 from dpo.generate import GenerateOptions
 from dpo.log_probs import completion_log_probs
-from dpo.models import Decoder, init_model, parse_config, save_model
+from dpo.models import Decoder, init_model, load_model, parse_config, save_model
 from dpo.preferences import PreferencePair
 from dpo.tokenization import tokenize_pairs
 from dpo.tokenizer import Tokenizer, byte_tokenizer, train_bpe
@@ -333,6 +336,31 @@ def test_a_policy_folder_gives_the_same_chances_back(make_model: MakeModel, tmp_
     free = load_policy(f"free:{folder}", kind)
     assert free.name == f"free:{folder}"
     assert free.decide(states[0]).fallback_reason is not None  # of random weights
+
+
+def test_a_policy_that_is_an_adapter_is_put_onto_its_base(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    kind, states = KINDS["retrieval"], simulated_situations("retrieval", 3)
+    base = write_policy(make_model, tmp_path / "base", {"policy": "retrieval"})
+    model = load_model(base)
+    add_adapter(model, Adapter(rank=2, alpha=4.0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(len(name)))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(model, folder, base=str(base))
+    (folder / "retrieval_metadata.json").write_text('{"policy": "retrieval"}', encoding="utf-8")
+    expected = LanguageModelPolicy(model, byte_tokenizer(), kind).action_log_probs(states)
+    policy = LanguageModelPolicy.load(folder, device="cpu")
+    assert policy.action_log_probs(states) == pytest.approx(expected, abs=1e-2)  # of some -100
+    plain = LanguageModelPolicy.load(base, device="cpu").action_log_probs(states)
+    assert abs(plain - expected).max() > 1
+    shutil.rmtree(base)
+    with pytest.raises(InputError, match=r"the base of the adapter .*adapter: .*base"):
+        LanguageModelPolicy.load(folder)
 
 
 @pytest.mark.parametrize(

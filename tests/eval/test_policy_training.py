@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from dpo import cli
+from dpo.adapter_files import is_adapter
 from dpo.data.builder import build_dataset
 from dpo.data.dataset import BuildOptions, Dataset
 from dpo.data.dataset_files import write_dataset
@@ -225,6 +226,19 @@ def test_the_other_kinds_are_trained_too(kind: str, tmp_path: Path) -> None:
     assert result.success, result.error
     assert result.model_path is not None
     assert LanguageModelPolicy.load(result.model_path).kind.name == kind
+
+
+def test_a_policy_can_be_an_adapter(
+    trained: tuple[Path, PolicyTrainingResult], pairs: PolicyPairs, tmp_path: Path
+) -> None:
+    settings = ("train.steps=1", "adapter.kind=lora")
+    model = str(trained[1].start_path)
+    config = _config(tmp_path, model_name=model, sft_epochs=None, settings=settings)
+    result = train_policy(pairs, config)
+    assert result.model_path is not None
+    assert is_adapter(result.model_path)
+    assert result.decided is not None
+    assert sum(result.decided["policy"].values()) == len(pairs.situations)
 
 
 def test_training_starts_from_a_model_folder_without_a_warm_start(
