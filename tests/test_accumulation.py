@@ -219,7 +219,7 @@ def test_each_step_has_the_loss_of_its_share_of_the_run(
         values = make_loss("dpo_shift", rejected_weight=1 - 0.1 * step)(seen)
         trainer.train_step()
         expected = (seen.weight * values.detach()).sum() / seen.weight.sum()
-        assert trainer._close_window()["loss"] == pytest.approx(float(expected), abs=1e-6)
+        assert trainer.close_window()["loss"] == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_evaluations_measure_by_the_loss_of_the_end(

@@ -192,9 +192,9 @@ def test_loss_of_a_step_is_weighted_by_them(tmp_path: Path, data: str, model_fol
     loss = make_loss("bco")
     seen = replace(seen, running=loss.update(replace(seen, running=trainer.running)))
     expected = (seen.weight * loss(seen).detach()).sum() / seen.weight.sum()
-    trainer._close_window()
+    trainer.close_window()
     trainer.train_step()
-    assert trainer._close_window()["loss"] == pytest.approx(float(expected), abs=1e-6)
+    assert trainer.close_window()["loss"] == pytest.approx(float(expected), abs=1e-6)
     assert float(expected) != pytest.approx(float(loss(seen).detach().mean()), abs=1e-7)
 
 
