@@ -124,16 +124,16 @@ def within_memory(ranks: Ranks, work: Callable[[], T]) -> T:
     """
     if ranks.in_step:  # which a rank that begins again would leave
         return work()
-    lack = None
+    lack, results = None, []
     try:
-        result = work()
+        results.append(work())
     except RuntimeError as error:
         if not is_lack_of_memory(error):
             raise
         lack = error.with_traceback(None)  # which would hold the tensors of the work
     if ranks.any(lack is not None):
         raise LackOfMemoryError(lack)
-    return result
+    return results[0]
 
 
 def _differentiate_pairs(step: LossInputs, total_weight: float, scale: Scale) -> Tensor:

@@ -26,7 +26,7 @@ from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, 
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
-from dpo.distributed import JoinedRanks, Ranks, joined_ranks
+from dpo.distributed import Ranks, joined_ranks
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import Identity, refuse_another_run, training_identity
@@ -39,11 +39,11 @@ from dpo.inputs import (
     load_inputs,
     pin_revisions,
 )
-from dpo.launch import Launch
 from dpo.model_card import write_model_card
 from dpo.models import Decoder, save_model
 from dpo.optim import rate_scales as find_rates
 from dpo.optim import trained_names
+from dpo.parallel import check_parts, kind_of_ranks
 from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.progress import Console, SilentConsole
@@ -99,7 +99,7 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
     device = choose_device(config.train)
-    kind = _kind_of_ranks(config)
+    kind = kind_of_ranks(config)
     with joined_ranks(device, kind) as ranks, _held(folder, ranks), explained_lack_of_memory():
         own_console, console = console, console if ranks.is_first else SilentConsole()
         checkpoint = _find_checkpoint(folder, config, ranks, console)
@@ -132,34 +132,6 @@ def compute_reference_only(config: RunConfig, *, console: Console) -> None:
         obtain_references(config, models, inputs, console, device=device, ranks=ranks)
 
 
-def _kind_of_ranks(config: RunConfig) -> type[JoinedRanks]:
-    """Choose what several processes divide.
-
-    Raises:
-        InputError: an option does not go with that, or there is one process.
-    """
-    if config.train.parallel == "data":
-        return JoinedRanks
-    train, loss = config.train, config.loss.build()
-    unfit = {
-        "one process: start it with torchrun": Launch.of_environment().count == 1,
-        f"train.optimizer = {train.optimizer}, which looks at whole matrices or blocks, or "
-        "averages: take adamw or lion": train.optimizer not in ("adamw", "lion"),
-        "train.ema_decay": train.ema_decay is not None,
-        "train.dtype = fp16-mixed": train.dtype == "fp16-mixed",
-        "train.compile": train.compile,
-        "adapter.kind = dora": config.adapter.kind == "dora",
-        "adapter.quantize": config.adapter.quantize is not None,
-        "a reference that is held in memory": uses_live_reference(loss, train),
-    }
-    found = [what for what, is_so in unfit.items() if is_so]
-    if found:
-        raise InputError(f"train.parallel = shard does not go with {'; '.join(found)}")
-    from dpo.sharding import ShardedRanks  # half a second, which other runs do without
-
-    return ShardedRanks
-
-
 @contextmanager
 def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the folder of a run, rid of what killed writers left, on the rank that writes to it."""
@@ -167,21 +139,6 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
         for place in (folder, folder / CHECKPOINTS) if ranks.is_first else ():
             remove_leftovers(place)
         yield
-
-
-def _check_parts(models: Models) -> None:
-    """Refuse models that cannot be held in parts.
-
-    Raises:
-        InputError: one is.
-    """
-    for folder in (models.policy, models.reference):
-        if any(folder.config.experts):
-            raise InputError(
-                f"train.parallel = shard does not go with experts, as in {folder.path}"
-            )
-        if folder.adapter is not None and folder.adapter.adapter.is_dora:
-            raise InputError(f"train.parallel = shard does not go with DoRA, as in {folder.name}")
 
 
 def _find_checkpoint(
@@ -208,7 +165,7 @@ def _load(config: RunConfig, ranks: Ranks, console: Console) -> tuple[Models, In
         _check_adapter(config, models)
         _check_names(config, models)
         if config.train.parallel == "shard":
-            _check_parts(models)
+            check_parts(models)
         return models, load_inputs(config, models, console)
 
     models, inputs = ranks.one_before_others(load)
