@@ -142,7 +142,7 @@ class JoinedRanks(Ranks):
     """
 
     def __init__(self, launch: Launch, store: Store, device: torch.device) -> None:
-        self.rank, self.count, self._local_rank = launch.rank, launch.count, launch.local_rank
+        self.rank, self.count, self.launch = launch.rank, launch.count, launch
         self._store, self.device = store, device
 
     def max(self, value: float) -> float:
@@ -223,7 +223,7 @@ class JoinedRanks(Ranks):
 
     def one_before_others(self, work: Callable[[], T]) -> T:
         """Do ``work`` on one rank of each machine, then on the others."""
-        if self._local_rank:
+        if self.launch.local_rank:
             self.wait()
             return work()
         result = work()

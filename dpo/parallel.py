@@ -18,9 +18,12 @@ def kind_of_ranks(config: RunConfig) -> type[JoinedRanks]:
     """
     if config.train.parallel == "data":
         return JoinedRanks
-    train, loss = config.train, config.loss.build()
+    train, loss, launch = config.train, config.loss.build(), Launch.of_environment()
+    is_hybrid = train.parallel == "hybrid"
     unfit = {
-        "one process: start it with torchrun": Launch.of_environment().count == 1,
+        "one process: start it with torchrun": launch.count == 1,
+        "one machine, or unequal ones: take shard": is_hybrid
+        and (launch.count == launch.local_count or launch.count % launch.local_count > 0),
         f"train.optimizer = {train.optimizer}, which looks at whole matrices or blocks, or "
         "averages: take adamw or lion": train.optimizer not in ("adamw", "lion"),
         "train.ema_decay": train.ema_decay is not None,
@@ -32,10 +35,11 @@ def kind_of_ranks(config: RunConfig) -> type[JoinedRanks]:
     }
     found = [what for what, is_so in unfit.items() if is_so]
     if found:
-        raise InputError(f"train.parallel = shard does not go with {'; '.join(found)}")
-    from dpo.sharding import ShardedRanks  # half a second, which other runs do without
+        raise InputError(f"train.parallel = {train.parallel} does not go with {'; '.join(found)}")
+    # half a second, which other runs do without
+    from dpo.sharding import HybridRanks, ShardedRanks
 
-    return ShardedRanks
+    return HybridRanks if is_hybrid else ShardedRanks
 
 
 def check_parts(models: Models) -> None:
@@ -46,8 +50,6 @@ def check_parts(models: Models) -> None:
     """
     for folder in (models.policy, models.reference):
         if any(folder.config.experts):
-            raise InputError(
-                f"train.parallel = shard does not go with experts, as in {folder.path}"
-            )
+            raise InputError(f"train.parallel = data is what experts ask for, as in {folder.path}")
         if folder.adapter is not None and folder.adapter.adapter.is_dora:
-            raise InputError(f"train.parallel = shard does not go with DoRA, as in {folder.name}")
+            raise InputError(f"train.parallel = data is what DoRA asks for, as in {folder.name}")

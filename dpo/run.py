@@ -164,7 +164,7 @@ def _load(config: RunConfig, ranks: Ranks, console: Console) -> tuple[Models, In
         models = find_models(config)
         _check_adapter(config, models)
         _check_names(config, models)
-        if config.train.parallel == "shard":
+        if config.train.parallel != "data":
             check_parts(models)
         return models, load_inputs(config, models, console)
 

@@ -41,13 +41,19 @@ class ShardedRanks(JoinedRanks):
         backward pass, for the head is walked in between.
         """
         assert isinstance(model, Decoder)
-        mesh = init_device_mesh(self.device.type, (self.count,))
+        shape = self._mesh_shape()
+        names = ("machines", "parts")[-len(shape) :]
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         for module in (*model.model.layers, model):
             fully_shard(module, mesh=mesh)
         for module in _divided(model):
             # sums, not means; gloo knows no other way to leave the division out
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+    def _mesh_shape(self) -> tuple[int, ...]:
+        """Return among how many ranks a model is divided, the last number, and copies before it."""
+        return (self.count,)
 
     def divide(self, value: Tensor, like: Tensor) -> Tensor:
         """Return a whole tensor, which every rank has, in parts."""
@@ -68,7 +74,8 @@ class ShardedRanks(JoinedRanks):
         if not isinstance(tensors[0], DTensor):
             return norm
         square = norm.square()
-        dist.all_reduce(square)
+        mesh = tensors[0].device_mesh
+        dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
         return square.sqrt()
 
     def take_apart(self, model: nn.Module) -> None:
@@ -82,6 +89,14 @@ class ShardedRanks(JoinedRanks):
             return tensor
         full: Tensor = tensor.full_tensor().detach()
         return full.cpu() if self.is_first else full.new_empty(0)
+
+
+class HybridRanks(ShardedRanks):
+    """One of the processes of a machine, each of which holds a part of the machine's model."""
+
+    def _mesh_shape(self) -> tuple[int, ...]:
+        here = self.launch.local_count
+        return self.count // here, here
 
 
 def _divided(model: nn.Module) -> list[FSDPModule]:

@@ -15,7 +15,7 @@ Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "schedule
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Dtype = Literal["float32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
-Parallel = Literal["data", "shard"]
+Parallel = Literal["data", "shard", "hybrid"]
 OnNonfinite = Literal["stop", "skip"]
 Auto = Literal["auto"]
 
@@ -151,8 +151,8 @@ class TrainConfig:
     device: Annotated[Device, "Where to train; auto takes CUDA if there is one."] = "auto"
     parallel: Annotated[
         Parallel,
-        "Of several processes of torchrun each holds the whole model, or a part of all: weights, "
-        "gradients and optimizer states (FSDP).",
+        "Of several processes of torchrun each holds the whole model; or a part of it, with its "
+        "gradients and optimizer states (shard: FSDP); or each machine all parts (hybrid: HSDP).",
     ] = "data"
     threads: Annotated[int | None, "CPU threads, in [1, 1024]; none leaves torch's choice."] = None
     compile: Annotated[bool, "Compile the model with torch.compile."] = False

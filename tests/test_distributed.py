@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from dpo.cli import COMMANDS, main
+from dpo.config import RunConfig
 from dpo.device import choose_device
 from dpo.distributed import BUCKET_BYTES, Ranks, buckets
 from dpo.errors import InputError
 from dpo.launch import Launch
 from dpo.losses import LOSSES
+from dpo.parallel import kind_of_ranks
 from dpo.scoring import MicroBatches
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import TrainConfig
@@ -142,6 +144,14 @@ def test_steps_of_every_kind_on_ranks_equal_those_of_one(count: int) -> None:
 def test_steps_of_a_model_in_parts_equal_those_of_one_rank(count: int) -> None:
     cases = {name: {**case, "is_sharded": True} for name, case in SHARDED.items()}
     for name, case in compared(count, cases).items():
+        assert_equal(name, case)
+
+
+@pytest.mark.slow
+def test_steps_of_a_model_on_each_of_two_machines_equal_those_of_one_rank() -> None:
+    names = ("loss sigmoid", "loss bco", "unpaired", "one pair a step", "lora of the output")
+    cases = {name: {**SHARDED[name], "is_sharded": True, "machines": 2} for name in names}
+    for name, case in compared(4, cases).items():
         assert_equal(name, case)
 
 
@@ -554,7 +564,25 @@ def test_experts_cannot_be_in_parts(
     codes, _, stderr = launch(2, arguments(tmp_path / "RUN", *more)).ended()
     assert codes == [2, 1]  # the second waits for the first, which is gone
     (line,) = errors_in(stderr)
-    assert line.endswith(f"train.parallel = shard does not go with experts, as in {folder}")
+    assert line.endswith(f"train.parallel = data is what experts ask for, as in {folder}")
+
+
+@pytest.mark.parametrize(
+    ("count", "local_count", "is_refused"), [(4, 4, True), (5, 2, True), (4, 2, False)]
+)
+def test_copies_between_machines_need_several_equal_ones(
+    count: int, local_count: int, is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = {"RANK": 0, "WORLD_SIZE": count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local_count}
+    for name, number in numbers.items():
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    config = RunConfig(model="M", data="D", out="R", train=TrainConfig(parallel="hybrid"))
+    if is_refused:
+        with pytest.raises(InputError, match=r"hybrid does not go with one machine, or unequal"):
+            kind_of_ranks(config)
+    else:
+        assert kind_of_ranks(config).__name__ == "HybridRanks"
 
 
 LARGE = """

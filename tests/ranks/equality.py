@@ -26,7 +26,7 @@ from dpo.launch import Launch
 from dpo.losses import LOSSES
 from dpo.models import Decoder, init_model, parse_config
 from dpo.models.transforms import checkpoint_activations
-from dpo.sharding import ShardedRanks
+from dpo.sharding import HybridRanks, ShardedRanks
 from dpo.tokenized_pairs import TokenizedPair, TokenizedPairs, columns_of
 from dpo.train_config import TrainConfig
 from dpo.trainer import NonFiniteError, Trainer
@@ -53,6 +53,7 @@ class Case:
         keeps_no_activations: whether they are computed again.
         experts: whether the model has some.
         is_sharded: whether each rank holds a part of the model.
+        machines: that the ranks are on, each with all parts of it; 0 for one copy over all.
         short_rank: the rank that finds no memory for more than 60 tokens; None for none.
         is_poisoned: whether some rows have a loss that is not finite.
     """
@@ -68,6 +69,7 @@ class Case:
     keeps_no_activations: bool = False
     experts: bool = False
     is_sharded: bool = False
+    machines: int = 0
     short_rank: int | None = None
     is_poisoned: bool = False
 
@@ -218,7 +220,10 @@ def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
     """Run a case on all ranks and, on the first, alone; say how far apart they are."""
     if case.is_sharded:
         assert isinstance(ranks, JoinedRanks)
-        ranks = ShardedRanks(Launch.of_environment(), ranks._store, ranks.device)
+        launch = Launch.of_environment()
+        kind = HybridRanks if case.machines else ShardedRanks
+        launch = replace(launch, local_count=launch.count // max(1, case.machines))
+        ranks = kind(launch, ranks._store, ranks.device)
     found = run(case, ranks)
     notes, are_equal = (
         int(ranks.max(len(found.notes))),
