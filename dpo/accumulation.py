@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from dpo.device import is_lack_of_memory
-from dpo.distributed import Ranks
 from dpo.losses import Loss, PairLogProbs
 from dpo.losses.base import PAIR_COLUMNS
 from dpo.metrics import MetricSums
+from dpo.ranks import Ranks
 from dpo.routing import RouterUse, balance_loss
 from dpo.scoring import ScoredPairs
 

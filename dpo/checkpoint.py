@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.distributed import Ranks
 from dpo.errors import InputError, RunError
 from dpo.files import (
     JSON,
@@ -26,6 +25,7 @@ from dpo.files import (
     write_json,
     write_manifest,
 )
+from dpo.ranks import Ranks
 from dpo.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1

@@ -20,7 +20,6 @@ from dpo.adapter_files import (
     read_adapter,
 )
 from dpo.config import RunConfig
-from dpo.distributed import Ranks
 from dpo.errors import InputError
 from dpo.fingerprint import adapter_fingerprint, weights_fingerprint
 from dpo.hub import commit_of, fetch_model
@@ -32,6 +31,7 @@ from dpo.pair_rows import RANKED_LAYOUT, RankedPairs
 from dpo.pair_view import PairNotes, PairView, Part
 from dpo.preferences import PairSource, PreferencePair, stream_pairs
 from dpo.progress import Console
+from dpo.ranks import Ranks
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
 

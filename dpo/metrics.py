@@ -124,9 +124,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.distributed import Ranks
 from dpo.losses import Loss, PairLogProbs, term_names
 from dpo.losses.base import MAX_EXPONENT, PAIR_COLUMNS
+from dpo.ranks import Ranks
 from dpo.sources import Sources
 
 if TYPE_CHECKING:

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dpo.distributed import Ranks
 from dpo.errors import RunError
 from dpo.files import JSON, atomic_write, remove_leftovers, write_json
+from dpo.ranks import Ranks
 from dpo.tokenized_pairs import TokenIds, TokenizedPair, TokenizedPairs
 
 Floats: TypeAlias = NDArray[np.float32]

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from dpo.config import RunConfig
-from dpo.distributed import Ranks
 from dpo.files import JSON
 from dpo.inputs import Inputs, ModelFolder, Models, cache_folder
 from dpo.models import Decoder
 from dpo.precision import precision_of
 from dpo.progress import Console
+from dpo.ranks import Ranks
 from dpo.reference import (
     AnswerLogProbs,
     ReferenceCache,

@@ -10,7 +10,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, 
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
-from dpo.distributed import Ranks, joined_ranks
+from dpo.distributed import joined_ranks
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import Identity, refuse_another_run, training_identity
@@ -47,6 +47,7 @@ from dpo.parallel import check_parts, kind_of_ranks
 from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.progress import Console, SilentConsole
+from dpo.ranks import Ranks
 from dpo.reference_pass import References, obtain_references
 from dpo.rehearsal import hollow_policy
 from dpo.report import REPORT, write_report
@@ -103,7 +104,7 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
     with joined_ranks(device, kind) as ranks, _held(folder, ranks), explained_lack_of_memory():
         own_console, console = console, console if ranks.is_first else SilentConsole()
         checkpoint = _find_checkpoint(folder, config, ranks, console)
-        models, inputs = _load(config, ranks, console)
+        models, inputs = _load(config, ranks, console, partial(_check_models, config))
         config = pin_revisions(config, models, inputs)
         if checkpoint is not None:
             _refuse_another_run(checkpoint, config, models, inputs)
@@ -153,7 +154,12 @@ def _find_checkpoint(
     return checkpoint
 
 
-def _load(config: RunConfig, ranks: Ranks, console: Console) -> tuple[Models, Inputs]:
+def _load(
+    config: RunConfig,
+    ranks: Ranks,
+    console: Console,
+    check: Callable[[Models], None] | None = None,
+) -> tuple[Models, Inputs]:
     """Find models and read data: one rank of a machine fetches and tokenizes for all of them.
 
     Raises:
@@ -162,10 +168,8 @@ def _load(config: RunConfig, ranks: Ranks, console: Console) -> tuple[Models, In
 
     def load() -> tuple[Models, Inputs]:
         models = find_models(config)
-        _check_adapter(config, models)
-        _check_names(config, models)
-        if config.train.parallel != "data":
-            check_parts(models)
+        if check is not None:
+            check(models)
         return models, load_inputs(config, models, console)
 
     models, inputs = ranks.one_before_others(load)
@@ -197,6 +201,18 @@ def _refuse_another_run(
 def _models_identity(config: RunConfig, models: Models) -> Identity:
     """Return what a checkpoint must have in common with the run beside what the trainer knows."""
     return {**models.fingerprints(), "adapter": config.adapter.identity()}
+
+
+def _check_models(config: RunConfig, models: Models) -> None:
+    """Refuse before any data is read what cannot be trained in the way that is asked for.
+
+    Raises:
+        InputError: an option of an adapter or a name finds nothing, or a model cannot be in parts.
+    """
+    _check_adapter(config, models)
+    _check_names(config, models)
+    if config.train.parallel != "data":
+        check_parts(models)
 
 
 def _check_adapter(config: RunConfig, models: Models) -> None:

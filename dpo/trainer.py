@@ -29,7 +29,6 @@ from dpo.accumulation import (
 from dpo.averaging import averaged_weights, keep_moving_average
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
 from dpo.displacement import DisplacementAlarm
-from dpo.distributed import Ranks
 from dpo.errors import InputError, RunError
 from dpo.health import StepMeans, WeightSample, relative_change
 from dpo.identity import Identity, refuse_another_run, training_identity
@@ -48,6 +47,7 @@ from dpo.optim import (
 )
 from dpo.policy import Policy
 from dpo.precision import precision_of
+from dpo.ranks import Ranks
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.routing import Routed
 from dpo.sampling import make_sampler

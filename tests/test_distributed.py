@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from dpo.cli import COMMANDS, main
 from dpo.config import RunConfig
 from dpo.device import choose_device
-from dpo.distributed import BUCKET_BYTES, Ranks, buckets
+from dpo.distributed import BUCKET_BYTES, buckets
 from dpo.errors import InputError
 from dpo.launch import Launch
 from dpo.losses import LOSSES
 from dpo.parallel import kind_of_ranks
+from dpo.ranks import Ranks
 from dpo.scoring import MicroBatches
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import TrainConfig

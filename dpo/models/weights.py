@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dpo.distributed import Ranks
 from dpo.errors import InputError
 from dpo.files import write_json
 from dpo.models.architectures import ARCHITECTURES
@@ -23,6 +22,7 @@ from dpo.models.config import ModelConfig, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.layouts import StoredTensor
 from dpo.quantization import QuantizedLinear, quantize_linears
+from dpo.ranks import Ranks
 from dpo.tensor_files import write_tensors
 
 SINGLE: Final = "model.safetensors"

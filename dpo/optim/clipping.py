@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dpo.distributed import Ranks
+from dpo.ranks import Ranks
 
 
 def clip_gradients(

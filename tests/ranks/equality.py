@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from dpo.adapters import Adapter, add_adapter
-from dpo.distributed import JoinedRanks, Ranks, joined_ranks
+from dpo.distributed import JoinedRanks, joined_ranks
 from dpo.launch import Launch
 from dpo.losses import LOSSES
 from dpo.models import Decoder, init_model, parse_config
 from dpo.models.transforms import checkpoint_activations
+from dpo.ranks import Ranks
 from dpo.sharding import HybridRanks, ShardedRanks
 from dpo.tokenized_pairs import TokenizedPair, TokenizedPairs, columns_of
 from dpo.train_config import TrainConfig
