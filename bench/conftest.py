@@ -17,13 +17,17 @@ Measure = Callable[..., None]
 def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Measure:
     """Time ``work`` after a warm-up, and report what it does per second and its memory.
 
-    Keywords are amounts that one call of ``work`` processes; ``pairs=8`` reports pairs/s.
+    Keywords are amounts that one call of ``work`` processes; ``pairs=8`` reports pairs/s. The
+    memory of work that ``is_elsewhere``, in another process, is not known.
     """
 
-    def measure(work: Callable[[], object], *, rounds: int = 5, **amounts: int) -> None:
-        benchmark.extra_info["peak_mib"] = peak_mib(work)  # of the first call, which warms up
+    def measure(
+        work: Callable[[], object], *, rounds: int = 5, is_elsewhere: bool = False, **amounts: float
+    ) -> None:
+        memory = peak_mib(work)  # of the first call, which warms up
+        benchmark.extra_info["peak_mib"] = None if is_elsewhere else memory
         # pytest-benchmark has no types
-        benchmark.pedantic(work, rounds=rounds, warmup_rounds=1)  # type: ignore[no-untyped-call]
+        benchmark.pedantic(work, rounds=rounds, warmup_rounds=0 if is_elsewhere else 1)  # type: ignore[no-untyped-call]
         assert benchmark.stats is not None
         seconds = float(benchmark.stats["median"])
         rates = {f"{name}_per_s": amount / seconds for name, amount in amounts.items()}

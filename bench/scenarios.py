@@ -34,6 +34,7 @@ def _llama(
 
 
 SHAPES: Final[dict[str, dict[str, Any]]] = {
+    "tiny": _llama(64, 128, 2, 4, 2, 512),
     "5m": _llama(256, 688, 4, 8, 4, 8192),
     "135m": _llama(576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
     "1b": _llama(2048, 8192, 16, 32, 8, 128256),  # Llama-3.2-1B
@@ -49,11 +50,15 @@ class Profile:
     answer: tuple[int, int]
 
 
+LENGTHS: Final = (512, 1024, 2048, 4096)  # useful tokens of a pair, in profiles named by them
+PAIRS: Final = (8, 16, 32, 64)
+
 PROFILES: Final = {
     "chat": Profile((20, 240), (10, 130)),  # like HH-RLHF: short turns
     "agent": Profile((320, 380), (15, 25)),  # a feedback log: long state, short action
     "long": Profile((500, 900), (300, 700)),  # like UltraFeedback and LLaMA-Factory's
     "8k": Profile((6000, 6000), (1096, 1096)),
+    **{f"{n}-tokens": Profile((n // 2, n // 2), (n // 4, n // 4)) for n in LENGTHS},
 }
 
 
@@ -80,9 +85,38 @@ class Scenario:
     loss: str = "sigmoid"
 
 
+def _longer(shape: str, dtype: Dtype) -> dict[str, Scenario]:
+    """Return scenarios of four pairs each, from one to the next twice as long."""
+    return {
+        f"{shape}-{n}-tokens": Scenario(
+            shape=shape, profile=f"{n}-tokens", dtype=dtype, batch_size=4
+        )
+        for n in LENGTHS
+    }
+
+
+def _more(shape: str, dtype: Dtype) -> dict[str, Scenario]:
+    """Return scenarios of short pairs, from one to the next twice as many in a step."""
+    return {
+        f"{shape}-{n}-pairs": Scenario(shape=shape, profile="chat", dtype=dtype, batch_size=n)
+        for n in PAIRS
+    }
+
+
+FAMILIES: Final = {  # scenarios whose work grows from one to the next by length, or by pairs
+    "5m-length": _longer("5m", "float32"),
+    "5m-pairs": _more("5m", "float32"),
+    "135m-length": _longer("135m", "bf16-mixed"),
+    "135m-pairs": _more("135m", "bf16-mixed"),
+}
+
 SCENARIOS: Final = {
+    "tiny-chat": Scenario(shape="tiny", profile="chat", dtype="float32"),
     "5m-chat": Scenario(shape="5m", profile="chat", dtype="float32"),
     "5m-agent": Scenario(shape="5m", profile="agent", dtype="float32"),
+    "5m-chat-simpo": Scenario(shape="5m", profile="chat", dtype="float32", loss="simpo"),
+    "5m-chat-wpo": Scenario(shape="5m", profile="chat", dtype="float32", loss="wpo"),
+    "5m-chat-tdpo2": Scenario(shape="5m", profile="chat", dtype="float32", loss="tdpo2"),
     "135m-chat": Scenario(shape="135m", profile="chat"),
     "135m-chat-float32": Scenario(shape="135m", profile="chat", dtype="float32"),
     "135m-chat-not-shared": Scenario(shape="135m", profile="chat", shares_prefix=False),
@@ -101,13 +135,18 @@ SCENARIOS: Final = {
     "8b-chat": Scenario(
         shape="8b", profile="chat", dtype="bfloat16", batch_size=32, activation_checkpointing=True
     ),
+    **{name: scenario for family in FAMILIES.values() for name, scenario in family.items()},
 }
 
 SUITES: Final = {
-    "quick": ("5m-chat", "5m-agent"),
+    "quick": ("tiny-chat", "5m-chat", "5m-agent"),
     "cpu": ("135m-chat", "135m-chat-float32", "135m-agent", "135m-agent-not-shared", "135m-long"),
     "gpu": (
         "135m-chat", "135m-agent", "135m-8k", "1b-chat", "1b-agent", "1b-agent-not-shared",
-        "1b-long", "8b-chat",
+        "1b-long", "8b-chat", *FAMILIES["135m-length"], *FAMILIES["135m-pairs"],
     ),
+    "losses": ("5m-chat", "5m-chat-simpo", "5m-chat-wpo", "5m-chat-tdpo2"),
+    "scaling": (*FAMILIES["5m-length"], *FAMILIES["5m-pairs"]),
+    "scaling-gpu": (*FAMILIES["135m-length"], *FAMILIES["135m-pairs"]),
 }  # fmt: skip
+MINUTES: Final = {"gpu": 7.5}  # of a suite, begun to end, unless another limit is given

@@ -21,12 +21,13 @@ from typing import Any, get_args
 import torch
 
 from dpo.bench.machine import commit
+from dpo.device import choose_device
 from dpo.losses import make_loss
 from dpo.models import Decoder, load_model
-from dpo.models.transforms import checkpoint_activations
+from dpo.models.transforms import checkpoint_activations, compile_blocks
 from dpo.precision import PRECISIONS
 from dpo.preferences import read_pairs
-from dpo.reference import ReferenceLogProbs, reference_in_memory
+from dpo.reference import AnswerLogProbs, ReferenceLogProbs, Score, reference_in_memory
 from dpo.sampling import StepSampler
 from dpo.scoring import (
     MicroBatches,
@@ -38,7 +39,7 @@ from dpo.scoring import (
 from dpo.throughput import peak_memory_mib
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import load_tokenizer
-from dpo.train_config import Dtype, TrainConfig
+from dpo.train_config import Device, Dtype, TrainConfig
 from dpo.trainer import Trainer
 
 
@@ -112,17 +113,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-prefix-sharing", action="store_true")
     parser.add_argument("--live-reference", action="store_true", help="no cache: run it each step")
     parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=get_args(Device), default="auto")
     return parser.parse_args(words)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Train and return what is to be printed."""
-    torch.set_num_threads(options.threads)
-    policy = load_model(options.model, dtype=PRECISIONS[options.dtype].parameters)
-    if options.activation_checkpointing:
-        checkpoint_activations(policy)
-    pairs = tokenize_pairs(read_pairs(options.data), load_tokenizer(options.model)).pairs
     config = TrainConfig(
         batch_size=options.batch_size,
         steps=options.steps,
@@ -131,10 +129,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         schedule="constant",
         max_grad_norm=None,
         dtype=options.dtype,
+        device=options.device,
+        threads=options.threads,
         share_prefix=not options.no_prefix_sharing,
     )
+    device = choose_device(config)
+    policy = load_model(options.model, dtype=PRECISIONS[options.dtype].parameters, device=device)
+    if options.activation_checkpointing:
+        checkpoint_activations(policy)
+    if options.compile:
+        compile_blocks(policy)
+    pairs = tokenize_pairs(read_pairs(options.data), load_tokenizer(options.model)).pairs
     started = time.perf_counter()
-    reference = _reference(policy, pairs, config)
+    reference = own_reference(policy, pairs, config)
     reference_seconds = time.perf_counter() - started
     trainer = make_trainer(
         policy,
@@ -159,16 +166,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _reference(policy: Decoder, pairs: TokenizedPairs, config: TrainConfig) -> ReferenceLogProbs:
+def own_reference(policy: Decoder, pairs: TokenizedPairs, config: TrainConfig) -> ReferenceLogProbs:
+    """Score ``pairs`` with the policy as it is, as a run does before it trains."""
     batches = MicroBatches.of_run(config, pairs)
+    score = score_with(policy, batches, config)
+    return reference_in_memory(score, pairs, batches=batches.split_sorted)
+
+
+def score_with(policy: Decoder, batches: MicroBatches, config: TrainConfig) -> Score:
+    """Return what gives the log-probs of rows under ``policy``."""
     precision, device = PRECISIONS[config.dtype], next(policy.parameters()).device
-    return reference_in_memory(
-        lambda rows: answer_log_probs(
+
+    def score(rows: Sequence[int]) -> Sequence[AnswerLogProbs]:
+        return answer_log_probs(
             score_rows(policy, batches, rows, precision=precision, device=device)
-        ),
-        pairs,
-        batches=batches.split_sorted,
-    )
+        )
+
+    return score
 
 
 if __name__ == "__main__":

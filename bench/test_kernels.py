@@ -5,70 +5,30 @@ Shapes: K answer tokens, D hidden size, V vocabulary, N tokens, H heads, G key h
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
-
 import pytest
 import torch
-from torch import Tensor
 
 from dpo.attention import BACKENDS, PLAIN
 from dpo.bench.conftest import Measure
-from dpo.log_probs import token_log_probs
-from dpo.policy import OutputHead
+from dpo.bench.heads import HEADS, head_problem
 from dpo.segments import Segments, plan_attention
 
 K, D, V = 1024, 576, 49152  # SmolLM2's head
 H, G, E = 9, 3, 64  # SmolLM2's attention
 
 
-def naive_log_probs(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """(K,) log-probs by way of the (K, V) logits."""
-    logits = hidden @ head.weight.T
-    return logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
-
-
-def tiled_log_probs(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """(K,) log-probs as the engine computes them."""
-    return token_log_probs(hidden, targets, head).log_probs
-
-
-def bare_products(hidden: Tensor, targets: Tensor, head: OutputHead) -> Tensor:
-    """(K,) numbers that need the same products and no softmax: the floor."""
-    return (hidden @ head.weight.T).sum(dim=1)
-
-
-HEADS: Final[dict[str, Callable[[Tensor, Tensor, OutputHead], Tensor]]] = {
-    "tiled": tiled_log_probs,
-    "naive": naive_log_probs,
-    "bare-products": bare_products,
-}
-
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [K, pytest.param(4 * K, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", HEADS)
-def test_log_prob_head(measure: Measure, name: str) -> None:
-    """1024 answer tokens through SmolLM2's vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(K, D, generator=generator).requires_grad_()
-    weight = (torch.randn(V, D, generator=generator) * 0.02).requires_grad_()
-    targets = torch.randint(V, (K,), generator=generator)
+def test_log_prob_head(measure: Measure, name: str, tokens: int, dtype: torch.dtype) -> None:
+    """Answer tokens through SmolLM2's vocabulary."""
+    hidden, weight, targets = head_problem(tokens, D, V, dtype)
 
     def work() -> None:
         hidden.grad = weight.grad = None
-        HEADS[name](hidden, targets, OutputHead(weight)).sum().backward()
+        HEADS[name](hidden, weight, targets).sum().backward()
 
-    measure(work, tokens=K)
-
-
-def test_heads_agree() -> None:
-    """What is timed above is the same function."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(9, 16, generator=generator), torch.randn(50, 16)
-    targets = torch.arange(9)
-    found, expected = (
-        HEADS[name](hidden, targets, OutputHead(weight)) for name in ("tiled", "naive")
-    )
-    torch.testing.assert_close(found, expected)
+    measure(work, tokens=tokens)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])

@@ -15,30 +15,32 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpo.bench.machine import cpu_model
-from dpo.bench.results import Measurement
+from dpo.accelerators import accelerator_of
+from dpo.bench.clock import device_name, matrix_rate, seconds_of
+from dpo.bench.results import LACK_OF_MEMORY, Measurement
 from dpo.bench.scenarios import PROFILES, SCENARIOS, SHAPES, Scenario
-from dpo.device import choose_device
+from dpo.bench.step import own_reference
+from dpo.device import choose_device, is_lack_of_memory
 from dpo.flops import training_flops
+from dpo.losses import make_loss
 from dpo.models import Decoder, init_model, parse_config
 from dpo.models.config import ModelConfig
 from dpo.models.transforms import checkpoint_activations
-from dpo.precision import PRECISIONS, Precision
+from dpo.precision import PRECISIONS
 from dpo.throughput import peak_memory_mib
 from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
 from dpo.train_config import Device, TrainConfig
-from dpo.trainer import Trainer
+from dpo.trainer import Trainer, uses_live_reference
 
-PRODUCT_SIZES = (1024, 2048, 4096)  # of the square products whose fastest rate is the yardstick
-PRODUCT_SECONDS = 0.5  # a size whose product takes longer is the last that is tried
+FEWEST_STEPS = 2  # that are timed, however little time there is
 
 
 def random_pairs(scenario: Scenario, count: int) -> TokenizedPairs:
@@ -71,44 +73,13 @@ def useful_flops(config: ModelConfig, lengths: NDArray[np.int64]) -> float:
         return training_flops(Decoder(config), lengths)
 
 
-def matrix_rate(
-    precision: Precision, device: torch.device, sizes: Sequence[int] | None = None
-) -> float:
-    """Return the best rate of square matrix products in these numerics, in operations per second.
-
-    The median of five of each size, so that one lucky or disturbed product does not count.
-
-    Args:
-        precision: gives the dtype.
-        device: where.
-        sizes: of the matrices; ``PRODUCT_SIZES`` if None.
-    """
-    dtype = precision.autocast or precision.parameters
-    best = 0.0
-    for size in sizes or PRODUCT_SIZES:
-        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = []
-        for _ in range(6):  # the first warms up
-            synchronize(device)
-            started = time.perf_counter()
-            torch.mm(left, right)
-            synchronize(device)
-            seconds.append(time.perf_counter() - started)
-        median = statistics.median(seconds[1:])
-        best = max(best, 2 * size**3 / median)
-        if median > PRODUCT_SECONDS:
-            break
-    return best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(
-    name: str, *, steps: int, device_kind: Device = "auto", threads: int | None = None
+    name: str,
+    *,
+    steps: int,
+    device_kind: Device = "auto",
+    threads: int | None = None,
+    seconds: float | None = None,
 ) -> Measurement:
     """Time ``steps`` optimizer steps of a scenario, after one that warms up.
 
@@ -117,10 +88,12 @@ def measure(
         steps: at least 1.
         device_kind: as for ``dpo train --device``.
         threads: of the CPU; None leaves torch's choice.
+        seconds: take fewer steps, but ``FEWEST_STEPS``, where that many would take longer in all.
 
     Raises:
         InputError: the device is not there.
     """
+    began = time.perf_counter()
     scenario = SCENARIOS[name]
     options = _options(scenario, device_kind, threads)
     device, precision = choose_device(options), PRECISIONS[scenario.dtype]
@@ -130,16 +103,21 @@ def measure(
         checkpoint_activations(model)
     pairs = random_pairs(scenario, scenario.batch_size)
     lengths = pairs.lengths()
-    started = time.perf_counter()
-    trainer = Trainer(model, pairs, options, loss=scenario.loss)
-    synchronize(device)
-    reference_seconds = time.perf_counter() - started
-    trainer.train_step()
+    loss, reference, reference_seconds = make_loss(scenario.loss), None, None
+    if loss.needs_reference and not uses_live_reference(loss, options):
+        reference = own_reference(model, pairs, options)  # which warms up
+        (reference_seconds,) = seconds_of(partial(own_reference, model, pairs, options), 1, device)
+    trainer = Trainer(model, pairs, options, loss=loss, reference=reference)
+    (warm_up,) = seconds_of(trainer.train_step, 1, device)
+    if seconds is not None:
+        fitting = int((seconds - (time.perf_counter() - began)) / warm_up)
+        steps = min(steps, max(fitting, FEWEST_STEPS))
     trainer.close_window()
-    step_seconds = [_timed_step(trainer) for _ in range(steps)]
+    step_seconds = seconds_of(trainer.train_step, steps, device)
     line = trainer.close_window()
     peak, median = peak_memory_mib(device), statistics.median(step_seconds)
     rate, flops = matrix_rate(precision, device), useful_flops(config, lengths)
+    card = accelerator_of(device)
     copies = 1 if scenario.shares_prefix else 2
     return Measurement(
         scenario=name,
@@ -154,16 +132,14 @@ def measure(
         useful_flops=flops,
         matrix_flops_per_s=rate,
         mfu=flops / (median * rate),
+        datasheet_flops_per_s=None if card is None else card.flops_per_s(options),
         peak_mib=peak,
         state_mib=_state_bytes(trainer) / 2**20,
-        reference_tokens_per_s=float(lengths.sum() / reference_seconds),
+        reference_seconds=reference_seconds,
         split={n.removeprefix("time/"): t for n, t in line.items() if n.startswith("time/")},
+        notes=trainer.notes,
+        wall_seconds=time.perf_counter() - began,
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Return what the processor calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 
 def _options(scenario: Scenario, device: Device, threads: int | None) -> TrainConfig:
@@ -177,14 +153,6 @@ def _options(scenario: Scenario, device: Device, threads: int | None) -> TrainCo
         threads=threads,
         share_prefix=scenario.shares_prefix,
     )
-
-
-def _timed_step(trainer: Trainer) -> float:
-    synchronize(trainer.device)
-    started = time.perf_counter()
-    trainer.train_step()
-    synchronize(trainer.device)
-    return time.perf_counter() - started
 
 
 def _state_bytes(trainer: Trainer) -> int:
@@ -201,13 +169,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="auto", choices=get_args(Device))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--seconds", type=float)
     options = parser.parse_args()
-    result = measure(
-        options.scenario,
-        steps=options.steps,
-        device_kind=options.device,
-        threads=options.threads,
-    )
+    try:
+        result = measure(
+            options.scenario,
+            steps=options.steps,
+            device_kind=options.device,
+            threads=options.threads,
+            seconds=options.seconds,
+        )
+    except RuntimeError as error:
+        if not is_lack_of_memory(error):
+            raise
+        sys.stderr.write(f"{str(error).splitlines()[0]}\n")
+        raise SystemExit(LACK_OF_MEMORY) from error
     sys.stdout.write(json.dumps(asdict(result)) + "\n")
 
 

@@ -11,7 +11,9 @@ import argparse
 import json
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,28 +25,31 @@ PAIRS = ROOT / "tests/fixtures/hh_pairs.jsonl"
 SETTINGS = {"steps": 5, "batch-size": 16, "learning-rate": 3e-4, "beta": 0.1, "dtype": "float32"}
 
 
-def make_model(folder: Path) -> None:
-    """Write the tiny model and its byte tokenizer to an existing ``folder``."""
-    tokenizer = byte_tokenizer(chat_template=None)
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": tokenizer.vocab_size,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    }
-    model, generator = init_model(parse_config(config)), torch.Generator().manual_seed(0)
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 258,  # of the bytes' tokenizer
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+
+
+def make_model(folder: Path, shape: Mapping[str, Any] = TINY) -> None:
+    """Write a model of random weights and a tokenizer of bytes to ``folder``."""
+    folder.mkdir(exist_ok=True)
+    model = init_model(parse_config(dict(shape)))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # the record holds for these numbers, however models are begun
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.02, generator=generator)
     save_model(model, folder)
-    tokenizer.save(folder)
+    byte_tokenizer(chat_template=None).save(folder)
 
 
 def main() -> None:

@@ -36,7 +36,9 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         self._started = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Stop it."""
+        """Stop it, when a GPU has done what it was given."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._started)
 
     def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
@@ -71,14 +73,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precompute", action="store_true", help="reference log-probs in advance")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--max-length", type=int)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser.parse_args()
+
+
+def _peak_mib(has_gpu: bool) -> float:
+    """Return the most memory used: allocated on a GPU, else resident of this process."""
+    if has_gpu:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
     """Train and print."""
     options = parse()
     torch.set_num_threads(options.threads)
+    has_gpu = torch.cuda.is_available() and options.device != "cpu"
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -90,7 +102,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=not has_gpu,
+            torch_compile=options.compile,
             beta=options.beta,
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size // options.accumulation,
@@ -120,7 +133,7 @@ def main() -> None:
         "losses": stopwatch.losses,
         "step_seconds": stopwatch.seconds,
         "reference_seconds": trainer.reference_seconds,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": _peak_mib(has_gpu),
         "settings": vars(options) | {"data": str(options.data)},
         "torch": torch.__version__,
         "trl": trl.__version__,

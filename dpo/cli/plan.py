@@ -35,7 +35,7 @@ def plan(
         click.echo(resolved.to_toml(), nl=False)
         return
     from dpo import planner
-    from dpo.bench.training import matrix_rate
+    from dpo.bench.clock import matrix_rate
     from dpo.device import choose_device
     from dpo.inputs import find_models, load_inputs
     from dpo.precision import precision_of

@@ -1,20 +1,29 @@
 """The arithmetic of the comparison with TRL."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from dpo.bench.peers.compare import (
-    CONTENDERS,
+from dpo.bench.peers.compare import parse, run_contender, schedule
+from dpo.bench.peers.contenders import CONTENDERS
+from dpo.bench.peers.summary import (
     Run,
     Summary,
     Work,
     best_peer,
     check_losses,
-    parse,
-    schedule,
     summarise,
     table,
 )
+from dpo.bench.peers.work import model_folder, write_pairs
+from dpo.bench.scenarios import PROFILES
 from dpo.errors import InputError, RunError
+from dpo.preferences import read_pairs
+from dpo.tokenization import tokenize_pairs
+from dpo.tokenizer import load_tokenizer
 
 WORK = Work(pairs=[8, 8, 4], useful_tokens=[999, 400, 200])
 
@@ -61,14 +70,54 @@ def test_ratios_are_to_the_fastest_peer() -> None:
         "trl, live reference": summary(1, peak_mib=80),
     }
     assert best_peer(summaries) is summaries["trl, precomputed"]
-    ours, precomputed, live = table(summaries).splitlines()[2:]
-    assert ours.endswith("| 3.00 | 0.50 |")
-    assert precomputed.endswith("| 1.00 | 1.00 |")
-    assert live.endswith("| 0.50 | 0.80 |")
+    assert ratios(summaries) == [["3.00", "0.50"], ["1.00", "1.00"], ["0.50", "0.80"]]
+
+
+def ratios(summaries: dict[str, Summary]) -> list[list[str]]:
+    lines = table(summaries).splitlines()[2:]
+    return [[cell.strip() for cell in line.split("|")[-3:-1]] for line in lines]
 
 
 def test_without_peers_there_are_no_ratios() -> None:
-    assert table({"ours": summary(6)}).endswith("|  |  |")
+    assert ratios({"ours": summary(6)}) == [["", ""]]
+
+
+def test_all_steps_that_warm_up_are_not_counted() -> None:
+    found = summarise([run(99, 50, 2)], WORK, warm_up=2)
+    assert (found.step_seconds, found.pairs_per_s) == (2, 4 / 2)
+
+
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if "kept heap" in name])
+def test_allocator_of_a_contender_reaches_its_process(name: str, tmp_path: Path) -> None:
+    shell = 'echo "{\\"threads\\": $OMP_NUM_THREADS, \\"maps\\": $MALLOC_MMAP_MAX_}"'
+    command = ["/bin/sh", "-c", shell, "sh", "--threads", "3"]
+    found = run_contender(command, CONTENDERS[name], compiled=tmp_path)
+    assert found == {"threads": 3, "maps": 0}
+
+
+@pytest.mark.slow
+def test_contenders_of_both_do_the_same_on_pairs_of_a_profile(
+    peers_python: Path, tmp_path: Path
+) -> None:
+    """Which the comparison itself checks, by the losses of each step."""
+    names = ("ours", "ours, no sharing", "trl, precomputed, micro-batch 1/2, kept heap")
+    words = ["--model", "tiny", "--profile", "agent", "--activation-checkpointing"]
+    words += ["--steps", "3", "--repeats", "1", "--batch-size", "4", "--only", *names]
+    words += ["--peers", str(peers_python), "--out", str(tmp_path / "out.json")]
+    subprocess.run([sys.executable, "-m", "dpo.bench.peers.compare", *words], check=True)
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert set(result["summaries"]) == set(names)
+
+
+def test_pairs_of_a_profile_have_its_lengths_in_tokens(tmp_path: Path) -> None:
+    folder = model_folder("tiny", tmp_path)
+    pairs = read_pairs(write_pairs("agent", 40, tmp_path))
+    lengths = tokenize_pairs(pairs, load_tokenizer(folder)).pairs.lengths()
+    for column, bounds in zip(
+        lengths.T, (PROFILES["agent"].prompt, *[PROFILES["agent"].answer] * 2), strict=True
+    ):
+        assert bounds[0] <= column.min() <= column.max() <= bounds[1]
+    assert len(set(map(tuple, lengths.tolist()))) > 30
 
 
 def test_every_contender_is_ours_or_trl() -> None:
@@ -80,8 +129,10 @@ def test_every_contender_is_ours_or_trl() -> None:
     [
         (["--only", "theirs"], "no contender 'theirs'; there are ours, "),
         (["--only", "trl, precomputed"], "one of ours must run"),
-        (["--steps", "1"], "--steps must be at least 2"),
-        (["--repeats", "0"], "--repeats at least 1"),
+        (["--steps", "1"], "--warm-up must be at least 1, and --steps more"),
+        (["--warm-up", "0"], "--warm-up must be at least 1"),
+        (["--profile", "agent"], "needs a model of random weights, whose tokens are letters"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
     ],
 )
 def test_comparisons_that_say_nothing_are_refused(words: list[str], message: str) -> None:

@@ -6,11 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from dpo.bench import training
-from dpo.bench.scenarios import PROFILES, SCENARIOS, SHAPES, SUITES, Profile, Scenario
-from dpo.bench.training import matrix_rate, measure, random_pairs, useful_flops
+from dpo.bench import clock, training
+from dpo.bench.results import LACK_OF_MEMORY
+from dpo.bench.scenarios import (
+    FAMILIES,
+    MINUTES,
+    PROFILES,
+    SCENARIOS,
+    SHAPES,
+    SUITES,
+    Profile,
+    Scenario,
+)
+from dpo.bench.training import (
+    FEWEST_STEPS,
+    main,
+    measure,
+    random_pairs,
+    useful_flops,
+)
 from dpo.models import init_model, parse_config
-from dpo.precision import PRECISIONS
 
 TINY = {
     **SHAPES["5m"],
@@ -30,7 +45,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setitem(PROFILES, "short", Profile((3, 9), (2, 5)))
     monkeypatch.setitem(SCENARIOS, "tiny", scenario)
-    monkeypatch.setattr(training, "PRODUCT_SIZES", (64,))
+    monkeypatch.setattr(clock, "PRODUCT_SIZES", (64,))
     return "tiny"
 
 
@@ -46,6 +61,16 @@ def test_every_scenario_is_made_of_what_the_tables_hold(name: str) -> None:
 
 def test_suites_name_scenarios() -> None:
     assert {name for suite in SUITES.values() for name in suite} <= set(SCENARIOS)
+    assert set(MINUTES) <= set(SUITES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_work_of_a_family_grows_by_eight(name: str) -> None:
+    first, *_, last = FAMILIES[name].values()
+    tokens = [
+        random_pairs(scenario, scenario.batch_size).lengths().sum() for scenario in (first, last)
+    ]
+    assert tokens[1] / tokens[0] == pytest.approx(8, rel=0.15)
 
 
 def test_useful_arithmetic_by_hand() -> None:
@@ -68,6 +93,9 @@ def test_a_measurement_adds_up(tiny: str) -> None:
     median = sum(found.step_seconds) / 2
     assert found.pairs_per_s == pytest.approx(3 / median)
     assert found.mfu == pytest.approx(found.useful_flops / median / found.matrix_flops_per_s)
+    assert found.reference_seconds is not None
+    assert 0 < found.reference_seconds < found.wall_seconds
+    assert found.datasheet_flops_per_s is None
     assert set(found.split) == {"data", "forward", "backward", "optimizer"}
     assert all(seconds > 0 for seconds in found.split.values())
     weights = sum(p.numel() for p in init_model(parse_config(TINY)).parameters())
@@ -85,6 +113,32 @@ def test_a_prompt_computed_twice_is_useful_once(tiny: str, monkeypatch: pytest.M
     assert unshared.useful_flops == shared.useful_flops
 
 
-def test_the_yardstick_is_a_rate_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "PRODUCT_SIZES", (128, 256))
-    assert matrix_rate(PRECISIONS["float32"], torch.device("cpu")) > 1e6
+def test_little_time_makes_few_steps(tiny: str) -> None:
+    found = measure(tiny, steps=50, device_kind="cpu", seconds=0.0)
+    assert len(found.step_seconds) == FEWEST_STEPS
+    found = measure(tiny, steps=3, device_kind="cpu", seconds=600.0)
+    assert len(found.step_seconds) == 3
+
+
+@pytest.mark.parametrize(("loss", "parts"), [("simpo", 4), ("tdpo2", 5)])
+def test_loss_that_needs_no_reference_beforehand_has_no_pass(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, loss: str, parts: int
+) -> None:
+    monkeypatch.setitem(SCENARIOS, tiny, replace(SCENARIOS[tiny], loss=loss))
+    found = measure(tiny, steps=1, device_kind="cpu")
+    assert found.reference_seconds is None
+    assert len(found.split) == parts  # a reference in memory is a part of the step
+
+
+def test_lack_of_memory_has_an_exit_code_of_its_own(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+
+    monkeypatch.setattr(training, "measure", fill)
+    monkeypatch.setattr("sys.argv", ["training", tiny])
+    with pytest.raises(SystemExit) as error:
+        main()
+    assert error.value.code == LACK_OF_MEMORY
+    assert capsys.readouterr().err == "CUDA out of memory\n"
