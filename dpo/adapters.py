@@ -63,8 +63,10 @@ class AdaptedLinear(nn.Module):
         self.base, self.adapter = base, adapter
         like = base.weight if isinstance(base, nn.Linear) else base.scales
         dtype = torch.promote_types(like.dtype, torch.float32)
-        self.down = nn.Parameter(like.new_zeros(adapter.rank, base.in_features, dtype=dtype))
-        self.up = nn.Parameter(like.new_zeros(base.out_features, adapter.rank, dtype=dtype))
+        # not like.new_zeros: W may be divided over ranks, which hold the factors whole
+        zeros = partial(torch.zeros, dtype=dtype, device=like.device)
+        self.down = nn.Parameter(zeros(adapter.rank, base.in_features))
+        self.up = nn.Parameter(zeros(base.out_features, adapter.rank))
         self.magnitude: nn.Parameter | None = None
         if adapter.is_dora:
             self.magnitude = nn.Parameter(_lengths(base.weight.detach(), dtype))

@@ -25,6 +25,7 @@ from dpo.files import (
     write_json,
     write_manifest,
 )
+from dpo.ranks import Ranks
 from dpo.tensor_files import read_tensors, write_tensors
 
 FORMAT = 1
@@ -178,7 +179,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    ranks: Ranks | None = None,
 ) -> None:
     """Replace the optimizer's state by copies of what ``optimizer_tensors`` returned, bit for bit.
 
@@ -188,6 +192,7 @@ def restore_optimizer(
     Raises:
         InputError: a state belongs to no parameter that the optimizer trains.
     """
+    ranks = ranks or Ranks()
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     parameters = {name: p for name, p in model.named_parameters() if p in groups}
     optimizer.state.clear()
@@ -203,7 +208,9 @@ def restore_optimizer(
         # torch.optim: step counts live beside the parameter only if the update runs there whole.
         on_host = key in _COUNTS and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if on_host else parameter.device
-        optimizer.state[parameter][key] = value.to(device, copy=True)
+        value = value.to(device, copy=True)
+        is_like_it = value.shape == parameter.shape
+        optimizer.state[parameter][key] = ranks.divide(value, parameter) if is_like_it else value
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 
 from dpo.errors import InputError, RunError
+from dpo.launch import Launch
 from dpo.precision import PRECISIONS
 from dpo.train_config import TrainConfig
 
 
 def choose_device(config: TrainConfig) -> torch.device:
     """Set the CPU threads and the float32 products of this process; return a run's device.
+
+    Of several processes on a machine each takes the GPU of its number there.
 
     Raises:
         InputError: the device is not there, or it cannot do the dtype.
@@ -26,7 +29,7 @@ def choose_device(config: TrainConfig) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if config.device == "cuda" and not has_gpu:
         raise InputError("train.device is cuda, but torch sees no GPU; give cpu or auto")
-    device = torch.device("cuda" if has_gpu and config.device != "cpu" else "cpu")
+    device = _own_gpu() if has_gpu and config.device != "cpu" else torch.device("cpu")
     if PRECISIONS[config.dtype].scales_loss and device.type == "cpu":
         raise InputError(f"train.dtype = {config.dtype} needs a GPU; on a CPU take bf16-mixed")
     if config.tf32 and not _has_tf32(device):
@@ -36,6 +39,20 @@ def choose_device(config: TrainConfig) -> torch.device:
     # older names, which its compiler still does.
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     return device
+
+
+def _own_gpu() -> torch.device:
+    """Return the GPU of this process, and make it the one that torch takes for "cuda"."""
+    launch = Launch.of_environment()
+    if launch.count == 1:
+        return torch.device("cuda")
+    if launch.local_count > torch.cuda.device_count():
+        raise InputError(
+            f"{launch.local_count} processes were started on this machine, but torch sees "
+            f"{torch.cuda.device_count()} GPUs: give torchrun --nproc-per-node that many"
+        )
+    torch.cuda.set_device(launch.local_rank)
+    return torch.device("cuda", launch.local_rank)
 
 
 def _has_tf32(device: torch.device) -> bool:

@@ -31,6 +31,7 @@ from dpo.pair_rows import RANKED_LAYOUT, RankedPairs
 from dpo.pair_view import PairNotes, PairView, Part
 from dpo.preferences import PairSource, PreferencePair, stream_pairs
 from dpo.progress import Console
+from dpo.ranks import Ranks
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import Tokenizer, load_tokenizer
 
@@ -80,17 +81,22 @@ class ModelFolder:
         has_own = (self.name / "tokenizer.json").exists()
         return load_tokenizer(self.name if has_own else self.path)
 
-    def load(self, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+    def load(
+        self, *, dtype: torch.dtype, device: torch.device, ranks: Ranks | None = None
+    ) -> Decoder:
         """Load the model.
 
         Args:
             dtype: of the parameters in memory; those of an adapter are float32 at least.
             device: where they go.
+            ranks: those that may hold a part of each; None for one that holds all.
 
         Raises:
             InputError: a file is missing, damaged, or does not fit the others.
         """
-        model = load_model(self.path, dtype=dtype, device=device, quantize=self.quantize)
+        model = load_model(
+            self.path, dtype=dtype, device=device, quantize=self.quantize, ranks=ranks
+        )
         if self.adapter is not None:
             load_adapter(model, self.adapter.path)
         return model

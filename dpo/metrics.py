@@ -126,6 +126,7 @@ from torch import Tensor
 
 from dpo.losses import Loss, PairLogProbs, term_names
 from dpo.losses.base import MAX_EXPONENT, PAIR_COLUMNS
+from dpo.ranks import Ranks
 from dpo.sources import Sources
 
 if TYPE_CHECKING:
@@ -252,6 +253,18 @@ class MetricSums:
         self._rows += other._rows
         self._columns += other._columns
         self._token_sums += other._token_sums
+
+    def of_all(self, ranks: Ranks) -> "MetricSums":
+        """Return the window of all ranks, of which this is one."""
+        whole = MetricSums(self._sources, terms=self._terms)
+        whole._has_reference = not ranks.any(not self._has_reference)
+        rows = ranks.gather(torch.tensor(self._rows, dtype=torch.int64))
+        whole._rows = [] if rows is None else rows.tolist()
+        columns = ranks.gather(torch.cat(self._columns, dim=1).T if self._columns else None)
+        whole._columns = [] if columns is None else [columns.T]  # (C, P)
+        sums = ranks.gather(torch.stack(self._token_sums) if self._token_sums else None)
+        whole._token_sums = [] if sums is None else list(sums)
+        return whole
 
     @torch.no_grad()
     def result(self) -> dict[str, float]:

@@ -120,6 +120,13 @@ class Console:
         self._stream.flush()
 
 
+class SilentConsole(Console):
+    """Shows nothing, not even warnings: for the processes beside one that speaks for all."""
+
+    def _write(self, text: str) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True)
 class _Sample:
     seconds: float

@@ -27,6 +27,7 @@ from safetensors.numpy import save
 
 from dpo.errors import RunError
 from dpo.files import JSON, atomic_write, remove_leftovers, write_json
+from dpo.ranks import Ranks
 from dpo.tokenized_pairs import TokenIds, TokenizedPair, TokenizedPairs
 
 Floats: TypeAlias = NDArray[np.float32]
@@ -279,6 +280,7 @@ def compute_reference(
     *,
     batches: Batches,
     progress: Progress | None = None,
+    ranks: Ranks | None = None,
 ) -> ReferenceLogProbs:
     """Compute what the cache lacks, and return the log-probs of all ``pairs``.
 
@@ -290,24 +292,31 @@ def compute_reference(
         pairs: the data.
         cache: where results are looked for and kept.
         batches: cuts the missing rows into those scored together; longest first makes the progress
-            honest and a lack of memory plain at once.
+            honest and a lack of memory plain at once. One of several ranks cuts its part of them.
         progress: is called with the tokens done and those to do.
+        ranks: that all compute into the folder of the cache.
 
     Raises:
         RunError: a log-prob is not finite.
     """
-    rows = cache.missing(pairs)
+    ranks = ranks or Ranks()
+    missing = ranks.first(cache.missing(pairs))
+    own = list(batches(missing))
+    extra = ranks.extra_passes(len(own))
     tokens = pairs.lengths().sum(axis=1)  # (P,)
-    done, total = 0, int(tokens[rows].sum())
+    done, total = 0, sum(int(tokens[list(batch)].sum()) for batch in own)
     try:
-        for batch in batches(rows):
+        for batch in own:
             for row, log_probs in zip(batch, score(batch), strict=True):
                 cache.append(pairs[row], log_probs)
                 done += int(tokens[row])
             if progress:
                 progress(done, total)
+        for _ in range(extra):
+            score([missing[0]])
     finally:
         cache.flush()
+    ranks.wait()  # for what the others add
     return cache.lookup(pairs)
 
 

@@ -14,6 +14,7 @@ from dpo.inputs import Inputs, ModelFolder, Models, cache_folder
 from dpo.models import Decoder
 from dpo.precision import precision_of
 from dpo.progress import Console
+from dpo.ranks import Ranks
 from dpo.reference import (
     AnswerLogProbs,
     ReferenceCache,
@@ -42,6 +43,7 @@ def obtain_references(
     *,
     device: torch.device,
     model: Decoder | None = None,
+    ranks: Ranks | None = None,
 ) -> References:
     """Look the reference log-probs of ``inputs`` up, and compute those that the cache lacks.
 
@@ -56,6 +58,7 @@ def obtain_references(
         device: where to compute.
         model: the reference model as it is on disk, if it is loaded; else it is loaded when first
             needed, and never if the cache has everything.
+        ranks: among which what is to be computed is divided; all must see the folder of the cache.
 
     Raises:
         RunError: the cache holds other values than the model gives, or one is not finite.
@@ -69,7 +72,7 @@ def obtain_references(
         fingerprint=models.reference.fingerprint,
         numerics=numerics(precision=config.train.dtype, device=device.type, **switches),
     )
-    scorer = _Scorer(config, models.reference, device, model)
+    scorer = _Scorer(config, models.reference, device, model, ranks or Ranks())
     pairs = scorer.obtain(inputs.pairs, cache, console, "reference")
     if inputs.eval_pairs is None:
         return References(pairs)
@@ -82,10 +85,15 @@ class _Scorer:
     """Scores pairs with the reference model, which is loaded when it is first needed."""
 
     def __init__(
-        self, config: RunConfig, folder: ModelFolder, device: torch.device, model: Decoder | None
+        self,
+        config: RunConfig,
+        folder: ModelFolder,
+        device: torch.device,
+        model: Decoder | None,
+        ranks: Ranks,
     ) -> None:
         self.train, self.folder, self.device, self.model = config.train, folder, device, model
-        self.precision = precision_of(config.train)
+        self.precision, self.ranks = precision_of(config.train), ranks
 
     def obtain(
         self, pairs: TokenizedPairs, cache: ReferenceCache, console: Console, label: str
@@ -99,12 +107,16 @@ class _Scorer:
             )
             return answer_log_probs(scored)
 
-        missing = cache.missing(pairs)
+        def own(rows: Sequence[int]) -> list[list[int]]:
+            part = batches.divide(rows, self.ranks.count)[self.ranks.rank]
+            return batches.split_sorted(part)
+
+        missing = self.ranks.first(cache.missing(pairs))
         _tell_damage(cache, console)
         if missing:
             with console.bar(label, unit="tokens") as bar:
                 compute_reference(
-                    score, pairs, cache, batches=batches.split_sorted, progress=bar.update
+                    score, pairs, cache, batches=own, progress=bar.update, ranks=self.ranks
                 )
         else:
             console.say(f"{label}: all {len(pairs):,} pairs are in the cache")
@@ -117,7 +129,7 @@ class _Scorer:
     def _loaded(self) -> Decoder:
         if self.model is None:
             dtype = self.precision.parameters
-            self.model = self.folder.load(dtype=dtype, device=self.device)
+            self.model = self.folder.load(dtype=dtype, device=self.device, ranks=self.ranks)
         return self.model
 
 

@@ -10,9 +10,10 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +26,7 @@ from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, 
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
+from dpo.distributed import joined_ranks
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import Identity, refuse_another_run, training_identity
@@ -41,13 +43,22 @@ from dpo.model_card import write_model_card
 from dpo.models import Decoder, save_model
 from dpo.optim import rate_scales as find_rates
 from dpo.optim import trained_names
+from dpo.parallel import check_parts, kind_of_ranks
 from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
-from dpo.progress import Console
+from dpo.progress import Console, SilentConsole
+from dpo.ranks import Ranks
 from dpo.reference_pass import References, obtain_references
 from dpo.rehearsal import hollow_policy
-from dpo.report import write_report
-from dpo.run_folder import CHECKPOINTS, RunLog, find_checkpoint, go_on_from, write_reproduction
+from dpo.report import REPORT, write_report
+from dpo.run_folder import (
+    CHECKPOINTS,
+    RunLog,
+    find_checkpoint,
+    go_on_from,
+    read_evaluations,
+    write_reproduction,
+)
 from dpo.token_budget import choose_budget, with_budget
 from dpo.train_config import AUTO
 from dpo.trainer import Metrics, NonFiniteError, Trainer, uses_live_reference
@@ -77,6 +88,9 @@ class RunResult:
 def train(config: RunConfig, *, console: Console) -> RunResult:
     """Train a model on preference pairs and write the run folder ``config.out``.
 
+    Under torchrun the processes train one model together (``dpo.distributed``), and the first of
+    them writes the folder.
+
     Raises:
         InputError: the model, the data or the folder cannot be used.
         RunError: training cannot go on.
@@ -85,24 +99,21 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
-    with FolderLock(folder), explained_lack_of_memory():
-        for place in (folder, folder / CHECKPOINTS):
-            remove_leftovers(place)
-        checkpoint = find_checkpoint(folder, config.train.resume, console)
-        device = choose_device(config.train)
-        models = find_models(config)
-        _check_adapter(config, models)
-        _check_names(config, models)
-        inputs = load_inputs(config, models, console)
+    device = choose_device(config.train)
+    kind = kind_of_ranks(config)
+    with joined_ranks(device, kind) as ranks, _held(folder, ranks), explained_lack_of_memory():
+        own_console, console = console, console if ranks.is_first else SilentConsole()
+        checkpoint = _find_checkpoint(folder, config, ranks, console)
+        models, inputs = _load(config, ranks, console, partial(_check_models, config))
         config = pin_revisions(config, models, inputs)
         if checkpoint is not None:
             _refuse_another_run(checkpoint, config, models, inputs)
         if config.train.tokens_per_micro_batch == AUTO:
             budget = choose_budget(config, models.policy.config, inputs.pairs, device=device)
             console.say(budget.describe())
-            config = with_budget(config, budget.tokens)
-        trainer = _make_trainer(config, models, inputs, device, console)
-        run = _Run(config, models, trainer, console)
+            config = with_budget(config, ranks.first([budget.tokens])[0])
+        trainer = _make_trainer(config, models, inputs, device, ranks, console)
+        run = _Run(config, models, trainer, console, own_console)
         if checkpoint is not None:
             run.restore(checkpoint)
         return run.train()
@@ -116,10 +127,54 @@ def compute_reference_only(config: RunConfig, *, console: Console) -> None:
         RunError: a log-prob is not finite, or the device's memory is full.
     """
     device = choose_device(config.train)
-    models = find_models(config)
-    inputs = load_inputs(config, models, console)
-    with explained_lack_of_memory():
-        obtain_references(config, models, inputs, console, device=device)
+    with joined_ranks(device) as ranks, explained_lack_of_memory():
+        console = console if ranks.is_first else SilentConsole()
+        models, inputs = _load(config, ranks, console)
+        obtain_references(config, models, inputs, console, device=device, ranks=ranks)
+
+
+@contextmanager
+def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the folder of a run, rid of what killed writers left, on the rank that writes to it."""
+    with FolderLock(folder) if ranks.is_first else nullcontext():
+        for place in (folder, folder / CHECKPOINTS) if ranks.is_first else ():
+            remove_leftovers(place)
+        yield
+
+
+def _find_checkpoint(
+    folder: Path, config: RunConfig, ranks: Ranks, console: Console
+) -> Checkpoint | None:
+    """Find what ``train.resume`` asks for; the other ranks read what the first has chosen."""
+    if not ranks.is_first:
+        path = ranks.first_text("")
+        return load_checkpoint(Path(path)) if path else None
+    checkpoint = find_checkpoint(folder, config.train.resume, console)
+    ranks.first_text(str(checkpoint.path.resolve()) if checkpoint else "")
+    return checkpoint
+
+
+def _load(
+    config: RunConfig,
+    ranks: Ranks,
+    console: Console,
+    check: Callable[[Models], None] | None = None,
+) -> tuple[Models, Inputs]:
+    """Find models and read data: one rank of a machine fetches and tokenizes for all of them.
+
+    Raises:
+        InputError: one of them cannot be used, or a rank sees other data.
+    """
+
+    def load() -> tuple[Models, Inputs]:
+        models = find_models(config)
+        if check is not None:
+            check(models)
+        return models, load_inputs(config, models, console)
+
+    models, inputs = ranks.one_before_others(load)
+    ranks.check_same("the pairs", inputs.pairs.fingerprint)
+    return models, inputs
 
 
 def _refuse_another_run(
@@ -146,6 +201,18 @@ def _refuse_another_run(
 def _models_identity(config: RunConfig, models: Models) -> Identity:
     """Return what a checkpoint must have in common with the run beside what the trainer knows."""
     return {**models.fingerprints(), "adapter": config.adapter.identity()}
+
+
+def _check_models(config: RunConfig, models: Models) -> None:
+    """Refuse before any data is read what cannot be trained in the way that is asked for.
+
+    Raises:
+        InputError: an option of an adapter or a name finds nothing, or a model cannot be in parts.
+    """
+    _check_adapter(config, models)
+    _check_names(config, models)
+    if config.train.parallel != "data":
+        check_parts(models)
 
 
 def _check_adapter(config: RunConfig, models: Models) -> None:
@@ -191,7 +258,12 @@ def _check_names(config: RunConfig, models: Models) -> None:
 
 
 def _make_trainer(
-    config: RunConfig, models: Models, inputs: Inputs, device: torch.device, console: Console
+    config: RunConfig,
+    models: Models,
+    inputs: Inputs,
+    device: torch.device,
+    ranks: Ranks,
+    console: Console,
 ) -> Trainer:
     loss, is_own_reference = config.loss.build(), models.reference is models.policy
     for pairs in (inputs.pairs, inputs.eval_pairs):
@@ -199,24 +271,31 @@ def _make_trainer(
             loss.check(pairs)
     # A policy that is its own reference is scored as it lies on disk: this comes before a resumed
     # run restores it. Another reference leaves the memory before the policy is loaded.
-    policy = _load_policy(config, models.policy, device) if is_own_reference else None
+    policy = _load_policy(config, models.policy, device, ranks) if is_own_reference else None
     references = mismatched = References()
     reference_weights = None
     if uses_live_reference(loss, config.train):
         if not is_own_reference:
-            model = _load_policy(config, models.reference, device)
+            model = _load_policy(config, models.reference, device, ranks)
             reference_weights = dict(model.named_parameters())
     elif loss.needs_reference:
-        references = obtain_references(config, models, inputs, console, device=device, model=policy)
+        obtain = partial(
+            obtain_references,
+            config,
+            models,
+            console=console,
+            device=device,
+            model=policy,
+            ranks=ranks,
+        )
+        references = obtain(inputs)
         if loss.needs_mismatch:
-            beside = inputs.mismatched(seed=config.train.seed)
-            mismatched = obtain_references(
-                config, models, beside, console, device=device, model=policy
-            )
-    policy = policy or _load_policy(config, models.policy, device)
+            mismatched = obtain(inputs.mismatched(seed=config.train.seed))
+    policy = policy or _load_policy(config, models.policy, device, ranks)
     known = models.policy.adapter
     if known is not None and known.dropout:
         console.warn(f"{known.path} was trained with a dropout of {known.dropout}; here is none")
+    ranks.take_apart(policy)
     prepare_policy(policy, config)
     if config.train.dtype == "bfloat16" and not adapted_layers(policy):
         console.warn(
@@ -236,21 +315,35 @@ def _make_trainer(
         reference_weights=reference_weights,
         starts_at_reference=is_own_reference,
         rate_factors=rate_scales(policy, config.adapter.b_rate_ratio or 1.0),
+        ranks=ranks,
     )
 
 
-def _load_policy(config: RunConfig, folder: ModelFolder, device: torch.device) -> Decoder:
+def _load_policy(
+    config: RunConfig, folder: ModelFolder, device: torch.device, ranks: Ranks
+) -> Decoder:
     dtype = precision_of(config.train).parameters
-    return folder.load(dtype=dtype, device=device)
+    return folder.load(dtype=dtype, device=device, ranks=ranks)
 
 
 class _Run:
-    """A trainer in its run folder."""
+    """A trainer in its run folder, to which the first rank writes.
+
+    Attributes:
+        console: speaks on the first rank alone.
+        own_console: speaks on every rank.
+    """
 
     def __init__(
-        self, config: RunConfig, models: Models, trainer: Trainer, console: Console
+        self,
+        config: RunConfig,
+        models: Models,
+        trainer: Trainer,
+        console: Console,
+        own_console: Console,
     ) -> None:
-        self.config, self.models, self.trainer, self.console = config, models, trainer, console
+        self.config, self.models, self.trainer = config, models, trainer
+        self.console, self.own_console, self.ranks = console, own_console, trainer.ranks
         self.folder = Path(config.out)
         self.saved_step = 0
         self.has_warned = False  # of displacement
@@ -259,7 +352,8 @@ class _Run:
         """Go on from a checkpoint of the same run."""
         self.trainer.restore(checkpoint.tensors, checkpoint.state)
         self.saved_step = self.trainer.step
-        go_on_from(checkpoint, self.folder)
+        if self.ranks.is_first:
+            go_on_from(checkpoint, self.folder)
 
     def train(self) -> RunResult:
         """Train to the end, leaving metrics and checkpoints, and write the model.
@@ -268,21 +362,28 @@ class _Run:
             RunError: a step is not finite, and the run is to stop there.
             SystemExit: a signal came.
         """
-        whole = replace(self.config, train=replace(self.config.train, resume=None))
-        atomic_write(self.folder / "config.toml", whole.to_toml())
-        log = RunLog(self.folder, step=self.trainer.step)
-        self.trainer.callbacks.append(log)
+        if self.ranks.is_first:
+            whole = replace(self.config, train=replace(self.config.train, resume=None))
+            atomic_write(self.folder / "config.toml", whole.to_toml())
+            self.trainer.callbacks.append(RunLog(self.folder, step=self.trainer.step))
         with _stopping_on_signals(self.trainer, self.console) as received:
             try:
                 self._train_steps()
             except NonFiniteError as error:
                 self._save()
+                self.ranks.wait()  # a rank that ends is the end of all
+                if not self.ranks.is_first:
+                    raise SystemExit(1) from error  # the first has the same to tell
                 path = write_reproduction(self.folder, self.trainer, error)
                 raise RunError(f"{error}. The rows as the model saw them are in {path}") from error
-        if received:
-            self.console.warn(f"stopped at step {self.trainer.step}; go on with --resume auto")
-            raise SystemExit(128 + received[0])
-        return self._write_model(log)
+            number = int(self.ranks.max(received[0] if received else 0))
+            if number:
+                self.console.warn(f"stopped at step {self.trainer.step}; go on with --resume auto")
+                self.ranks.wait()
+                raise SystemExit(128 + number)
+        self._write_model()
+        self.ranks.wait()
+        return self._result()
 
     def _train_steps(self) -> None:
         trainer, every = self.trainer, self.config.train.save_every
@@ -291,7 +392,8 @@ class _Run:
         ) as bar:
             for step in trainer:
                 while trainer.notes:
-                    self.console.warn(trainer.notes.pop(0))
+                    rank = "" if self.ranks.is_first else f"rank {self.ranks.rank}: "
+                    self.own_console.warn(rank + trainer.notes.pop(0))
                 bar.update(step.number, status=_status(step.metrics))
                 self._warn_of_displacement(step.metrics)
                 if self._best_step() == step.number or (every and step.number % every == 0):
@@ -308,15 +410,22 @@ class _Run:
         trainer, checkpoints = self.trainer, self.folder / CHECKPOINTS
         if trainer.step == self.saved_step:
             return
+        tensors, self.saved_step = trainer.tensors(), trainer.step
+        if not self.ranks.is_first:
+            return
         state = {**trainer.state(), **_models_identity(self.config, self.models)}
-        save_checkpoint(checkpoints, trainer.step, trainer.tensors(), state)
-        self.saved_step = trainer.step
+        save_checkpoint(checkpoints, trainer.step, tensors, state)
         prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
 
     def _best_step(self) -> int | None:
         return self.trainer.best_step if self.config.train.keep_best else None
 
-    def _write_model(self, log: RunLog) -> RunResult:
+    def _evaluations(self) -> list[dict[str, float]]:
+        """Return the evaluations up to that of the model."""
+        step = self._best_step() or self.trainer.step
+        return [line for line in read_evaluations(self.folder) if line["step"] <= step]
+
+    def _write_model(self) -> None:
         """Write the model folder, of the best step if that is kept, and the report."""
         policy, source = self.trainer.module, self.models.policy.path
         assert isinstance(policy, Decoder)
@@ -325,18 +434,24 @@ class _Run:
             best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
             self.trainer.restore_weights(best.tensors)
             self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
-        evaluations = [line for line in log.evaluations() if line["step"] <= step]
+        if not self.ranks.is_first:
+            self._save_policy(policy, self.folder)
+            return
         with atomic_directory(self.folder / "model", replace=True) as model_folder:
             with self.trainer.averaged_weights():
                 self._save_policy(policy, model_folder)
             self.models.tokenizer.save(model_folder)
             if (source / GENERATION_CONFIG).exists():
                 shutil.copyfile(source / GENERATION_CONFIG, model_folder / GENERATION_CONFIG)
-            write_model_card(model_folder, self.config, evaluations)
+            write_model_card(model_folder, self.config, self._evaluations())
+        write_report(self.folder)
+
+    def _result(self) -> RunResult:
+        evaluations = self._evaluations()
         return RunResult(
             folder=self.folder,
             model=self.folder / "model",
-            report=write_report(self.folder),
+            report=self.folder / REPORT,
             steps=self.trainer.step,
             first=evaluations[0] if evaluations else None,
             last=evaluations[-1] if evaluations else None,
@@ -345,7 +460,9 @@ class _Run:
     def _save_policy(self, policy: Decoder, folder: Path) -> None:
         """Write the model, or its adapter alone if it has one."""
         if not adapted_layers(policy):
-            save_model(policy, folder)
+            save_model(policy, folder, ranks=self.ranks)
+            return
+        if not self.ranks.is_first:
             return
         base, revision = self.config.model, self.config.revision
         if (known := self.models.policy.adapter) is not None:
@@ -373,10 +490,13 @@ def _status(metrics: Metrics | None) -> str | None:
 def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[list[int]]:
     """Let SIGTERM and SIGINT end the run after the current step; a second one ends it at once.
 
+    Not of several processes, whose launcher passes on what the system has told them already.
+
     Yields the signals that came. Python heeds signals in the main thread alone: in another one they
     stay the caller's affair.
     """
     received: list[int] = []
+    is_alone = trainer.ranks.count == 1
     is_main = threading.current_thread() is threading.main_thread()
     caught = (signal.SIGTERM, signal.SIGINT) if is_main else ()
     previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in caught}
@@ -384,6 +504,8 @@ def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[list[in
     def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         trainer.should_stop = True
+        if not is_alone:
+            return  # nor is it told: it may mean that another process is gone
         signal.signal(number, previous[signal.Signals(number)])
         with suppress(RuntimeError):  # the console was just writing, and cannot be entered twice
             console.warn(f"{signal.Signals(number).name}: stopping after this step")

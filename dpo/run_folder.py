@@ -97,9 +97,10 @@ class RunLog:
         """Append a line."""
         append_jsonl(self._path, _plain(metrics))
 
-    def evaluations(self) -> list[dict[str, float]]:
-        """Read back the lines that are evaluations."""
-        return [line for line in read_metrics(self._path.parent) if "eval/loss" in line]
+
+def read_evaluations(folder: Path) -> list[dict[str, float]]:
+    """Read the lines of metrics of a run's folder that are evaluations."""
+    return [line for line in read_metrics(folder) if "eval/loss" in line]
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

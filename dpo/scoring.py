@@ -73,6 +73,25 @@ class MicroBatches:
             with_chains=loss is not None and loss.sees_chains,
         )
 
+    def divide(self, rows: Sequence[int], count: int) -> list[list[int]]:
+        """Divide ``rows`` over ``count`` ranks so that their tokens are even; some may get none.
+
+        Longest first, each to the rank that has the fewest tokens (Graham 1969, "Bounds on
+        Multiprocessing Timing Anomalies"): the most loaded one has at most 4/3 of the best there
+        is. Rows of a prompt stay together, up to a rank's share of the tokens.
+        """
+        if count == 1:
+            return [list(rows)]
+        share = math.ceil(self.pairs.lengths()[list(rows)].sum() / count)
+        units, sizes = self._units(rows, capacity=share)
+        parts: list[list[int]] = [[] for _ in range(count)]
+        tokens = [0] * count
+        for unit in sorted(range(len(units)), key=lambda unit: -sizes[unit]):
+            rank = tokens.index(min(tokens))
+            tokens[rank] += sizes[unit]
+            parts[rank] += units[unit]
+        return parts
+
     def split(self, rows: Sequence[int]) -> list[list[int]]:
         """Divide ``rows``, in any order, over micro-batches."""
         if self.micro_batch_size is not None:

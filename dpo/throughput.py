@@ -50,18 +50,21 @@ class Throughput:
         clock: of the steps.
     """
 
-    def __init__(self, policy: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, policy: nn.Module, config: TrainConfig, device: torch.device, count: int = 1
+    ) -> None:
         """Begin to count.
 
         Args:
             policy: its arithmetic is known if it is a ``Decoder``.
             config: its numerics.
             device: whose rate is the datasheet's, if it is known.
+            count: of such devices that do a step together.
         """
         self.clock = StepClock(device)
         self._flops = TrainingFlops.of(policy) if isinstance(policy, Decoder) else None
         known = accelerator_of(device)
-        self._flops_per_s = None if known is None else known.flops_per_s(config)
+        self._flops_per_s = None if known is None else count * known.flops_per_s(config)
         self._work = _Work()
 
     def add_step(self, lengths: Lengths) -> None:

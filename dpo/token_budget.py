@@ -15,6 +15,7 @@ import torch
 
 from dpo.config import RunConfig
 from dpo.device import available_memory
+from dpo.launch import Launch
 from dpo.log_probs import CPU_TILE_BYTES, TILE_BYTES
 from dpo.memory_tracker import Bytes, Peaks
 from dpo.models import ModelConfig
@@ -152,9 +153,14 @@ def with_budget(config: RunConfig, tokens: int) -> RunConfig:
 
 
 def room_on(device: torch.device) -> float:
-    """Return the bytes of a device's memory that are free for the tensors of a run."""
+    """Return the bytes of a device's memory that are free for the tensors of a run.
+
+    Of a machine's memory each of its processes has an equal part.
+    """
     available = available_memory(device)
-    return CPU_SHARE * available if device.type == "cpu" else room_on_gpu(available)
+    if device.type == "cpu":
+        return CPU_SHARE * available / Launch.of_environment().local_count
+    return room_on_gpu(available)
 
 
 def room_on_gpu(memory: float) -> float:

@@ -15,6 +15,7 @@ Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "schedule
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Dtype = Literal["float32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
+Parallel = Literal["data", "shard", "hybrid"]
 OnNonfinite = Literal["stop", "skip"]
 Auto = Literal["auto"]
 
@@ -70,6 +71,7 @@ _CHOICES = {
     "schedule": Schedule,
     "dtype": Dtype,
     "device": Device,
+    "parallel": Parallel,
     "on_nonfinite": OnNonfinite,
 }
 
@@ -147,6 +149,11 @@ class TrainConfig:
         bool, "Round the factors of float32 products to 10 bits: faster on a GPU; dtype float32."
     ] = False
     device: Annotated[Device, "Where to train; auto takes CUDA if there is one."] = "auto"
+    parallel: Annotated[
+        Parallel,
+        "Of several processes of torchrun each holds the whole model; or a part of it, with its "
+        "gradients and optimizer states (shard: FSDP); or each machine all parts (hybrid: HSDP).",
+    ] = "data"
     threads: Annotated[int | None, "CPU threads, in [1, 1024]; none leaves torch's choice."] = None
     compile: Annotated[bool, "Compile the model with torch.compile."] = False
     activation_checkpointing: Annotated[

@@ -18,10 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.accumulation import LossInputs, StepResult, differentiate, evaluate, mean_log_ratio
+from dpo.accumulation import (
+    LackOfMemoryError,
+    LossInputs,
+    StepResult,
+    differentiate,
+    evaluate,
+    mean_log_ratio,
+)
 from dpo.averaging import averaged_weights, keep_moving_average
 from dpo.checkpoint import optimizer_tensors, restore_optimizer
-from dpo.device import is_lack_of_memory
 from dpo.displacement import DisplacementAlarm
 from dpo.errors import InputError, RunError
 from dpo.health import StepMeans, WeightSample, relative_change
@@ -41,6 +47,7 @@ from dpo.optim import (
 )
 from dpo.policy import Policy
 from dpo.precision import precision_of
+from dpo.ranks import Ranks
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.routing import Routed
 from dpo.sampling import make_sampler
@@ -128,6 +135,7 @@ class Trainer:
         starts_at_reference: bool = True,
         rate_factors: Mapping[str, float] | None = None,
         callbacks: Sequence[Callback] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         """Prepare the run; nothing is computed yet but a reference that is not given.
 
@@ -148,7 +156,9 @@ class Trainer:
             starts_at_reference: the policy is its own reference, so the first loss is known and
                 checked.
             rate_factors: on the learning rate by parameter name, besides those of ``config.rates``.
-            callbacks: called with the trainer and each line of metrics.
+            callbacks: called with the trainer and each line of metrics, on every rank.
+            ranks: the processes that train together (``dpo.distributed``), each with all of this;
+                the weights are those of the first. None for a process that is alone.
 
         Raises:
             InputError: the loss would ignore a column of the data, an option needs held-out pairs
@@ -169,8 +179,10 @@ class Trainer:
         self.loss = make_loss(loss)
         self.precision = precision_of(self.config)
         self.device = next(policy.parameters()).device
+        self.ranks = ranks or Ranks()
+        self.ranks.share_weights(p for p in policy.parameters() if p.requires_grad)
         self.callbacks = list(callbacks)
-        self._throughput = Throughput(policy, self.config, self.device)
+        self._throughput = Throughput(policy, self.config, self.device, self.ranks.count)
         self.starts_at_reference = starts_at_reference
         if self.config.reference_sync_every is not None and not self.loss.needs_reference:
             raise InputError(f"train.reference_sync_every: {self.loss} has no reference to move")
@@ -193,6 +205,7 @@ class Trainer:
         self.sampler = make_sampler(self.loss, pairs, self.config)
         self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
+        self.ranks.take_apart(policy)  # the reference may have been computed with it
         scales = rate_scales(trained_names(policy), self.config.rates)
         for name, factor in (rate_factors or {}).items():
             scales[name] = scales.get(name, 1.0) * factor
@@ -218,7 +231,8 @@ class Trainer:
         self._sources = sources_of(pairs)
         self._eval_sources = None if eval_pairs is None else sources_of(eval_pairs)
         self._window, self._means = MetricSums.of_loss(self.loss, self._sources), StepMeans()
-        self._weight_sample = WeightSample(policy.parameters())
+        # of a model in parts, which move in memory, there is none
+        self._weight_sample = None if self.ranks.in_step else WeightSample(policy.parameters())
         self.notes: list[str] = []
         self._alarm = DisplacementAlarm()
 
@@ -272,7 +286,7 @@ class Trainer:
             self.check_start()
             if self.eval_batches is not None:
                 self._emit(self.evaluate())
-        while self.step < self.total_steps and not self.should_stop:
+        while self.step < self.total_steps and not self.ranks.any(self.should_stop):
             yield self._advance()
 
     def _advance(self) -> Step:
@@ -305,6 +319,7 @@ class Trainer:
         with self._throughput.clock.running("data"):
             rows = self.sampler.rows(self.step)
             result = self._differentiate(rows, self._total_weight(rows))
+            self.ranks.sum_gradients(self.module.parameters())
             self._throughput.clock.begin("optimizer")
             self._finish_step(result)
         lengths = self.batches.pairs.lengths()[rows]
@@ -315,7 +330,7 @@ class Trainer:
         """Update the weights by the gradient that they have, if it is finite."""
         set_learning_rate(self.optimizer, self.learning_rate)
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm)
+        norm = clip_gradients(self.module.parameters(), self.config.max_grad_norm, self.ranks)
         if self._is_finite(norm, result.losses):
             self._update(norm)
             self.running = result.running
@@ -325,27 +340,36 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
 
-    def _differentiate(self, rows: Sequence[int], total_weight: float) -> StepResult:
-        """Give the parameters, which have none, the gradient of a step of ``rows``.
+    def _differentiate(
+        self, rows: Sequence[int], total_weight: float, ranks: Ranks | None = None
+    ) -> StepResult:
+        """Give the parameters, which have none, this rank's part of the gradient of ``rows``.
 
-        A lack of memory drops what part of it there is and begins the step again, in smaller
-        micro-batches, which the steps after it keep.
+        A lack of memory on a rank drops what part of it there is and begins the step again, there
+        in smaller micro-batches, which the steps after it keep.
         """
+        ranks = ranks or self.ranks
+        own = self.batches.divide(rows, ranks.count)[ranks.rank]
         while True:
             try:
-                return self._differentiate_at_once(rows, total_weight)
-            except RuntimeError as error:
-                smaller = self.batches.smaller(rows) if is_lack_of_memory(error) else None
-                if smaller is None:
-                    raise
+                return self._differentiate_at_once(rows, own, total_weight, ranks)
+            except LackOfMemoryError as lack:
+                error = lack.error
             # not in the handler, where the error's traceback still holds the tensors of the step
-            self._take_smaller(smaller, rows)
+            self._free_memory()
+            if error is not None:
+                self._take_smaller(own, error)
 
-    def _take_smaller(self, smaller: MicroBatches, rows: Sequence[int]) -> None:
-        """Free what memory there is to free, and cut steps as ``smaller`` does."""
+    def _free_memory(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _take_smaller(self, rows: Sequence[int], error: RuntimeError) -> None:
+        """Cut steps smaller, from this one on, whose ``rows`` found no memory."""
+        smaller = self.batches.smaller(rows)
+        if smaller is None:
+            raise error
         self.notes.append(
             f"step {self.step + 1}: the memory is full: going on in micro-batches of at most "
             f"{smaller.limit}, {len(smaller.split(rows))} in place of "
@@ -355,15 +379,18 @@ class Trainer:
         if self.mismatched is not None:
             self.mismatched = self.mismatched.cut_as(smaller)
 
-    def _differentiate_at_once(self, rows: Sequence[int], total_weight: float) -> StepResult:
+    def _differentiate_at_once(
+        self, rows: Sequence[int], own: Sequence[int], total_weight: float, ranks: Ranks
+    ) -> StepResult:
         step = LossInputs(
             self.loss.at_progress(self.step / self.total_steps),
             partial(self._score, batches=self.batches, step=self.step + 1),
-            self.batches.split(rows),
+            self.batches.split(own),
             rows,
             sums=MetricSums.of_loss(self.loss, self._sources),
             running=self.running,
-            mismatch=self._mismatch(self.mismatched, rows),
+            mismatch=self._mismatch(self.mismatched, rows, ranks),
+            ranks=ranks,
         )
         return differentiate(
             step,
@@ -372,11 +399,16 @@ class Trainer:
             router_weight=self.config.router_loss,
         )
 
-    def _mismatch(self, batches: MicroBatches | None, rows: Sequence[int]) -> Tensor:
+    def _mismatch(
+        self, batches: MicroBatches | None, rows: Sequence[int], ranks: Ranks | None = None
+    ) -> Tensor:
         """Return the mean log-ratio of the mismatched answers of ``rows``, 0 if none are needed."""
         if batches is None:
             return torch.zeros((), device=self.device)
-        return mean_log_ratio(partial(self._score, batches=batches), batches.split_sorted(rows))
+        ranks = ranks or self.ranks
+        own = batches.split_sorted(batches.divide(rows, ranks.count)[ranks.rank])
+        score = partial(self._score, batches=batches)
+        return mean_log_ratio(score, own, rows=rows, ranks=ranks).to(self.device)
 
     def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
         clock, of_reference = self._throughput.clock, None
@@ -419,11 +451,16 @@ class Trainer:
         return total
 
     def _is_finite(self, norm: Tensor, losses: Tensor) -> bool:
-        """Ask the device once per step; on "stop" name the rows and leave the weights alone."""
-        is_finite = bool(norm.isfinite() & losses.isfinite().all())
-        if is_finite:
+        """Ask the device once per step; on "stop" name the rows and leave the weights alone.
+
+        Every rank has the norm of the whole gradient, and the losses of its own pairs.
+        """
+        flags = torch.stack([norm.isfinite(), losses.isfinite().all()])
+        norm_is_finite, own_are_finite = flags.tolist()
+        losses_are_finite = not self.ranks.any(not own_are_finite)
+        if norm_is_finite and losses_are_finite:
             return True
-        if self.precision.scales_loss and bool(losses.isfinite().all()):
+        if self.precision.scales_loss and losses_are_finite:
             self.scaler.update()  # float16 overflowed: the scale was too large, not the loss
         elif self.config.on_nonfinite == "stop":
             rows = self._rows_not_finite()
@@ -437,13 +474,18 @@ class Trainer:
         """Find the rows of the step whose loss or gradient alone is not finite; all if none is."""
         rows = self.sampler.rows(self.step)
         guilty = []
-        for row in rows:
+        in_step = self.ranks.in_step  # each row on all ranks, else each on one
+        for row in (
+            rows if in_step else self.batches.divide(rows, self.ranks.count)[self.ranks.rank]
+        ):
             self.optimizer.zero_grad(set_to_none=True)
-            losses = self._differentiate([row], 1.0).losses
-            norm = clip_gradients(self.module.parameters(), None)
+            losses = self._differentiate([row], 1.0, Ranks()).losses
+            norm = clip_gradients(self.module.parameters(), None, self.ranks if in_step else None)
             if not bool(norm.isfinite() & losses.isfinite().all()):
                 guilty.append(row)
-        return guilty or rows
+        found = self.ranks.gather(torch.tensor(guilty, dtype=torch.int64))
+        assert found is not None
+        return [row for row in rows if row in set(found.tolist())] or rows
 
     def _update(self, norm: Tensor) -> None:
         """Apply the accumulated gradient."""
@@ -452,14 +494,15 @@ class Trainer:
                 "no gradient reaches the policy: every parameter is frozen, "
                 "or the loss does not depend on the answers"
             )
-        before = self._weight_sample.read() if self._logs(self.step + 1) else None
+        sample = self._weight_sample if self._logs(self.step + 1) else None
+        before = None if sample is None else sample.read()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._means.add("grad_norm", norm)
         if (bound := self.config.max_grad_norm) is not None:
             self._means.add("health/clip_share", (norm > bound).to(norm.dtype))
-        if before is not None:
-            change = relative_change(before, self._weight_sample.read())
+        if sample is not None and before is not None:
+            change = relative_change(before, sample.read())
             self._means.add("health/update_ratio", change)
         every = self.config.reference_sync_every
         if every is not None and (self.step + 1) % every == 0:
@@ -524,21 +567,24 @@ class Trainer:
         """
         assert self.eval_batches is not None, "the trainer has no eval_pairs"
         rows = range(len(self.eval_batches.pairs))
+        own = self.eval_batches.divide(rows, self.ranks.count)[self.ranks.rank]
         self.module.eval()
         sums = MetricSums.of_loss(self.loss, self._eval_sources)
         with self.averaged_weights():
             data = LossInputs(
                 self.loss.at_progress(1.0),  # the same at each step, so that evaluations compare
                 partial(self._score, batches=self.eval_batches),
-                self.eval_batches.split_sorted(rows),
+                self.eval_batches.split_sorted(own),
                 rows,
                 sums=sums,
                 running=self.running,
                 mismatch=self._mismatch(self.eval_mismatched, rows),
+                ranks=self.ranks,
             )
             evaluate(data)
         self.module.train()
-        return {"step": self.step} | {f"eval/{k}": v for k, v in sums.result().items()}
+        metrics = sums.of_all(self.ranks).result()
+        return {"step": self.step} | {f"eval/{name}": value for name, value in metrics.items()}
 
     def _note_evaluation(self, loss: float) -> None:
         """Keep count for early stopping and for the best model."""
@@ -558,7 +604,7 @@ class Trainer:
         The loop does so by itself every ``log_every`` steps; this is for a loop of one's own over
         ``train_step``.
         """
-        window = self._window.result()
+        window = self._window.of_all(self.ranks).result()
         line = {
             "step": self.step,
             "epoch": self.step / self.sampler.steps_per_epoch,
@@ -567,7 +613,7 @@ class Trainer:
             **self._means.result(),
             "learning_rate": self._learning_rate_at(self.step - 1),
             **self._throughput.close(),
-            "mem/peak_mib": peak_memory_mib(self.device),
+            "mem/peak_mib": self.ranks.max(peak_memory_mib(self.device)),
             "data/tokens": self.tokens_seen,
             "health/nonfinite": self.skipped_steps,
         }
@@ -599,9 +645,13 @@ class Trainer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the trained weights, the optimizer state by parameter name, the random state."""
+        self.ranks.take_apart(self.module)
         return {
-            "model": {name: p.detach() for name, p in self._trained()},
-            "optimizer": optimizer_tensors(self.optimizer, self.module),
+            "model": {name: self.ranks.whole(p.detach()) for name, p in self._trained()},
+            "optimizer": {
+                name: self.ranks.whole(state)
+                for name, state in optimizer_tensors(self.optimizer, self.module).items()
+            },
             "random": {"cpu": torch.get_rng_state()},
             "loss": {"running": self.running},
             **({"reference": self.live_reference.weights} if self.live_reference else {}),
@@ -636,10 +686,11 @@ class Trainer:
 
     def restore_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over the weights of what ``tensors`` returned and the optimizer's averages."""
+        self.ranks.take_apart(self.module)
         with torch.no_grad():
             for name, parameter in self._trained():
-                parameter.copy_(tensors["model"][name])
-        restore_optimizer(self.optimizer, self.module, tensors["optimizer"])
+                parameter.copy_(self.ranks.divide(tensors["model"][name], parameter))
+        restore_optimizer(self.optimizer, self.module, tensors["optimizer"], self.ranks)
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)

@@ -310,6 +310,19 @@ def test_evaluation_does_not_depend_on_the_batch_size(
     assert results[2] == pytest.approx(results[0], abs=1e-10)
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "dr_dpo"])
+def test_evaluation_keeps_no_graph(loss: str, make_model: MakeModel, make_pairs: MakePairs) -> None:
+    """What the backward pass would need is most of the memory of a forward pass."""
+    trainer = Trainer(make_model(), make_pairs(), PLAIN, loss=loss, eval_pairs=make_pairs(8))
+    grad_modes: list[bool] = []
+    trainer.module.register_forward_hook(
+        lambda _module, _arguments, hidden: grad_modes.append(hidden.requires_grad)
+    )
+    trainer.evaluate()
+    assert grad_modes
+    assert not any(grad_modes)
+
+
 def test_metrics_of_a_step_have_the_names_that_scripts_rely_on(
     make_model: MakeModel, make_pairs: MakePairs
 ) -> None:

@@ -12,14 +12,22 @@ from dataclasses import dataclass
 import click
 
 from dpo.errors import InputError, RunError
+from dpo.launch import Launch
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a command is, as ``module:attribute``, and its line in ``dpo --help``."""
+    """A command.
+
+    Attributes:
+        target: where it is, as ``module:attribute``.
+        help: its line in ``dpo --help``.
+        takes_ranks: whether several processes of torchrun do it together.
+    """
 
     target: str
     help: str
+    takes_ranks: bool = False
 
 
 COMMANDS = {
@@ -27,7 +35,7 @@ COMMANDS = {
         "dpo.cli.demo:demo",
         "Show the whole way on a simulated agent: feedback, pairs, SFT, DPO, evaluation.",
     ),
-    "train": Entry("dpo.cli.train:train", "Train a model on preference pairs."),
+    "train": Entry("dpo.cli.train:train", "Train a model on preference pairs.", takes_ranks=True),
     "plan": Entry(
         "dpo.cli.plan:plan",
         "Say what a run would take: memory by kind, tokens, time and cost on several devices.",
@@ -38,6 +46,7 @@ COMMANDS = {
     "reference": Entry(
         "dpo.cli.reference:reference",
         "Compute the reference log-probs of a data set and keep them for later runs.",
+        takes_ranks=True,
     ),
     "weigh": Entry(
         "dpo.cli.weigh:weigh",
@@ -89,6 +98,12 @@ class CommandTable(click.Group):
         """Import a command."""
         if cmd_name not in COMMANDS:
             return None
+        count = Launch.of_environment().count
+        if count > 1 and not COMMANDS[cmd_name].takes_ranks:
+            raise InputFailure(
+                f"dpo {cmd_name} is for one process, and torchrun has started {count}: call it by "
+                "itself"
+            )
         module, _, attribute = COMMANDS[cmd_name].target.partition(":")
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)

@@ -3,6 +3,7 @@
 import click
 
 from dpo.cli.options import config_flags, resolve_flags
+from dpo.launch import Launch
 from dpo.progress import Console
 
 
@@ -29,6 +30,8 @@ def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flag
     from dpo.model_card import headline
 
     result = run.train(resolved.config, console=Console(quiet=quiet))
+    if Launch.of_environment().rank:
+        return  # the first of several processes tells
     if result.first is not None and result.last is not None:
         click.echo(f"{'held out':<18}{'before':>10}{'after':>10}")
         for name, before, after in headline(result.first, result.last):

@@ -22,6 +22,7 @@ from dpo.models.config import ModelConfig, read_config
 from dpo.models.decoder import Decoder
 from dpo.models.layouts import StoredTensor
 from dpo.quantization import QuantizedLinear, quantize_linears
+from dpo.ranks import Ranks
 from dpo.tensor_files import write_tensors
 
 SINGLE: Final = "model.safetensors"
@@ -40,6 +41,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
+    ranks: Ranks | None = None,
 ) -> Decoder:
     """Load a decoder from a model folder.
 
@@ -49,6 +51,7 @@ def load_model(
         device: where they go.
         quantize: a name in ``dpo.quantization.SCHEMES``, in which the linear layers of the blocks
             are held, each from the moment its weight is read; None for none.
+        ranks: those that may hold a part of each weight; None for one that holds all.
 
     Raises:
         InputError: a file is missing, damaged, or does not fit config.json, all faults of one kind
@@ -63,6 +66,9 @@ def load_model(
     quantized = {} if quantize is None else quantize_linears(model, quantize)
     for layer in quantized.values():  # before whole weights come and go, or memory is in pieces
         layer.to_empty(device=device)
+    ranks = ranks or Ranks()
+    ranks.prepare(model)
+    places = dict(model.named_parameters())
     weights: dict[str, Tensor] = {}
     found: set[str] = set()
     for path in weight_files(folder):
@@ -71,6 +77,11 @@ def load_model(
             # copied out: a mapped file keeps in memory whatever was read of it
             _place(weights, tensor, value.to(dtype, copy=True), parameters)
             _quantize(weights, tensor, quantized)
+            for part in tensor.parts:
+                if part.parameter in weights:
+                    weights[part.parameter] = ranks.divide(
+                        weights[part.parameter], places[part.parameter]
+                    )
     missing = stored.keys() - found
     if missing:
         raise InputError(
@@ -202,8 +213,11 @@ def save_model(
     folder: Path,
     *,
     max_shard_bytes: int = 5 * 2**30,
+    ranks: Ranks | None = None,
 ) -> None:
     """Write config.json and the weights of ``model`` into an existing ``folder``.
+
+    All of several ranks that hold parts of it call this, and the first writes.
 
     The weights keep the dtype they have in memory: an update of 1e-6 would vanish in bfloat16.
     Write into a folder that is renamed when complete (``dpo.files.atomic_directory``).
@@ -211,13 +225,20 @@ def save_model(
     Raises:
         OSError: a file could not be written.
     """
+    ranks = ranks or Ranks()
+    ranks.take_apart(model)
     parameters = dict(model.named_parameters())
     shards = _split(_stored(model).values(), parameters, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else SINGLE
-        write_tensors(folder / name, {each.name: each.join(parameters) for each in shard})
+        here = dict.fromkeys(part.parameter for each in shard for part in each.parts)
+        whole = {parameter: ranks.whole(parameters[parameter]) for parameter in here}
+        if ranks.is_first:
+            write_tensors(folder / name, {each.name: each.join(whole) for each in shard})
         weight_map |= dict.fromkeys([each.name for each in shard], name)
+    if not ranks.is_first:
+        return
     if len(shards) > 1:
         size = sum(tensor.nbytes for tensor in parameters.values())
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})

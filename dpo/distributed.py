@@ -1,0 +1,259 @@
+"""Several processes that train one model: what they exchange, and how they fail together.
+
+What the host knows (flags, counts, log-probs
+that were read) is exchanged over gloo, so that it does not wait for a device; gradients and weights
+go over the device's own backend.
+
+Shapes: n rows of a rank, any number of them, also none.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from dpo.errors import InputError, RunError
+from dpo.launch import Launch
+from dpo.ranks import Ranks
+
+TIMEOUT: Final = timedelta(hours=1)  # a first rank may tokenize or write a model meanwhile
+BUCKET_BYTES: Final = 2**25  # of gradients that are summed at once
+
+_DTYPES: Final = (torch.float64, torch.float32, torch.int64)  # of what is gathered
+
+T = TypeVar("T")
+
+
+class LostRanksError(RuntimeError):
+    """The other ranks cannot be reached: one is gone, or does not answer."""
+
+
+class JoinedRanks(Ranks):
+    """One of several processes, in a process group.
+
+    Args:
+        launch: which.
+        store: what the processes share even when one of them is gone.
+        device: of this process.
+    """
+
+    def __init__(self, launch: Launch, store: Store, device: torch.device) -> None:
+        self.rank, self.count, self.launch = launch.rank, launch.count, launch
+        self._store, self.device = store, device
+
+    def max(self, value: float) -> float:
+        """Return the greatest value of all ranks."""
+        found = torch.tensor(float(value), dtype=torch.float64)
+        with _listening():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return float(found)
+
+    def gather(self, part: Tensor | None) -> Tensor | None:
+        """Join the (n, ...) tensors of all ranks, on the host."""
+        shapes = self._shapes(part)
+        known = next(((dtype, shape) for dtype, shape in shapes if dtype is not None), None)
+        if known is None:
+            return None
+        dtype, (_, *of_row) = known
+        sizes = [shape[0] if shape else 0 for _, shape in shapes]
+        padded = torch.zeros(max(sizes), *of_row, dtype=dtype)
+        if part is not None:
+            padded[: len(part)] = part.detach().cpu()
+        parts = [torch.empty_like(padded) for _ in sizes]
+        with _listening():
+            dist.all_gather(parts, padded)
+        return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
+
+    def _shapes(self, part: Tensor | None) -> list[tuple[torch.dtype | None, list[int]]]:
+        """Return dtype and shape of what each rank brings to ``gather``; None of nothing."""
+        header = torch.zeros(2 + 4, dtype=torch.int64)  # dtype + 1, dimensions, up to 4 sizes
+        if part is not None:
+            header[0], header[1] = _DTYPES.index(part.dtype) + 1, part.dim()
+            header[2 : 2 + part.dim()] = torch.tensor(part.shape)
+        headers = [torch.empty_like(header) for _ in range(self.count)]
+        with _listening():
+            dist.all_gather(headers, header)
+        return [
+            (_DTYPES[number - 1] if number else None, sizes[:dimensions])
+            for number, dimensions, *sizes in (each.tolist() for each in headers)
+        ]
+
+    def first(self, numbers: Sequence[int]) -> list[int]:
+        """Return the numbers that the first rank has."""
+        found = self.gather(torch.tensor(numbers, dtype=torch.int64) if self.is_first else None)
+        assert found is not None
+        return found.tolist()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradient of each parameter over the ranks, in place, a bucket at a time."""
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if not trained:
+            return
+        has_gradient = torch.tensor([parameter.grad is not None for parameter in trained]).int()
+        with _listening():
+            dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
+            gradients = []
+            for parameter, has in zip(trained, has_gradient.tolist(), strict=True):
+                if has and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients += [] if parameter.grad is None else [parameter.grad]
+            for bucket in buckets(gradients):
+                flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+                dist.all_reduce(flat)
+                parts = flat.split([gradient.numel() for gradient in bucket])
+                for gradient, part in zip(bucket, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
+
+    def share_weights(self, weights: Iterable[Tensor]) -> None:
+        """Give all ranks the weights of the first, in place."""
+        with _listening():
+            for weight in weights:
+                dist.broadcast(weight.detach(), src=0)
+
+    def check_same(self, what: str, text: str) -> None:
+        """Compare a text with that of the first rank."""
+        if self.any(self.first_text(text) != text):
+            raise InputError(
+                f"{what} differ from rank to rank: every machine must see the same files"
+            )
+
+    def one_before_others(self, work: Callable[[], T]) -> T:
+        """Do ``work`` on one rank of each machine, then on the others."""
+        if self.launch.local_rank:
+            self.wait()
+            return work()
+        result = work()
+        self.wait()
+        return result
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self.max(0)
+
+    def failure(self, error: Exception) -> BaseException:
+        """Return what this rank ends with, so that of all ranks one says what happened.
+
+        That is the first to ask. A rank with an error of its own asks before it ends, the others
+        only miss it afterwards: so what is said is the cause.
+        """
+        try:
+            is_told = self._store.add("failures", 1) > 1
+        except RuntimeError:  # the store is gone, with the machine that kept it
+            is_told = False
+        if is_told:
+            return SystemExit(2 if isinstance(error, InputError) else 1)
+        if _is_loss(error):
+            return RunError(
+                f"rank {self.rank} of {self.count} has lost the others: one was ended from outside "
+                f"or does not answer ({_brief(error)}); the launcher says which. Go on with "
+                "--resume auto"
+            )
+        if self.rank and type(error) in (InputError, RunError):
+            return type(error)(f"rank {self.rank}: {error}")
+        return error
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Divide tensors, in their order, into lists of one dtype and about ``BUCKET_BYTES`` each."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def joined_ranks(
+    device: torch.device,
+    kind: type[JoinedRanks] = JoinedRanks,
+    *,
+    timeout: timedelta = TIMEOUT,
+) -> Iterator[Ranks]:
+    """Join the processes that torchrun has started, if it has, while a ``with`` block runs.
+
+    Args:
+        device: of this process; its kind decides what gradients travel over.
+        kind: what the ranks divide.
+        timeout: how long a rank waits for another.
+
+    Raises:
+        RunError: another rank is lost.
+        SystemExit: this rank ends because of an error that another one tells.
+    """
+    launch = Launch.of_environment()
+    if launch.count == 1:
+        yield Ranks()
+        return
+    with _listening_to_start(launch):
+        store, rank, count = next(rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store when it starts processes again: with where the last ones were
+        store = PrefixStore(f"start {launch.restarts}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+    ranks = kind(launch, store, device)
+    try:
+        yield ranks
+    except Exception as error:
+        _heed_no_more_signals()  # the launcher ends what is left as soon as one rank has ended
+        told = ranks.failure(error)
+        if told is error:
+            raise
+        raise told from error
+    except SystemExit:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _listening_to_start(launch: Launch) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(
+            f"rank {launch.rank} of {launch.count} does not reach the others: {_brief(error)}"
+        ) from error
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """Tell the loss of other ranks from other errors.
+
+    Raises:
+        LostRanksError: they cannot be reached.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRanksError(_brief(error)) from error
+
+
+def _is_loss(error: Exception) -> bool:
+    """Say whether an error is that other ranks cannot be reached, also inside the model."""
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return is_of_gloo or isinstance(error, LostRanksError | dist.DistError)
+
+
+def _brief(error: Exception) -> str:
+    """Return what an error of torch says, without its advice."""
+    return str(error).splitlines()[0].partition(". This is typically")[0]
+
+
+def _heed_no_more_signals() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
