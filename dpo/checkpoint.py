@@ -96,6 +96,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder``, sound or not, by rising step."""
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted(found, key=_step)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint after comparing every file with its hash.
 
@@ -117,7 +123,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def latest_checkpoint(folder: Path) -> NewestCheckpoint:
     """Read the newest sound checkpoint, going back over damaged ones."""
     damaged: list[str] = []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(checkpoint_folders(folder)):
         try:
             return NewestCheckpoint(load_checkpoint(path), tuple(damaged))
         except (RunError, OSError) as error:
@@ -132,7 +138,7 @@ def set_aside_later(folder: Path, step: int) -> list[Path]:
     be resumed by accident nor be kept by ``prune`` in the place of one of this run.
     """
     moved = []
-    for path in _checkpoints(folder):
+    for path in checkpoint_folders(folder):
         if _step(path) > step:
             aside = path.with_name(f"{path.name}.aside")
             if aside.exists():
@@ -145,10 +151,21 @@ def prune(folder: Path, *, keep: int, best: int | None = None) -> list[Path]:
     """Remove checkpoints but the newest ``keep`` and that of step ``best``; return the removed."""
     if keep < 1:
         raise InputError(f"keep must be at least 1 checkpoint, got {keep}")
-    removed = [path for path in _checkpoints(folder)[:-keep] if _step(path) != best]
+    removed = [path for path in checkpoint_folders(folder)[:-keep] if _step(path) != best]
     for path in removed:
         remove_folder(path)
     return removed
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that are trained, detached, by parameter name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy what ``trained_weights`` returned into ``model``."""
+    for name, weight in trained_weights(model).items():
+        weight.copy_(tensors[name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -204,11 +221,6 @@ def restore_optimizer(
         on_host = key in _COUNTS and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if on_host else parameter.device
         optimizer.state[parameter][key] = value.to(device, copy=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
-    return sorted(found, key=_step)
 
 
 def _step(path: Path) -> int:

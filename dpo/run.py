@@ -7,19 +7,13 @@ signals and writes the model. README.md describes the folder of a run.
 from __future__ import annotations
 
 import math
-import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dpo.adapter_files import adapter_parameters, save_adapter
+from dpo.adapter_files import adapter_parameters
 from dpo.adapters import adapted_layers, rate_scales
 from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
 from dpo.config import RunConfig
@@ -27,9 +21,8 @@ from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
-from dpo.identity import Identity, refuse_another_run, training_identity
+from dpo.identity import refuse_another_run, training_identity
 from dpo.inputs import (
-    GENERATION_CONFIG,
     Inputs,
     ModelFolder,
     Models,
@@ -37,8 +30,7 @@ from dpo.inputs import (
     load_inputs,
     pin_revisions,
 )
-from dpo.model_card import write_model_card
-from dpo.models import Decoder, save_model
+from dpo.models import Decoder
 from dpo.optim import rate_scales as find_rates
 from dpo.optim import trained_names
 from dpo.precision import precision_of
@@ -47,9 +39,18 @@ from dpo.progress import Console
 from dpo.reference_pass import References, obtain_references
 from dpo.rehearsal import hollow_policy
 from dpo.report import write_report
-from dpo.run_folder import CHECKPOINTS, RunLog, find_checkpoint, go_on_from, write_reproduction
+from dpo.run_folder import (
+    CHECKPOINTS,
+    RunLog,
+    find_checkpoint,
+    go_on_from,
+    read_evaluations,
+    write_reproduction,
+)
+from dpo.stopping import OUT_OF_TIME, TimeLimit, heeding_signals
 from dpo.token_budget import choose_budget, with_budget
 from dpo.train_config import AUTO
+from dpo.trained_model import models_identity, write_trained_model
 from dpo.trainer import Metrics, NonFiniteError, Trainer, uses_live_reference
 
 
@@ -80,8 +81,10 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
     Raises:
         InputError: the model, the data or the folder cannot be used.
         RunError: training cannot go on.
-        SystemExit: a signal stopped the run after a checkpoint; the code is 128 + its number.
+        SystemExit: a signal or the time stopped the run after a checkpoint; the code is 128 + the
+            signal's number, or ``OUT_OF_TIME``.
     """
+    limit = TimeLimit(config.train)
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
@@ -101,8 +104,10 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
             budget = choose_budget(config, models.policy.config, inputs.pairs, device=device)
             console.say(budget.describe())
             config = with_budget(config, budget.tokens)
+        whole = replace(config, train=replace(config.train, resume=None))
+        atomic_write(folder / "config.toml", whole.to_toml())
         trainer = _make_trainer(config, models, inputs, device, console)
-        run = _Run(config, models, trainer, console)
+        run = _Run(config, models, trainer, console, limit)
         if checkpoint is not None:
             run.restore(checkpoint)
         return run.train()
@@ -131,7 +136,7 @@ def _refuse_another_run(
         InputError: it is of another run, or lacks the best model that is to be kept.
     """
     training = training_identity(config.train, config.loss.build(), inputs.pairs, inputs.eval_pairs)
-    identity = {**_models_identity(config, models), **training}
+    identity = {**models_identity(config, models), **training}
     refuse_another_run(checkpoint.state, identity, source=str(checkpoint.path))
     best = checkpoint.state["best_step"]
     if not config.train.keep_best or best is None:
@@ -141,11 +146,6 @@ def _refuse_another_run(
             f"cannot resume from {checkpoint.path} with train.keep_best: {path}, the best so far, "
             "was not kept; go on with --no-keep-best"
         )
-
-
-def _models_identity(config: RunConfig, models: Models) -> Identity:
-    """Return what a checkpoint must have in common with the run beside what the trainer knows."""
-    return {**models.fingerprints(), "adapter": config.adapter.identity()}
 
 
 def _check_adapter(config: RunConfig, models: Models) -> None:
@@ -248,12 +248,19 @@ class _Run:
     """A trainer in its run folder."""
 
     def __init__(
-        self, config: RunConfig, models: Models, trainer: Trainer, console: Console
+        self,
+        config: RunConfig,
+        models: Models,
+        trainer: Trainer,
+        console: Console,
+        limit: TimeLimit,
     ) -> None:
         self.config, self.models, self.trainer, self.console = config, models, trainer, console
+        self.limit = limit
         self.folder = Path(config.out)
         self.saved_step = 0
         self.has_warned = False  # of displacement
+        self.is_out_of_time = False
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same run."""
@@ -266,26 +273,26 @@ class _Run:
 
         Raises:
             RunError: a step is not finite, and the run is to stop there.
-            SystemExit: a signal came.
+            SystemExit: a signal came, or the time is over.
         """
-        whole = replace(self.config, train=replace(self.config.train, resume=None))
-        atomic_write(self.folder / "config.toml", whole.to_toml())
-        log = RunLog(self.folder, step=self.trainer.step)
-        self.trainer.callbacks.append(log)
-        with _stopping_on_signals(self.trainer, self.console) as received:
+        self.trainer.callbacks.append(RunLog(self.folder, step=self.trainer.step))
+        with heeding_signals(self._stop, self.console) as received:
             try:
                 self._train_steps()
             except NonFiniteError as error:
                 self._save()
                 path = write_reproduction(self.folder, self.trainer, error)
                 raise RunError(f"{error}. The rows as the model saw them are in {path}") from error
-        if received:
-            self.console.warn(f"stopped at step {self.trainer.step}; go on with --resume auto")
-            raise SystemExit(128 + received[0])
-        return self._write_model(log)
+        if received or self.is_out_of_time:
+            self.console.warn(
+                f"stopped at step {self.trainer.step}; go on with dpo resume {self.folder}"
+            )
+            raise SystemExit(128 + received[0] if received else OUT_OF_TIME)
+        return self._write_model()
 
     def _train_steps(self) -> None:
         trainer, every = self.trainer, self.config.train.save_every
+        self.limit.begin_step()
         with self.console.bar(
             "train", trainer.total_steps, unit="steps", start=trainer.step
         ) as bar:
@@ -296,7 +303,19 @@ class _Run:
                 self._warn_of_displacement(step.metrics)
                 if self._best_step() == step.number or (every and step.number % every == 0):
                     self._save()
+                self._heed_time()
         self._save()
+
+    def _stop(self) -> None:
+        self.trainer.should_stop = True
+
+    def _heed_time(self) -> None:
+        """Stop unless another step ends within the time; the last one is done in any case."""
+        self.limit.end_step()
+        if self.trainer.step < self.trainer.total_steps and not self.limit.leaves_a_step():
+            self.console.warn("the time is over: stopping after this step")
+            self.is_out_of_time = True
+            self._stop()
 
     def _warn_of_displacement(self, metrics: Metrics | None) -> None:
         if metrics and metrics.get("displacement/alarm") and not self.has_warned:
@@ -308,7 +327,7 @@ class _Run:
         trainer, checkpoints = self.trainer, self.folder / CHECKPOINTS
         if trainer.step == self.saved_step:
             return
-        state = {**trainer.state(), **_models_identity(self.config, self.models)}
+        state = {**trainer.state(), **models_identity(self.config, self.models)}
         save_checkpoint(checkpoints, trainer.step, trainer.tensors(), state)
         self.saved_step = trainer.step
         prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
@@ -316,23 +335,21 @@ class _Run:
     def _best_step(self) -> int | None:
         return self.trainer.best_step if self.config.train.keep_best else None
 
-    def _write_model(self, log: RunLog) -> RunResult:
+    def _write_model(self) -> RunResult:
         """Write the model folder, of the best step if that is kept, and the report."""
-        policy, source = self.trainer.module, self.models.policy.path
+        policy = self.trainer.module
         assert isinstance(policy, Decoder)
         step = self._best_step() or self.trainer.step
         if step != self.trainer.step:
             best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
             self.trainer.restore_weights(best.tensors)
             self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
-        evaluations = [line for line in log.evaluations() if line["step"] <= step]
-        with atomic_directory(self.folder / "model", replace=True) as model_folder:
-            with self.trainer.averaged_weights():
-                self._save_policy(policy, model_folder)
-            self.models.tokenizer.save(model_folder)
-            if (source / GENERATION_CONFIG).exists():
-                shutil.copyfile(source / GENERATION_CONFIG, model_folder / GENERATION_CONFIG)
-            write_model_card(model_folder, self.config, evaluations)
+        evaluations = read_evaluations(self.folder, up_to=step)
+        with (
+            atomic_directory(self.folder / "model", replace=True) as model_folder,
+            self.trainer.averaged_weights(),
+        ):
+            write_trained_model(model_folder, policy, self.config, self.models, evaluations)
         return RunResult(
             folder=self.folder,
             model=self.folder / "model",
@@ -341,18 +358,6 @@ class _Run:
             first=evaluations[0] if evaluations else None,
             last=evaluations[-1] if evaluations else None,
         )
-
-    def _save_policy(self, policy: Decoder, folder: Path) -> None:
-        """Write the model, or its adapter alone if it has one."""
-        if not adapted_layers(policy):
-            save_model(policy, folder)
-            return
-        base, revision = self.config.model, self.config.revision
-        if (known := self.models.policy.adapter) is not None:
-            base, revision = known.base, known.base_revision
-        if Path(base).exists():
-            base = str(Path(base).resolve())
-        save_adapter(policy, folder, base=base, base_revision=revision)
 
 
 def _status(metrics: Metrics | None) -> str | None:
@@ -367,31 +372,3 @@ def _status(metrics: Metrics | None) -> str | None:
         f"loss {metrics['loss']:.4f}  {of_pairs}{metrics['perf/pairs_per_s']:.1f} pairs/s  "
         f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"
     )
-
-
-@contextmanager
-def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[list[int]]:
-    """Let SIGTERM and SIGINT end the run after the current step; a second one ends it at once.
-
-    Yields the signals that came. Python heeds signals in the main thread alone: in another one they
-    stay the caller's affair.
-    """
-    received: list[int] = []
-    is_main = threading.current_thread() is threading.main_thread()
-    caught = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in caught}
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        trainer.should_stop = True
-        signal.signal(number, previous[signal.Signals(number)])
-        with suppress(RuntimeError):  # the console was just writing, and cannot be entered twice
-            console.warn(f"{signal.Signals(number).name}: stopping after this step")
-
-    try:
-        for number in caught:
-            signal.signal(number, stop)
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from dpo.checkpoint import (
     Checkpoint,
+    checkpoint_folders,
     checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
     set_aside_later,
 )
 from dpo.errors import InputError, RunError
-from dpo.files import append_jsonl, atomic_write
+from dpo.files import append_jsonl, atomic_write, read_json
 from dpo.progress import Console
 from dpo.trainer import NonFiniteError, Trainer
 
@@ -51,6 +52,31 @@ def find_checkpoint(folder: Path, resume: str | None, console: Console) -> Check
     if checkpoint is not None:
         console.say(f"resuming from {checkpoint.path}")
     return checkpoint
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, sound or not, by rising step.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = checkpoint_folders(run / CHECKPOINTS)
+    if not found:
+        raise InputError(f"{run / CHECKPOINTS}: there is no checkpoint")
+    return found
+
+
+def describe_checkpoint(path: Path) -> str:
+    """Say in a line how large a checkpoint is, and what it knows of its run."""
+    size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+    try:
+        state = read_json(path / "state.json")["state"]
+        known = f"of {state['total_steps']} steps, {state['tokens_seen']:,} tokens"
+        if state["best_step"] is not None:
+            known += f", held-out loss {state['best_loss']:.4f} at step {state['best_step']}"
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        known = f"damaged: {error}"
+    return f"{path.name}  {size:8.1f} MiB  {known}"
 
 
 def go_on_from(checkpoint: Checkpoint, folder: Path) -> None:
@@ -97,10 +123,6 @@ class RunLog:
         """Append a line."""
         append_jsonl(self._path, _plain(metrics))
 
-    def evaluations(self) -> list[dict[str, float]]:
-        """Read back the lines that are evaluations."""
-        return [line for line in read_metrics(self._path.parent) if "eval/loss" in line]
-
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """Read the lines of metrics of a run's folder, all but one that a kill cut short."""
@@ -110,6 +132,12 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             values = json.loads(line)
             lines.append({k: math.nan if v is None else v for k, v in values.items()})
     return lines
+
+
+def read_evaluations(folder: Path, *, up_to: int) -> list[dict[str, float]]:
+    """Read the lines of metrics that are evaluations, those of later steps left out."""
+    lines = read_metrics(folder)
+    return [line for line in lines if "eval/loss" in line and line["step"] <= up_to]
 
 
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:

@@ -108,6 +108,18 @@ def read_settings(path: Path) -> list[Setting]:
     return [Setting(key, value, str(path)) for key, value in _flat_document(document, "")]
 
 
+def settings_of_run(folder: Path) -> list[Setting]:
+    """Read what a run that has begun in ``folder`` is; wherever that lies by now.
+
+    Raises:
+        InputError: no run has begun there.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise InputError(f"{folder} is no folder of a run that has begun: config.toml is missing")
+    return [*read_settings(path), Setting("out", str(folder), "the folder of the run")]
+
+
 def parse_assignment(text: str) -> Setting:
     """Read ``key=value`` of ``--set``.
 

@@ -1,9 +1,14 @@
 """``dpo train``."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from dpo.cli.options import config_flags, resolve_flags
 from dpo.progress import Console
+
+if TYPE_CHECKING:
+    from dpo.run import RunResult
 
 
 @click.command
@@ -26,9 +31,14 @@ def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flag
         click.echo(resolved.to_toml(), nl=False)
         return
     from dpo import run
+
+    show_result(run.train(resolved.config, console=Console(quiet=quiet)))
+
+
+def show_result(result: "RunResult") -> None:
+    """Say what a run brought and where it is."""
     from dpo.model_card import headline
 
-    result = run.train(resolved.config, console=Console(quiet=quiet))
     if result.first is not None and result.last is not None:
         click.echo(f"{'held out':<18}{'before':>10}{'after':>10}")
         for name, before, after in headline(result.first, result.last):
