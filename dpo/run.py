@@ -275,7 +275,9 @@ class _Run:
             RunError: a step is not finite, and the run is to stop there.
             SystemExit: a signal came, or the time is over.
         """
-        self.trainer.callbacks.append(RunLog(self.folder, step=self.trainer.step))
+        self.trainer.callbacks.append(
+            RunLog(self.folder, step=self.trainer.step, console=self.console)
+        )
         with heeding_signals(self._stop, self.console) as received:
             try:
                 self._train_steps()

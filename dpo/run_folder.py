@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from dpo.checkpoint import (
@@ -114,9 +113,12 @@ def _newest(checkpoints: Path, console: Console) -> Checkpoint | None:
 class RunLog:
     """Writes each line of metrics to ``metrics.jsonl``; forgets the lines after a resumed step."""
 
-    def __init__(self, folder: Path, *, step: int) -> None:
+    def __init__(self, folder: Path, *, step: int, console: Console) -> None:
         self._path = folder / METRICS
-        kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
+        lines, damaged = _read_lines(self._path) if step else ([], 0)
+        if damaged:
+            console.warn(f"{self._path}: {damaged} damaged lines left out")
+        kept = [line for line in lines if line["step"] <= step]
         atomic_write(self._path, "".join(json.dumps(_plain(line)) + "\n" for line in kept))
 
     def __call__(self, _trainer: Trainer, metrics: Mapping[str, float]) -> None:
@@ -125,13 +127,27 @@ class RunLog:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Read the lines of metrics of a run's folder, all but one that a kill cut short."""
-    path, lines = folder / METRICS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
-            values = json.loads(line)
-            lines.append({k: math.nan if v is None else v for k, v in values.items()})
-    return lines
+    """Read the lines of metrics of a run's folder, all but those that a kill cut short."""
+    return _read_lines(folder / METRICS)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
+    """Read what lines of metrics there are, and count those that are none."""
+    lines, damaged = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            values = {k: math.nan if v is None else float(v) for k, v in json.loads(line).items()}
+            lines.append(values | {"step": int(values["step"])})
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ):
+            damaged += 1
+    return lines, damaged
 
 
 def read_evaluations(folder: Path, *, up_to: int) -> list[dict[str, float]]:
