@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dpo.errors import InputError, RunError
 from dpo.files import (
     JSON,
+    OTHER_SHAPE,
     atomic_directory,
     read_json,
     remove_folder,
@@ -107,17 +109,23 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         InputError: ``path`` is no checkpoint, or one of a later format.
-        RunError: it is damaged; the message names the files and both hashes.
+        RunError: it is damaged; the message names the files and both hashes. Or its hashes are
+            right, and what they are of was not written here.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint folder")
     if faults := verify_manifest(path):
         raise RunError("\n  ".join([f"checkpoint {path} is damaged:", *faults]))
-    content = read_json(path / "state.json")
+    try:
+        content = read_json(path / "state.json")
+        files = sorted(path.glob("*.safetensors")) if content["format"] == FORMAT else []
+        tensors = {file.stem: read_tensors(file) for file in files}
+        found = Checkpoint(path, int(content["step"]), tensors, dict(content["state"]))
+    except (SafetensorError, *OTHER_SHAPE) as error:  # its hashes are right, but whose are they
+        raise RunError(f"checkpoint {path} was not written by this engine: {error!r}") from error
     if content["format"] != FORMAT:
         raise InputError(f"{path}: checkpoint format {content['format']}, expected {FORMAT}")
-    tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(path, content["step"], tensors, content["state"])
+    return found
 
 
 def latest_checkpoint(folder: Path) -> NewestCheckpoint:

@@ -20,7 +20,7 @@ from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
 from dpo.errors import InputError, RunError
-from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
+from dpo.files import OTHER_SHAPE, FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import refuse_another_run, training_identity
 from dpo.inputs import (
     Inputs,
@@ -263,8 +263,20 @@ class _Run:
         self.is_out_of_time = False
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same run."""
-        self.trainer.restore(checkpoint.tensors, checkpoint.state)
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            InputError: it is of another run.
+            RunError: it is of none of this engine.
+        """
+        try:
+            self.trainer.restore(checkpoint.tensors, checkpoint.state)
+        except (InputError, RunError):
+            raise
+        except (RuntimeError, *OTHER_SHAPE) as error:
+            raise RunError(
+                f"{checkpoint.path} was not written by this engine: {error!r}"
+            ) from error
         self.saved_step = self.trainer.step
         go_on_from(checkpoint, self.folder)
 

@@ -21,7 +21,7 @@ from dpo.checkpoint import (
     set_aside_later,
 )
 from dpo.errors import InputError, RunError
-from dpo.files import append_jsonl, atomic_write, read_json
+from dpo.files import OTHER_SHAPE, append_jsonl, atomic_write, read_json
 from dpo.progress import Console
 from dpo.trainer import NonFiniteError, Trainer
 
@@ -73,7 +73,7 @@ def describe_checkpoint(path: Path) -> str:
         known = f"of {state['total_steps']} steps, {state['tokens_seen']:,} tokens"
         if state["best_step"] is not None:
             known += f", held-out loss {state['best_loss']:.4f} at step {state['best_step']}"
-    except (InputError, KeyError, TypeError, ValueError) as error:
+    except OTHER_SHAPE as error:
         known = f"damaged: {error}"
     return f"{path.name}  {size:8.1f} MiB  {known}"
 
@@ -136,16 +136,11 @@ def _read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
     lines, damaged = [], 0
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            values = {k: math.nan if v is None else float(v) for k, v in json.loads(line).items()}
-            lines.append(values | {"step": int(values["step"])})
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ):
+            items = json.loads(line).items()
+            values = {key: math.nan if value is None else value + 0 for key, value in items}
+            int(values["step"])
+            lines.append(values)
+        except OTHER_SHAPE:
             damaged += 1
     return lines, damaged
 

@@ -13,9 +13,18 @@ CHAOS = Path(__file__).with_name("chaos.py")
 
 def run_chaos(faults: int, seed: int, *, before: str = "") -> dict[str, Any]:
     """Run the program, after some code of our own, and return what it tells."""
-    code = f"import sys, runpy; {before}\nrunpy.run_path(sys.argv[1], run_name='__main__')"
+    start = "import sys, runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", code, CHAOS, "--faults", str(faults), "--seed", str(seed)],
+        [
+            sys.executable,
+            "-c",
+            f"{before}\n{start}",
+            CHAOS,
+            "--faults",
+            str(faults),
+            "--seed",
+            str(seed),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -170,7 +170,7 @@ def outcomes(
     """What became of runs that got a signal at some instants: kills, and friendlier ones."""
     kills, stops = request.param
     # From shares of all instants on: a signal to stop is heeded once the training has begun.
-    plan = [("SIGKILL", 0.04, kills), ("SIGTERM", 0.6, stops), ("SIGINT", 0.7, stops)]
+    plan = [("SIGKILL", 0.04, kills), ("SIGTERM", 0.6, stops), ("SIGINT", 0.65, stops)]
     arguments = (
         f"--model {model_folder} --data {data} --threads 1 --device cpu --batch-size 4 --steps 4 "
         "--save-every 1 --keep 2 --eval-split 0.25 --eval-every 2 --keep-best --learning-rate 0.01"

@@ -54,14 +54,16 @@ def verify(run: Path) -> None:
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Folder of the model, to be made."
 )
-def export(run: Path, step: int | None, out: Path) -> None:
+@click.option("--loss", help="Of a run with a loss of your own: its name again, to import it.")
+def export(run: Path, step: int | None, out: Path, loss: str | None) -> None:
     """Write the model of a checkpoint, as the run writes its own at its end.
 
     Its data is not read; the model that it began with is.
     """
-    from dpo.settings import resolve, settings_of_run
+    from dpo.settings import Setting, resolve, settings_of_run
     from dpo.trained_model import export_checkpoint
 
-    config = resolve(settings_of_run(run)).config
+    given = [] if loss is None else [Setting("loss.name", loss, "--loss", is_text=True)]
+    config = resolve(settings_of_run(run), given).config
     exported = export_checkpoint(config, out, step=step)
     click.echo(f"step    {exported}\nmodel   {out}")

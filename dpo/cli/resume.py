@@ -12,7 +12,7 @@ from dpo.settings import Setting, settings_of_run
 
 @click.command
 @click.argument("run", type=click.Path(path_type=Path))
-@config_flags("train.")
+@config_flags("loss.name", "train.")
 @click.pass_context
 def resume(
     context: click.Context, /, *, run: Path, print_config: bool, quiet: bool, **_flags: object
@@ -21,7 +21,8 @@ def resume(
 
     RUN is the folder of a run; its config.toml says what it is, and options given here override
     that. One that would change what has been trained is refused with both values; --epochs or
-    --steps reach further where the learning rates of the steps done do not depend on the end.
+    --steps reach further where the learning rates of the steps done do not depend on the end. A
+    loss of your own is to be named again (--loss), for a file cannot name code to run.
     """
     newest = Setting("train.resume", "auto", "dpo resume")
     resolved = resolve_flags(context, below=[*settings_of_run(run), newest])
