@@ -39,6 +39,7 @@ class _Generation(Extension):
 
 def main() -> None:
     """Answer lines until there are no more."""
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whoever starts us may ignore it
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # answers go into a pipe
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # macOS has the limit and does not keep it

@@ -60,6 +60,7 @@ class ChatTemplate:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=_environment(),
+            process_group=0,  # Ctrl-C is for us, who may go on
             encoding="utf-8",
         )
         weakref.finalize(self, _end, self._process)

@@ -369,7 +369,7 @@ def main() -> int:
     tallies = {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in names:
-        count = -(-int(given.inputs * READERS[name].share) // int(shares + 1) + 1)
+        count = max(1, round(given.inputs * READERS[name].share / shares))
         with tempfile.TemporaryDirectory() as folder:
             tallies[name] = fuzz(name, count, given.seed, Path(folder))
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

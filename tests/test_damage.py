@@ -74,7 +74,10 @@ def result_of(run: Path) -> dict[str, object]:
     return {"losses": [(line["step"], line["loss"]) for line in lines], **files}
 
 
-@pytest.mark.parametrize("damage", [flip_bit, cut, empty])
+@pytest.mark.parametrize(
+    "damage",
+    [flip_bit, *(pytest.param(each, marks=pytest.mark.slow) for each in (cut, empty))],
+)
 @pytest.mark.parametrize("file", FILES)
 def test_run_with_a_damaged_file_ends_the_same(
     place: Path, finished: Path, file: str, damage: Callable[[Path], None]

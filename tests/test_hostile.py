@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -124,6 +125,19 @@ def test_process_of_a_template_has_no_secrets_and_can_write_no_file(
     assert b"secret" not in (process / "environ").read_bytes()
     limits = (process / "limits").read_text().splitlines()
     assert next(line for line in limits if line.startswith("Max file size")).split()[3] == "0"
+
+
+def test_process_of_a_template_is_out_of_reach_of_ctrl_c_and_bounded_whatever_is_ignored() -> None:
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        template = ChatTemplate("{{ messages }}", name="mine", variables={})
+    finally:
+        signal.signal(signal.SIGPROF, before)
+    process = template._process.pid
+    assert os.getpgid(process) == process
+    status = Path(f"/proc/{process}/status").read_text()
+    (ignored,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigIgn"))
+    assert not int(ignored, 16) >> (signal.SIGPROF - 1) & 1
 
 
 def test_process_of_a_template_ends_with_it() -> None:

@@ -106,6 +106,23 @@ def test_folder_that_was_moved_is_resumed_where_it_is(
     assert (tmp_path / "moved/checkpoints/step-000003").exists()
 
 
+def test_run_with_a_loss_of_ones_own_goes_on_where_it_is_named_again(
+    tmp_path: Path, train: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run folder can come from anyone: it is not to say what is imported."""
+    source = "def loss(pairs, beta=0.1):\n    return -beta * pairs.log_ratio_gap\n"
+    (tmp_path / "own_loss.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    run, named = tmp_path / "RUN", ("--loss", "own_loss:loss")
+    assert train(run, *named, "--schedule", "constant", "--steps", "2").exit_code == 0
+    for again in (("resume", run), ("checkpoint", "export", run, "--out", tmp_path / "model")):
+        refused = dpo(*again)
+        assert refused.exit_code == 2
+        assert "config.toml: loss.name names code to run, which a file cannot" in refused.stderr
+        assert dpo(*again, *named).exit_code == 0
+    assert files(tmp_path / "model") == files(run / "model")
+
+
 def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     for command in (("resume",), ("checkpoint", "export", "--out", tmp_path / "model")):
         result = dpo(*command, tmp_path)
@@ -158,6 +175,7 @@ def test_end_of_a_job_of_slurm_stops_the_run(
     assert (tmp_path / "RUN/checkpoints/step-000001").exists()
 
 
+@pytest.mark.slow
 def test_run_outlives_its_terminal(tmp_path: Path, model_folder: Path, data: Path) -> None:
     """A hang-up stops it after the step with a checkpoint, though nothing can be said any more."""
     master, terminal = pty.openpty()
