@@ -51,9 +51,9 @@ def answer_all(requests: TextIO, answers: TextIO) -> None:
     """Compile the template of the first line, and render each of the others."""
     template = None
     for line in requests:
-        request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # whose signal ends the process
         try:
+            request = json.loads(line)
             if template is None:
                 template = _environment().from_string(request)
                 answer = {"text": ""}

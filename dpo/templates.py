@@ -35,6 +35,7 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+_KEPT = ("TZ", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # of the environment
 _CONTINUE = "\ue000continue\ue000"  # private use: no template and no text holds it
 
 
@@ -113,7 +114,10 @@ class ChatTemplate:
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        line = json.dumps(request, default=plain_json) + "\n"
+        try:
+            line = json.dumps(request, default=plain_json) + "\n"
+        except RecursionError as error:
+            raise InputError(f"the conversation is too nested: {error}") from error
         with self._lock:
             try:
                 self._process.stdin.write(line)
@@ -155,7 +159,7 @@ class ChatTemplate:
 def _environment() -> dict[str, str]:
     """Return the environment of the process: where modules are, and the hours of the day."""
     known = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return known | {name: os.environ[name] for name in ("TZ",) if name in os.environ}
+    return known | {name: os.environ[name] for name in _KEPT if name in os.environ}
 
 
 def _end(process: subprocess.Popen[str]) -> None:
