@@ -350,6 +350,8 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    for number in STOPS:  # which are heeded only by those whose callers do not ignore them
+        signal.signal(number, signal.SIG_DFL)
     begun, lost = time.monotonic(), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder), given.seed)

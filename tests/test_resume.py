@@ -104,6 +104,7 @@ from pathlib import Path
 import torch._dynamo, dpo.run
 from dpo.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started us may ignore it
 place, arguments, plan = Path(sys.argv[1]), sys.argv[2].split(), json.loads(sys.argv[3])
 run, cache = place / "RUN", place / "cache"
 os.environ["XDG_CACHE_HOME"] = str(cache)

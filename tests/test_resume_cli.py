@@ -181,10 +181,12 @@ def test_run_outlives_its_terminal(tmp_path: Path, model_folder: Path, data: Pat
     master, terminal = pty.openpty()
     out = tmp_path / "RUN"
     arguments = ["--model", model_folder, "--data", data, "--out", out, "--steps", "100000", *PLAIN]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever started us may ignore it
     process = subprocess.Popen(
         [sys.executable, "-m", "dpo", "train", *map(str, arguments)],
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
     )  # fmt: skip
+    signal.signal(signal.SIGHUP, before)
     os.close(terminal)
     while not (out / "metrics.jsonl").exists() or "\n" not in (out / "metrics.jsonl").read_text():
         assert process.poll() is None

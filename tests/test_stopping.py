@@ -109,6 +109,8 @@ def test_end_of_a_job_that_there_is_not_is_refused(environment: dict[str, str]) 
 def untouched() -> Iterator[None]:
     """Handlers as they were, whatever a test does."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # whoever started us may ignore some
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
