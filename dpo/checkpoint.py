@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dpo.errors import InputError, RunError
 from dpo.files import (
     JSON,
+    OTHER_SHAPE,
     atomic_directory,
     read_json,
     remove_folder,
@@ -97,28 +99,40 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the checkpoints in ``folder``, sound or not, by rising step."""
+    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
+    return sorted(found, key=_step)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint after comparing every file with its hash.
 
     Raises:
         InputError: ``path`` is no checkpoint, or one of a later format.
-        RunError: it is damaged; the message names the files and both hashes.
+        RunError: it is damaged; the message names the files and both hashes. Or its hashes are
+            right, and what they are of was not written here.
     """
     if not path.is_dir():
         raise InputError(f"{path}: no such checkpoint folder")
     if faults := verify_manifest(path):
         raise RunError("\n  ".join([f"checkpoint {path} is damaged:", *faults]))
-    content = read_json(path / "state.json")
+    try:
+        content = read_json(path / "state.json")
+        files = sorted(path.glob("*.safetensors")) if content["format"] == FORMAT else []
+        tensors = {file.stem: read_tensors(file) for file in files}
+        found = Checkpoint(path, int(content["step"]), tensors, dict(content["state"]))
+    except (SafetensorError, *OTHER_SHAPE) as error:  # its hashes are right, but whose are they
+        raise RunError(f"checkpoint {path} was not written by this engine: {error!r}") from error
     if content["format"] != FORMAT:
         raise InputError(f"{path}: checkpoint format {content['format']}, expected {FORMAT}")
-    tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
-    return Checkpoint(path, content["step"], tensors, content["state"])
+    return found
 
 
 def latest_checkpoint(folder: Path) -> NewestCheckpoint:
     """Read the newest sound checkpoint, going back over damaged ones."""
     damaged: list[str] = []
-    for path in reversed(_checkpoints(folder)):
+    for path in reversed(checkpoint_folders(folder)):
         try:
             return NewestCheckpoint(load_checkpoint(path), tuple(damaged))
         except (RunError, OSError) as error:
@@ -133,7 +147,7 @@ def set_aside_later(folder: Path, step: int) -> list[Path]:
     be resumed by accident nor be kept by ``prune`` in the place of one of this run.
     """
     moved = []
-    for path in _checkpoints(folder):
+    for path in checkpoint_folders(folder):
         if _step(path) > step:
             aside = path.with_name(f"{path.name}.aside")
             if aside.exists():
@@ -146,10 +160,24 @@ def prune(folder: Path, *, keep: int, best: int | None = None) -> list[Path]:
     """Remove checkpoints but the newest ``keep`` and that of step ``best``; return the removed."""
     if keep < 1:
         raise InputError(f"keep must be at least 1 checkpoint, got {keep}")
-    removed = [path for path in _checkpoints(folder)[:-keep] if _step(path) != best]
+    removed = [path for path in checkpoint_folders(folder)[:-keep] if _step(path) != best]
     for path in removed:
         remove_folder(path)
     return removed
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that are trained, detached, by parameter name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def restore_weights(
+    model: nn.Module, tensors: Mapping[str, Tensor], ranks: Ranks | None = None
+) -> None:
+    """Copy what ``trained_weights`` returned into ``model``, of which ranks may hold parts."""
+    ranks = ranks or Ranks()
+    for name, weight in trained_weights(model).items():
+        weight.copy_(ranks.divide(tensors[name], weight))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -211,11 +239,6 @@ def restore_optimizer(
         value = value.to(device, copy=True)
         is_like_it = value.shape == parameter.shape
         optimizer.state[parameter][key] = ranks.divide(value, parameter) if is_like_it else value
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name))
-    return sorted(found, key=_step)
 
 
 def _step(path: Path) -> int:

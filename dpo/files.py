@@ -24,6 +24,9 @@ from dpo.errors import InputError
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 MANIFEST = "manifest.json"
+OTHER_SHAPE = (  # what reading decoded JSON raises that does not look as it should
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -142,7 +145,7 @@ def verify_manifest(folder: Path) -> list[str]:
         if _dumps(entries) != text:
             return [f"{path}: damaged: not byte for byte as it was written"]
         listed = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return [f"{path}: damaged: {error}"]
     faults = (_file_fault(folder / name, *expected) for name, expected in listed.items())
     return [fault for fault in faults if fault]
@@ -224,7 +227,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
 
 
@@ -295,7 +298,7 @@ def _listed(manifest: Path) -> Sequence[str]:
     """Return the names in a manifest; none if there is no manifest that can be read."""
     try:
         entries = json.loads(manifest.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ()
     return list(entries) if isinstance(entries, dict) else ()
 

@@ -44,6 +44,7 @@ def fetch_model(name: str | Path, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         if revision is not None:
             raise InputError(f"revision {revision!r} has no meaning for the local folder {name}")
+        _refuse_links_out(Path(name))
         return Path(name)
     if not _HUB_ID.fullmatch(str(name)) or str(name)[0] == ".":
         raise InputError(f"{name}: no such folder")
@@ -57,6 +58,24 @@ def fetch_model(name: str | Path, revision: str | None = None) -> Path:
             ignore_patterns=_NOT_MODEL_FILES,
         )
     return Path(folder)
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Refuse links to texts elsewhere: they would be copied with a model that is trained on this.
+
+    Weights may lie anywhere, and whatever is linked to in the Hub's own cache.
+
+    Raises:
+        InputError: there is one.
+    """
+    here = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if not path.is_symlink() or path.suffix == ".safetensors":
+            continue
+        target = path.resolve()
+        is_cached = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+        if not target.is_relative_to(here) and not is_cached:
+            raise InputError(f"{path} is a link out of its folder, to {target}: copy what you mean")
 
 
 def fetch_dataset_files(

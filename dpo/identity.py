@@ -10,6 +10,7 @@ from typing import Any
 
 from dpo.errors import InputError
 from dpo.losses import Loss
+from dpo.optim import make_schedule
 from dpo.sampling import make_sampler
 from dpo.tokenized_pairs import TokenizedPairs
 from dpo.train_config import TrainConfig
@@ -25,11 +26,10 @@ def training_identity(
 ) -> Identity:
     """Return the data and the options without which resumed training would not be the same.
 
-    The length of the run matters where the learning rate or the loss changes over it, the held-out
-    pairs where they decide when it ends or what is kept.
+    The held-out pairs matter where they decide when the run ends or what is kept.
     """
     total_steps = config.total_steps(make_sampler(loss, pairs, config).steps_per_epoch)
-    changes = config.schedule != "constant" or loss.at_progress(0.0) != loss.at_progress(1.0)
+    moves = loss.at_progress(0.0) != loss.at_progress(1.0)
     compares_evaluations = config.keep_best or config.early_stopping is not None
     return {
         "data": pairs.fingerprint,
@@ -46,7 +46,8 @@ def training_identity(
         "optimizer": config.optimizer,
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,
-        "total_steps": total_steps if changes else None,
+        "total_steps": total_steps,
+        "loss_moves": moves or None,
         "decay_share": config.decay_share,
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
@@ -74,12 +75,25 @@ def refuse_another_run(state: Mapping[str, Any], identity: Identity, *, source: 
         source: where the state comes from, for the message.
 
     Raises:
-        InputError: they differ; names each key with both values.
+        InputError: they differ; names each key with both values. The length of the run may be
+            another one where neither a learning rate nor the loss of the steps done depends on it.
     """
-    changed = [
-        f"{name} was {state.get(name)!r} and is {value!r}"
-        for name, value in identity.items()
-        if state.get(name) != value
-    ]
+    changed = {name: value for name, value in identity.items() if state.get(name) != value}
+    is_longer = changed.keys() == {"total_steps"}
+    if is_longer and _steps_done(state) == _steps_done({**state, **changed}):
+        return
     if changed:
-        raise InputError(f"cannot resume from {source}, the run has changed: {'; '.join(changed)}")
+        shown = [f"{key} was {state.get(key)!r} and is {value!r}" for key, value in changed.items()]
+        if is_longer:
+            shown.append("on it depend learning rates, or the loss, of the steps done")
+        raise InputError(f"cannot resume from {source}, the run has changed: {'; '.join(shown)}")
+
+
+def _steps_done(state: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Return what a checkpoint's steps had of the run's length: the rate's factor, the progress."""
+    schedule = make_schedule(state["schedule"], decay_share=state["decay_share"])
+    warmup, total = state["warmup_steps"], state["total_steps"]
+    return [
+        (schedule(step, warmup, total), step / total if state.get("loss_moves") else 0.0)
+        for step in range(state["step"])
+    ]

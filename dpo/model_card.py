@@ -77,7 +77,7 @@ def _of_adapter(found: AdapterFolder, config: RunConfig) -> str:
 def _named(source: str) -> str:
     """Name a source without the path to it on this machine."""
     path = Path(source)
-    return path.resolve().name if path.exists() else source
+    return path.resolve().name if path.exists() or path.is_absolute() else source
 
 
 def _revision(revision: str | None) -> str:

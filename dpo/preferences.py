@@ -40,6 +40,7 @@ __all__ = [
 ]  # fmt: skip
 
 _SHOWN_FAULTS = 20
+_MOST_BYTES = 2**28  # of a row as text, or of a packed array, which may be a bomb
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -379,7 +380,10 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
 def _json_lines(path: Path) -> Iterator[FileRow]:
     """Yield a row for each line that is not blank, numbered by its line."""
     with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        lines = iter(partial(stream.readline, _MOST_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > _MOST_BYTES:
+                raise InputError(f"{path}:{number}: a line of more than {_MOST_BYTES:,} bytes")
             content = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if content.strip():
                 yield FileRow(number, f"{path}:{number}", content)
@@ -388,7 +392,10 @@ def _json_lines(path: Path) -> Iterator[FileRow]:
 def _json_array(path: Path) -> Iterator[FileRow]:
     """Yield a row for each item of an array; JSON Lines named ``.json`` are read as such."""
     with _open(path) as stream:
-        data = stream.read().removeprefix(codecs.BOM_UTF8)
+        is_packed = isinstance(stream, gzip.GzipFile)
+        data = stream.read(_MOST_BYTES + 1 if is_packed else -1).removeprefix(codecs.BOM_UTF8)
+    if is_packed and len(data) > _MOST_BYTES and data.lstrip().startswith(b"["):
+        raise InputError(f"{path}: an array of more than {_MOST_BYTES:,} bytes: write JSON Lines")
     if not data.lstrip().startswith(b"["):
         yield from _json_lines(path)
         return
@@ -414,7 +421,9 @@ def _parquet(path: Path) -> Iterator[FileRow]:
             for content in batch.to_pylist():
                 number += 1
                 yield FileRow(number, f"{path}: row {number}", content)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system, not of what is in the file
         raise InputError(f"{path}: damaged Parquet file: {error}") from error
 
 

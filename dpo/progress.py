@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -116,8 +116,9 @@ class Console:
         self._write(f"\r\x1b[K{text}")
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        with suppress(OSError):  # a run outlives its terminal, and the disk of its log
+            self._stream.write(text)
+            self._stream.flush()
 
 
 class SilentConsole(Console):

@@ -7,20 +7,16 @@ signals and writes the model. README.md describes the folder of a run.
 from __future__ import annotations
 
 import math
-import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dpo.adapter_files import adapter_parameters, save_adapter
+from dpo.adapter_files import adapter_parameters
 from dpo.adapters import adapted_layers, rate_scales
 from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
 from dpo.config import RunConfig
@@ -28,10 +24,9 @@ from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
 from dpo.distributed import joined_ranks
 from dpo.errors import InputError, RunError
-from dpo.files import FolderLock, atomic_directory, atomic_write, remove_leftovers
-from dpo.identity import Identity, refuse_another_run, training_identity
+from dpo.files import OTHER_SHAPE, FolderLock, atomic_directory, atomic_write, remove_leftovers
+from dpo.identity import refuse_another_run, training_identity
 from dpo.inputs import (
-    GENERATION_CONFIG,
     Inputs,
     ModelFolder,
     Models,
@@ -39,8 +34,7 @@ from dpo.inputs import (
     load_inputs,
     pin_revisions,
 )
-from dpo.model_card import write_model_card
-from dpo.models import Decoder, save_model
+from dpo.models import Decoder
 from dpo.optim import rate_scales as find_rates
 from dpo.optim import trained_names
 from dpo.parallel import check_parts, kind_of_ranks
@@ -59,8 +53,10 @@ from dpo.run_folder import (
     read_evaluations,
     write_reproduction,
 )
+from dpo.stopping import OUT_OF_TIME, TimeLimit, heeding_signals
 from dpo.token_budget import choose_budget, with_budget
 from dpo.train_config import AUTO
+from dpo.trained_model import models_identity, write_trained_model
 from dpo.trainer import Metrics, NonFiniteError, Trainer, uses_live_reference
 
 
@@ -94,8 +90,10 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
     Raises:
         InputError: the model, the data or the folder cannot be used.
         RunError: training cannot go on.
-        SystemExit: a signal stopped the run after a checkpoint; the code is 128 + its number.
+        SystemExit: a signal or the time stopped the run after a checkpoint; the code is 128 + the
+            signal's number, or ``OUT_OF_TIME``.
     """
+    limit = TimeLimit(config.train)
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
@@ -112,8 +110,11 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
             budget = choose_budget(config, models.policy.config, inputs.pairs, device=device)
             console.say(budget.describe())
             config = with_budget(config, ranks.first([budget.tokens])[0])
+        if ranks.is_first:
+            whole = replace(config, train=replace(config.train, resume=None))
+            atomic_write(folder / "config.toml", whole.to_toml())
         trainer = _make_trainer(config, models, inputs, device, ranks, console)
-        run = _Run(config, models, trainer, console, own_console)
+        run = _Run(config, models, trainer, console, own_console, limit)
         if checkpoint is not None:
             run.restore(checkpoint)
         return run.train()
@@ -186,7 +187,7 @@ def _refuse_another_run(
         InputError: it is of another run, or lacks the best model that is to be kept.
     """
     training = training_identity(config.train, config.loss.build(), inputs.pairs, inputs.eval_pairs)
-    identity = {**_models_identity(config, models), **training}
+    identity = {**models_identity(config, models), **training}
     refuse_another_run(checkpoint.state, identity, source=str(checkpoint.path))
     best = checkpoint.state["best_step"]
     if not config.train.keep_best or best is None:
@@ -196,11 +197,6 @@ def _refuse_another_run(
             f"cannot resume from {checkpoint.path} with train.keep_best: {path}, the best so far, "
             "was not kept; go on with --no-keep-best"
         )
-
-
-def _models_identity(config: RunConfig, models: Models) -> Identity:
-    """Return what a checkpoint must have in common with the run beside what the trainer knows."""
-    return {**models.fingerprints(), "adapter": config.adapter.identity()}
 
 
 def _check_models(config: RunConfig, models: Models) -> None:
@@ -341,16 +337,31 @@ class _Run:
         trainer: Trainer,
         console: Console,
         own_console: Console,
+        limit: TimeLimit,
     ) -> None:
         self.config, self.models, self.trainer = config, models, trainer
         self.console, self.own_console, self.ranks = console, own_console, trainer.ranks
+        self.limit = limit
         self.folder = Path(config.out)
         self.saved_step = 0
         self.has_warned = False  # of displacement
+        self.is_out_of_time = False
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same run."""
-        self.trainer.restore(checkpoint.tensors, checkpoint.state)
+        """Go on from a checkpoint of the same run.
+
+        Raises:
+            InputError: it is of another run.
+            RunError: it is of none of this engine.
+        """
+        try:
+            self.trainer.restore(checkpoint.tensors, checkpoint.state)
+        except (InputError, RunError):
+            raise
+        except (RuntimeError, *OTHER_SHAPE) as error:
+            raise RunError(
+                f"{checkpoint.path} was not written by this engine: {error!r}"
+            ) from error
         self.saved_step = self.trainer.step
         if self.ranks.is_first:
             go_on_from(checkpoint, self.folder)
@@ -360,13 +371,14 @@ class _Run:
 
         Raises:
             RunError: a step is not finite, and the run is to stop there.
-            SystemExit: a signal came.
+            SystemExit: a signal came, or the time is over.
         """
         if self.ranks.is_first:
-            whole = replace(self.config, train=replace(self.config.train, resume=None))
-            atomic_write(self.folder / "config.toml", whole.to_toml())
-            self.trainer.callbacks.append(RunLog(self.folder, step=self.trainer.step))
-        with _stopping_on_signals(self.trainer, self.console) as received:
+            self.trainer.callbacks.append(
+                RunLog(self.folder, step=self.trainer.step, console=self.console)
+            )
+        is_alone = self.ranks.count == 1
+        with heeding_signals(self._stop, self.console, is_alone=is_alone) as received:
             try:
                 self._train_steps()
             except NonFiniteError as error:
@@ -377,16 +389,19 @@ class _Run:
                 path = write_reproduction(self.folder, self.trainer, error)
                 raise RunError(f"{error}. The rows as the model saw them are in {path}") from error
             number = int(self.ranks.max(received[0] if received else 0))
-            if number:
-                self.console.warn(f"stopped at step {self.trainer.step}; go on with --resume auto")
+            if number or self.ranks.any(self.is_out_of_time):
+                self.console.warn(
+                    f"stopped at step {self.trainer.step}; go on with dpo resume {self.folder}"
+                )
                 self.ranks.wait()
-                raise SystemExit(128 + number)
+                raise SystemExit(128 + number if number else OUT_OF_TIME)
         self._write_model()
         self.ranks.wait()
         return self._result()
 
     def _train_steps(self) -> None:
         trainer, every = self.trainer, self.config.train.save_every
+        self.limit.begin_step()
         with self.console.bar(
             "train", trainer.total_steps, unit="steps", start=trainer.step
         ) as bar:
@@ -398,7 +413,19 @@ class _Run:
                 self._warn_of_displacement(step.metrics)
                 if self._best_step() == step.number or (every and step.number % every == 0):
                     self._save()
+                self._heed_time()
         self._save()
+
+    def _stop(self) -> None:
+        self.trainer.should_stop = True
+
+    def _heed_time(self) -> None:
+        """Stop unless another step ends within the time; the last one is done in any case."""
+        self.limit.end_step()
+        if self.trainer.step < self.trainer.total_steps and not self.limit.leaves_a_step():
+            self.console.warn("the time is over: stopping after this step")
+            self.is_out_of_time = True
+            self._stop()
 
     def _warn_of_displacement(self, metrics: Metrics | None) -> None:
         if metrics and metrics.get("displacement/alarm") and not self.has_warned:
@@ -413,7 +440,7 @@ class _Run:
         tensors, self.saved_step = trainer.tensors(), trainer.step
         if not self.ranks.is_first:
             return
-        state = {**trainer.state(), **_models_identity(self.config, self.models)}
+        state = {**trainer.state(), **models_identity(self.config, self.models)}
         save_checkpoint(checkpoints, trainer.step, tensors, state)
         prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
 
@@ -422,28 +449,26 @@ class _Run:
 
     def _evaluations(self) -> list[dict[str, float]]:
         """Return the evaluations up to that of the model."""
-        step = self._best_step() or self.trainer.step
-        return [line for line in read_evaluations(self.folder) if line["step"] <= step]
+        return read_evaluations(self.folder, up_to=self._best_step() or self.trainer.step)
 
     def _write_model(self) -> None:
         """Write the model folder, of the best step if that is kept, and the report."""
-        policy, source = self.trainer.module, self.models.policy.path
+        policy = self.trainer.module
         assert isinstance(policy, Decoder)
         step = self._best_step() or self.trainer.step
         if step != self.trainer.step:
             best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
             self.trainer.restore_weights(best.tensors)
             self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
+        known = (policy, self.config, self.models)
         if not self.ranks.is_first:
-            self._save_policy(policy, self.folder)
+            write_trained_model(self.folder, *known, ranks=self.ranks)  # its parts, and no file
             return
-        with atomic_directory(self.folder / "model", replace=True) as model_folder:
-            with self.trainer.averaged_weights():
-                self._save_policy(policy, model_folder)
-            self.models.tokenizer.save(model_folder)
-            if (source / GENERATION_CONFIG).exists():
-                shutil.copyfile(source / GENERATION_CONFIG, model_folder / GENERATION_CONFIG)
-            write_model_card(model_folder, self.config, self._evaluations())
+        with (
+            atomic_directory(self.folder / "model", replace=True) as model_folder,
+            self.trainer.averaged_weights(),
+        ):
+            write_trained_model(model_folder, *known, self._evaluations(), ranks=self.ranks)
         write_report(self.folder)
 
     def _result(self) -> RunResult:
@@ -456,20 +481,6 @@ class _Run:
             first=evaluations[0] if evaluations else None,
             last=evaluations[-1] if evaluations else None,
         )
-
-    def _save_policy(self, policy: Decoder, folder: Path) -> None:
-        """Write the model, or its adapter alone if it has one."""
-        if not adapted_layers(policy):
-            save_model(policy, folder, ranks=self.ranks)
-            return
-        if not self.ranks.is_first:
-            return
-        base, revision = self.config.model, self.config.revision
-        if (known := self.models.policy.adapter) is not None:
-            base, revision = known.base, known.base_revision
-        if Path(base).exists():
-            base = str(Path(base).resolve())
-        save_adapter(policy, folder, base=base, base_revision=revision)
 
 
 def _status(metrics: Metrics | None) -> str | None:
@@ -484,36 +495,3 @@ def _status(metrics: Metrics | None) -> str | None:
         f"loss {metrics['loss']:.4f}  {of_pairs}{metrics['perf/pairs_per_s']:.1f} pairs/s  "
         f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"
     )
-
-
-@contextmanager
-def _stopping_on_signals(trainer: Trainer, console: Console) -> Iterator[list[int]]:
-    """Let SIGTERM and SIGINT end the run after the current step; a second one ends it at once.
-
-    Not of several processes, whose launcher passes on what the system has told them already.
-
-    Yields the signals that came. Python heeds signals in the main thread alone: in another one they
-    stay the caller's affair.
-    """
-    received: list[int] = []
-    is_alone = trainer.ranks.count == 1
-    is_main = threading.current_thread() is threading.main_thread()
-    caught = (signal.SIGTERM, signal.SIGINT) if is_main else ()
-    previous = {number: signal.getsignal(number) or signal.SIG_DFL for number in caught}
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        trainer.should_stop = True
-        if not is_alone:
-            return  # nor is it told: it may mean that another process is gone
-        signal.signal(number, previous[signal.Signals(number)])
-        with suppress(RuntimeError):  # the console was just writing, and cannot be entered twice
-            console.warn(f"{signal.Signals(number).name}: stopping after this step")
-
-    try:
-        for number in caught:
-            signal.signal(number, stop)
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -10,18 +10,18 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from dpo.checkpoint import (
     Checkpoint,
+    checkpoint_folders,
     checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
     set_aside_later,
 )
 from dpo.errors import InputError, RunError
-from dpo.files import append_jsonl, atomic_write
+from dpo.files import OTHER_SHAPE, append_jsonl, atomic_write, read_json
 from dpo.progress import Console
 from dpo.trainer import NonFiniteError, Trainer
 
@@ -51,6 +51,31 @@ def find_checkpoint(folder: Path, resume: str | None, console: Console) -> Check
     if checkpoint is not None:
         console.say(f"resuming from {checkpoint.path}")
     return checkpoint
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, sound or not, by rising step.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = checkpoint_folders(run / CHECKPOINTS)
+    if not found:
+        raise InputError(f"{run / CHECKPOINTS}: there is no checkpoint")
+    return found
+
+
+def describe_checkpoint(path: Path) -> str:
+    """Say in a line how large a checkpoint is, and what it knows of its run."""
+    size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
+    try:
+        state = read_json(path / "state.json")["state"]
+        known = f"of {state['total_steps']} steps, {state['tokens_seen']:,} tokens"
+        if state["best_step"] is not None:
+            known += f", held-out loss {state['best_loss']:.4f} at step {state['best_step']}"
+    except OTHER_SHAPE as error:
+        known = f"damaged: {error}"
+    return f"{path.name}  {size:8.1f} MiB  {known}"
 
 
 def go_on_from(checkpoint: Checkpoint, folder: Path) -> None:
@@ -88,9 +113,12 @@ def _newest(checkpoints: Path, console: Console) -> Checkpoint | None:
 class RunLog:
     """Writes each line of metrics to ``metrics.jsonl``; forgets the lines after a resumed step."""
 
-    def __init__(self, folder: Path, *, step: int) -> None:
+    def __init__(self, folder: Path, *, step: int, console: Console) -> None:
         self._path = folder / METRICS
-        kept = [line for line in read_metrics(folder) if line["step"] <= step] if step else []
+        lines, damaged = _read_lines(self._path) if step else ([], 0)
+        if damaged:
+            console.warn(f"{self._path}: {damaged} damaged lines left out")
+        kept = [line for line in lines if line["step"] <= step]
         atomic_write(self._path, "".join(json.dumps(_plain(line)) + "\n" for line in kept))
 
     def __call__(self, _trainer: Trainer, metrics: Mapping[str, float]) -> None:
@@ -98,19 +126,29 @@ class RunLog:
         append_jsonl(self._path, _plain(metrics))
 
 
-def read_evaluations(folder: Path) -> list[dict[str, float]]:
-    """Read the lines of metrics of a run's folder that are evaluations."""
-    return [line for line in read_metrics(folder) if "eval/loss" in line]
-
-
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """Read the lines of metrics of a run's folder, all but one that a kill cut short."""
-    path, lines = folder / METRICS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):
-            values = json.loads(line)
-            lines.append({k: math.nan if v is None else v for k, v in values.items()})
-    return lines
+    """Read the lines of metrics of a run's folder, all but those that a kill cut short."""
+    return _read_lines(folder / METRICS)[0]
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, float]], int]:
+    """Read what lines of metrics there are, and count those that are none."""
+    lines, damaged = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            items = json.loads(line).items()
+            values = {key: math.nan if value is None else value + 0 for key, value in items}
+            int(values["step"])
+            lines.append(values)
+        except OTHER_SHAPE:
+            damaged += 1
+    return lines, damaged
+
+
+def read_evaluations(folder: Path, *, up_to: int) -> list[dict[str, float]]:
+    """Read the lines of metrics that are evaluations, those of later steps left out."""
+    lines = read_metrics(folder)
+    return [line for line in lines if "eval/loss" in line and line["step"] <= up_to]
 
 
 def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:

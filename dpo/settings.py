@@ -5,6 +5,7 @@ is found before any is reported.
 """
 
 import difflib
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ _ALTERNATIVES = {
     "eval_data": "eval_split",
     "eval_split": "eval_data",
 }
+_MOST_DOTS = 1_000  # of a line: the time to read a dotted key grows with the square of its parts
 _NUMBER_OR_TEXT = float | str  # what an option of a loss can be
 _NUMBERS = tuple[float, ...]
 _LISTS: Mapping[Any, Any] = {Sources: str, _NUMBERS: float}  # what the items of a list are
@@ -100,12 +102,27 @@ def read_settings(path: Path) -> list[Setting]:
         InputError: the file cannot be read, or is not TOML.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        if max((line.count(".") for line in text.splitlines()), default=0) > _MOST_DOTS:
+            raise ValueError(f"a line has more than {_MOST_DOTS} dots")
+        document = tomllib.loads(text)
+        return [Setting(key, value, str(path)) for key, value in _flat_document(document, "")]
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot read the config file: {error.strerror}") from error
-    return [Setting(key, value, str(path)) for key, value in _flat_document(document, "")]
+
+
+def settings_of_run(folder: Path) -> list[Setting]:
+    """Read what a run that has begun in ``folder`` is; wherever that lies by now.
+
+    Raises:
+        InputError: no run has begun there.
+    """
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise InputError(f"{folder} is no folder of a run that has begun: config.toml is missing")
+    return [*read_settings(path), Setting("out", str(folder), "the folder of the run")]
 
 
 def parse_assignment(text: str) -> Setting:
@@ -129,6 +146,7 @@ def resolve(*layers: Sequence[Setting]) -> Resolved:
     """
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
+    typed: set[str] = set()
     faults: list[str] = []
     for layer in layers:
         given = {setting.key for setting in layer}
@@ -139,6 +157,7 @@ def resolve(*layers: Sequence[Setting]) -> Resolved:
                 faults.append(str(error))
                 continue
             values[setting.key], origins[setting.key] = value, setting.origin
+            typed = typed | {setting.key} if setting.is_text else typed - {setting.key}
             other = _ALTERNATIVES.get(setting.key)
             if other in values and other not in given and value is not None:
                 values[other], origins[other] = None, f"{setting.origin} takes its place"
@@ -147,6 +166,8 @@ def resolve(*layers: Sequence[Setting]) -> Resolved:
     faults += [_with_origins(fault, origins) for fault in unplaced]
     if config is None or faults:
         raise InputError("\n".join(faults))
+    if "loss.name" not in typed:
+        _refuse_code(config, origins)
     return Resolved(_with_loss_defaults(config, origins), origins)
 
 
@@ -182,6 +203,21 @@ def _make(
     except InputError as error:
         faults += str(error).splitlines()
         return None
+
+
+def _refuse_code(config: RunConfig, origins: Mapping[str, str]) -> None:
+    """Refuse to import what a file names: that is for the command line alone to ask.
+
+    Raises:
+        InputError: the loss is to be imported.
+    """
+    from dpo.losses import is_imported
+
+    if is_imported(config.loss.name):
+        raise InputError(
+            f"{origins['loss.name']}: loss.name names code to run, which a file cannot: if you "
+            f"mean it, give --loss {config.loss.name}"
+        )
 
 
 def _with_loss_defaults(config: RunConfig, origins: Mapping[str, str]) -> RunConfig:
@@ -224,7 +260,9 @@ def _checked(setting: Setting) -> object:
         raise InputError(
             f"{setting.origin}: {setting.key} must be {_expected(option)}, got {_in_words(value)}"
         )
-    return float(value) if option.kind is float and isinstance(value, int) else value
+    if option.kind is float and isinstance(value, int):
+        return float(value) if abs(value) < 2**1023 else (math.inf if value > 0 else -math.inf)
+    return value
 
 
 def _option(setting: Setting) -> Option:

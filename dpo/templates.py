@@ -1,23 +1,23 @@
 """Chat templates: a conversation as the text that a model was trained on.
 
-Templates come from strangers: they run in jinja2's immutable sandbox, and their output is bounded.
-What they render equals transformers' ``apply_chat_template``.
+Templates come from strangers: they run in jinja2's immutable sandbox, in a process without secrets
+(``dpo.template_process``), and their time, memory and output are bounded. What they render equals
+transformers' ``apply_chat_template``.
 """
 
 import json
+import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import NoReturn
+from threading import Lock
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from dpo import template_process
 from dpo.errors import InputError
 from dpo.files import JSON
-from dpo.pair import Message
+from dpo.pair import Message, plain_json
+from dpo.template_process import MAX_SECONDS
 
 CHATML = """\
 {%- if tools %}{{- raise_exception('ChatML has no place for tools') }}{%- endif %}
@@ -35,8 +35,7 @@ CHATML = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-MAX_CHARACTERS = 10_000_000  # of one conversation; beyond it the template is taken to be broken
-
+_KEPT = ("TZ", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # of the environment
 _CONTINUE = "\ue000continue\ue000"  # private use: no template and no text holds it
 
 
@@ -56,9 +55,20 @@ class ChatTemplate:
         self.source = source
         self.name = name
         self._variables = dict(variables)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", template_process.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+            process_group=0,  # Ctrl-C is for us, who may go on
+            encoding="utf-8",
+        )
+        weakref.finalize(self, _end, self._process)
+        self._lock = Lock()
         try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            self._ask(source)
+        except InputError as error:
             raise InputError(f"{name}: not a valid template: {error}") from error
 
     def render(
@@ -80,25 +90,48 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses the conversation, fails on it, or writes too much.
         """
-        blocks, size = [], 0
+        values = {
+            **self._variables,
+            **(variables or {}),
+            "messages": [
+                {key: value for key, value in message.items() if value is not None}
+                for message in messages
+            ],
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            for block in self._template.generate(
-                {**self._variables, **(variables or {})},
-                messages=[
-                    {key: value for key, value in message.items() if value is not None}
-                    for message in messages
-                ],
-                tools=None if tools is None else list(tools),
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            ):
-                blocks.append(block)
-                size += len(block)
-                if size > MAX_CHARACTERS:
-                    raise InputError(f"writes more than {MAX_CHARACTERS} characters")
-        except Exception as error:  # a template can raise anything
+            return self._ask(values)
+        except InputError as error:
             raise InputError(f"{self.name}: {error}") from error
-        return "".join(blocks)
+
+    def _ask(self, request: object) -> str:
+        """Send a line to the process, and return the text that it answers.
+
+        Raises:
+            InputError: the template raised an error, or has ended its process, now or before.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            line = json.dumps(request, default=plain_json) + "\n"
+        except RecursionError as error:
+            raise InputError(f"the conversation is too nested: {error}") from error
+        with self._lock:
+            try:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+                answer = self._process.stdout.readline()
+            except BrokenPipeError:
+                answer = ""
+        if not answer.endswith("\n"):
+            raise InputError(f"takes more than {MAX_SECONDS:g} s to render, or ends its process")
+        content = json.loads(answer)
+        if "error" in content:
+            raise InputError(content["error"])
+        text: str = content["text"]
+        return text
 
     def render_to_continue(
         self,
@@ -123,51 +156,12 @@ class ChatTemplate:
         return before
 
 
-class _Generation(Extension):
-    """``{% generation %}``: marks what the assistant said, and changes nothing in the text."""
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        self.tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+def _environment() -> dict[str, str]:
+    """Return the environment of the process: where modules are, and the hours of the day."""
+    known = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return known | {name: os.environ[name] for name in _KEPT if name in os.environ}
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", _Generation],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _now
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Write JSON as it is: jinja2's own filter escapes it for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(pattern: str, /) -> str:
-    return datetime.now().strftime(pattern)
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

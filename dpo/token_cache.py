@@ -46,6 +46,11 @@ def content_key(pairs: PairView, *others: str) -> str:
     return pairs.hash(str(_FORMAT), *others)
 
 
+def tidy(cache_dir: Path) -> None:
+    """Remove what killed writers left in a cache a day ago or earlier."""
+    remove_leftovers(cache_dir, older_than_seconds=_ABANDONED_SECONDS)
+
+
 @contextmanager
 def new_entry(folder: Path) -> Iterator["Entry"]:
     """Yield an entry to add rows to; it is in place, of another one too, when the block ends well.
@@ -53,7 +58,6 @@ def new_entry(folder: Path) -> Iterator["Entry"]:
     Raises:
         OSError: a file could not be written; nothing is left of the entry.
     """
-    remove_leftovers(folder.parent, older_than_seconds=_ABANDONED_SECONDS)
     with atomic_directory(folder, replace=True) as temporary:
         yield Entry(temporary)
         write_manifest(temporary)

@@ -102,6 +102,7 @@ def tokenize_pairs(
         report = _tokenize(view, tokenizer, options, source, on_bad_row, progress, keep=rows.extend)
         return Tokenization(columns_of(rows), report)
     settings = json.dumps([asdict(options), on_bad_row, sorted(tokenizer.eos_ids)])
+    token_cache.tidy(Path(cache_dir))
     entry = Path(cache_dir) / token_cache.content_key(view, tokenizer.fingerprint, settings)
     faults = token_cache.faults_of(entry) if entry.exists() else []
     if entry.exists() and not faults:

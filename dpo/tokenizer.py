@@ -8,7 +8,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -24,6 +25,7 @@ SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 _OWN_FILES = (TOKENIZER, CONFIG, SPECIAL_TOKENS, TEMPLATE)
 _MODEL_FILES = ("generation_config.json", "config.json")
 _NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_MOST_IDS = 2**24  # some work is done for each id up to the largest
 _LOOKED_AT = 2000  # characters from the end of a text
 _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _ACROSS_WORDS = re.compile(r"[A-Za-z][ Ġ▁][A-Za-z]")  # a space in a text, as vocabularies write it
@@ -58,9 +60,16 @@ class Tokenizer:
 
     def __init__(self, files: Mapping[str, bytes], *, name: str) -> None:
         self.name = name
+        with _explained(name):
+            self._load(files, name)
+
+    def _load(self, files: Mapping[str, bytes], name: str) -> None:
         self._files = {file: files[file] for file in _OWN_FILES if file in files}
         contents = {file: _read_object(files, file, name) for file in files if file != TEMPLATE}
         self._backend = _backend(files, contents.get(CONFIG, {}), name)
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        if not 0 < len(vocabulary) <= 1 + max(vocabulary.values()) <= _MOST_IDS:
+            raise InputError(f"{name}/{TOKENIZER}: no ids, or some beyond {_MOST_IDS - 1}")
         self.special_tokens = _special_tokens(contents)
         ids = {key: self._id_of(key, token) for key, token in self.special_tokens.items()}
         stops = _stop_ids(contents, name)
@@ -74,7 +83,6 @@ class Tokenizer:
         self._special = re.compile("|".join(map(re.escape, specials.values())) or "(?!)")
         self.starts_with_bos = self.bos_id is not None and self.bos_id in self._begin()
         self.chat_template = _chat_template(files, contents.get(CONFIG, {}), name)
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
         self._is_separable = not _ACROSS_WORDS.search("\n".join(vocabulary)) and (
             self.encode("a") + self.encode(" b") == self.encode("a b")
@@ -87,7 +95,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, as ``encode``, but on all processors."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _explained(self.name):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_after(self, text: str) -> list[int]:
@@ -115,7 +124,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _explained(self.name):
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def has_special(self, text: str) -> bool:
         """Tell whether a special token is written out in a text."""
@@ -260,6 +270,20 @@ def _byte_characters() -> list[str]:
     return [chr(byte if byte in visible else next(hidden)) for byte in range(256)]
 
 
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever tokenizers raises of its file into an ``InputError``.
+
+    A plain ``Exception``, or, where its Rust code panics, a ``BaseException``.
+    """
+    try:
+        yield
+    except (InputError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{name}/{TOKENIZER}: not a tokenizer: {error}") from error
+
+
 def _read_object(files: Mapping[str, bytes], file: str, name: str) -> Mapping[str, JSON]:
     try:
         content = json.loads(files[file])
@@ -279,10 +303,7 @@ def _backend(
             f"{name}: no {TOKENIZER}; transformers can write it: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
-    except Exception as error:  # the class differs between versions of tokenizers
-        raise InputError(f"{name}/{TOKENIZER}: not a tokenizer: {error}") from error
+    backend = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
     backend.no_truncation()
     backend.no_padding()
     added = config.get("added_tokens_decoder")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
+from dpo.duration import seconds_of
 from dpo.errors import InputError
 
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "schedule-free"]
@@ -183,6 +184,14 @@ class TrainConfig:
     save_every: Annotated[
         int | None, "Write a checkpoint every so many steps, >= 1; none: when stopped or done."
     ] = None
+    max_time: Annotated[
+        str | None,
+        "Stop with a checkpoint before the run takes longer, as 90s, 15m or 2h30m; none: never.",
+    ] = None
+    save_before_end: Annotated[
+        str | None,
+        "Stop with a checkpoint so long before the end of the Slurm job it is in; none: do not.",
+    ] = None
     keep: Annotated[int, "Newest checkpoints kept, >= 1."] = 2
     keep_best: Annotated[bool, "Save the model of the lowest evaluation loss."] = False
     early_stopping: Annotated[
@@ -237,6 +246,12 @@ class TrainConfig:
         for name, choice in _CHOICES.items():
             if (value := getattr(self, name)) not in get_args(choice):
                 yield f"train.{name} must be one of {', '.join(get_args(choice))}, got {value!r}"
+        for name in ("max_time", "save_before_end"):
+            if (span := getattr(self, name)) is not None:
+                try:
+                    seconds_of(span)
+                except InputError as error:
+                    yield f"train.{name}: {error}"
         for pattern, scale in self.rates.items():
             if not 0 < scale < math.inf:
                 yield f"train.rates: {pattern} must be above 0 and finite, got {scale}"

@@ -27,7 +27,12 @@ from dpo.accumulation import (
     mean_log_ratio,
 )
 from dpo.averaging import averaged_weights, keep_moving_average
-from dpo.checkpoint import optimizer_tensors, restore_optimizer
+from dpo.checkpoint import (
+    optimizer_tensors,
+    restore_optimizer,
+    restore_weights,
+    trained_weights,
+)
 from dpo.displacement import DisplacementAlarm
 from dpo.errors import InputError, RunError
 from dpo.health import StepMeans, WeightSample, relative_change
@@ -70,6 +75,33 @@ Callback = Callable[["Trainer", Metrics], None]
 def uses_live_reference(loss: Loss, config: TrainConfig) -> bool:
     """Say whether the reference is held in memory: it moves, or the loss reads all of it."""
     return loss.token_statistic == "reference_kl" or config.reference_sync_every is not None
+
+
+def make_run_optimizer(
+    policy: nn.Module, config: TrainConfig, rate_factors: Mapping[str, float] = {}
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a run.
+
+    Args:
+        policy: whose parameters are trained.
+        config: options of the run.
+        rate_factors: on the learning rate by parameter name, besides those of ``config.rates``.
+    """
+    scales = rate_scales(trained_names(policy), config.rates)
+    for name, factor in rate_factors.items():
+        scales[name] = scales.get(name, 1.0) * factor
+    optimizer = make_optimizer(
+        config.optimizer,
+        parameter_groups(policy, config.weight_decay, scales),
+        learning_rate=config.learning_rate,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        epsilon=config.epsilon,
+        momentum=config.momentum,
+    )
+    if config.ema_decay is not None:
+        keep_moving_average(optimizer, config.ema_decay)
+    return optimizer
 
 
 class NonFiniteError(RunError):
@@ -206,20 +238,7 @@ class Trainer:
         self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
         self.ranks.take_apart(policy)  # the reference may have been computed with it
-        scales = rate_scales(trained_names(policy), self.config.rates)
-        for name, factor in (rate_factors or {}).items():
-            scales[name] = scales.get(name, 1.0) * factor
-        self.optimizer = make_optimizer(
-            self.config.optimizer,
-            parameter_groups(policy, self.config.weight_decay, scales),
-            learning_rate=self.config.learning_rate,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            epsilon=self.config.epsilon,
-            momentum=self.config.momentum,
-        )
-        if self.config.ema_decay is not None:
-            keep_moving_average(self.optimizer, self.config.ema_decay)
+        self.optimizer = make_run_optimizer(policy, self.config, rate_factors or {})
         self.scaler = torch.GradScaler(self.device.type, enabled=self.precision.scales_loss)
         self.step = 0
         self.skipped_steps = 0
@@ -647,7 +666,10 @@ class Trainer:
         """Return the trained weights, the optimizer state by parameter name, the random state."""
         self.ranks.take_apart(self.module)
         return {
-            "model": {name: self.ranks.whole(p.detach()) for name, p in self._trained()},
+            "model": {
+                name: self.ranks.whole(weight)
+                for name, weight in trained_weights(self.module).items()
+            },
             "optimizer": {
                 name: self.ranks.whole(state)
                 for name, state in optimizer_tensors(self.optimizer, self.module).items()
@@ -687,13 +709,8 @@ class Trainer:
     def restore_weights(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over the weights of what ``tensors`` returned and the optimizer's averages."""
         self.ranks.take_apart(self.module)
-        with torch.no_grad():
-            for name, parameter in self._trained():
-                parameter.copy_(self.ranks.divide(tensors["model"][name], parameter))
+        restore_weights(self.module, tensors["model"], self.ranks)
         restore_optimizer(self.optimizer, self.module, tensors["optimizer"], self.ranks)
-
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def _identity(self) -> Identity:
         eval_pairs = None if self.eval_batches is None else self.eval_batches.pairs

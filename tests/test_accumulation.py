@@ -254,6 +254,8 @@ def test_run_whose_loss_changes_goes_on_in_no_other_length(
     make_model: MakeModel, make_pairs: MakePairs
 ) -> None:
     first = shifting(make_model, make_pairs(8))
+    for _ in range(2):
+        first.train_step()
     longer = shifting(make_model, make_pairs(8), replace(PLAIN, steps=6))
     with pytest.raises(InputError, match=r"the run has changed: total_steps was 5 and is 6"):
         longer.restore(first.tensors(), first.state())

@@ -659,7 +659,7 @@ def test_pickled_weights_are_never_opened(folder: Path) -> None:
     ("index", "message"),
     [
         ("[]", "not a safetensors index"),
-        ("{", "not a safetensors index"),
+        ("{", "not valid JSON"),
         (
             '{"weight_map": {"a": "model-1.safetensors"}}',
             r"names absent files: model-1\.safetensors",

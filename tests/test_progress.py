@@ -171,3 +171,14 @@ def test_stream_without_unicode_gets_ascii(clock: Clock) -> None:
         clock.seconds = 1.0
         bar.update(1)
         assert terminal.getvalue().isascii()
+
+
+def test_console_whose_stream_cannot_be_written_to_is_silent() -> None:
+    class Gone(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    console = Console(Gone())
+    with console.bar("work", 2) as bar:
+        bar.update(1)
+        console.warn("nobody hears it")

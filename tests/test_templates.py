@@ -7,7 +7,8 @@ import pytest
 
 from dpo.errors import InputError
 from dpo.preferences import JSON, Message
-from dpo.templates import CHATML, MAX_CHARACTERS, ChatTemplate
+from dpo.template_process import MAX_CHARACTERS
+from dpo.templates import CHATML, ChatTemplate
 from dpo.tokenizer import Tokenizer, byte_tokenizer
 
 # Templates in the manner of well-known models, each in its own words.

@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -222,7 +223,7 @@ OTHER_MATHEMATICS: dict[str, tuple[Any, str]] = {
     "tf32": (True, "tf32 was False and is True"),
     "learning_rate": (0.02, "learning_rate was 0.01 and is 0.02"),
     "schedule": ("cosine", "schedule was 'linear' and is 'cosine'"),
-    "epochs": (3, "total_steps was 4 and is 6"),
+    "epochs": (3, "total_steps was 4 and is 6; on it depend learning rates, or the loss, .*"),
     "warmup_steps": (1, "warmup_steps was 0 and is 1"),
     "weight_decay": (0.1, r"weight_decay was 0\.0 and is 0\.1"),
     "max_grad_norm": (None, r"max_grad_norm was 1\.0 and is None"),
@@ -241,6 +242,7 @@ def test_resuming_with_other_mathematics_is_refused_naming_both_values(
     value, message = OTHER_MATHEMATICS[option]
     config = replace(PLAIN, schedule="linear", steps=None, epochs=2)
     trainer = Trainer(make_model(), make_pairs(), config)
+    trainer.train()
     changes: dict[str, Any] = {option: value}
     other = Trainer(make_model(), make_pairs(), replace(config, **changes))
     with pytest.raises(InputError, match=f"the run has changed: {message}$"):
@@ -272,13 +274,35 @@ def test_other_held_out_pairs_are_refused_where_they_decide_what_is_kept(
             trainer(config, 2).restore({}, trainer(config, 1).state())
 
 
-def test_length_of_the_run_may_change_where_the_rate_is_constant(
-    make_model: MakeModel, make_pairs: MakePairs
+@pytest.mark.parametrize(
+    ("options", "done", "is_same"),
+    [
+        ({"schedule": "constant"}, 6, True),
+        ({"schedule": "linear"}, 1, True),  # the first rate is the same whatever follows
+        ({"schedule": "linear"}, 2, False),
+        ({"schedule": "linear", "warmup_steps": 3}, 4, True),
+        ({"schedule": "cosine"}, 2, False),
+        ({"schedule": "wsd", "decay_share": 0.5}, 4, True),  # 3 steps at 1 and the first decayed
+        ({"schedule": "wsd", "decay_share": 0.5}, 5, False),
+    ],
+)
+def test_length_of_the_run_may_change_where_no_rate_of_the_steps_done_depends_on_it(
+    make_model: MakeModel,
+    make_pairs: MakePairs,
+    options: dict[str, Any],
+    done: int,
+    is_same: bool,
 ) -> None:
-    trainer = Trainer(make_model(), make_pairs(), PLAIN)
-    longer = Trainer(make_model(), make_pairs(), replace(PLAIN, steps=9))
-    longer.restore(trainer.tensors(), trainer.state())
-    assert longer.total_steps == 9
+    config = replace(PLAIN, steps=6, **options)
+    trainer = Trainer(make_model(), make_pairs(), config)
+    for step in trainer:
+        if step.number == done:
+            break
+    longer = Trainer(make_model(), make_pairs(), replace(config, steps=9))
+    refused = nullcontext() if is_same else pytest.raises(InputError, match="total_steps was 6 and")
+    with refused:
+        longer.restore(trainer.tensors(), trainer.state())
+        assert longer.total_steps == 9
 
 
 def test_own_loss_is_known_by_its_name_and_options_when_resuming() -> None:

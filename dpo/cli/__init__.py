@@ -36,6 +36,15 @@ COMMANDS = {
         "Show the whole way on a simulated agent: feedback, pairs, SFT, DPO, evaluation.",
     ),
     "train": Entry("dpo.cli.train:train", "Train a model on preference pairs.", takes_ranks=True),
+    "resume": Entry(
+        "dpo.cli.resume:resume",
+        "Go on with a run that was stopped or killed, or further than it was to go.",
+        takes_ranks=True,
+    ),
+    "checkpoint": Entry(
+        "dpo.cli.checkpoint:checkpoint",
+        "List and verify the checkpoints of a run, or make a model of one.",
+    ),
     "plan": Entry(
         "dpo.cli.plan:plan",
         "Say what a run would take: memory by kind, tokens, time and cost on several devices.",
@@ -148,7 +157,8 @@ class CommandTable(click.Group):
 @click.command(
     cls=CommandTable,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done; 1 the run failed; 2 the input is wrong; 128+n stopped by signal n.",
+    epilog="Exit codes: 0 done; 1 the run failed; 2 the input is wrong; 124 its time is over; "
+    "128+n stopped by signal n.",
 )
 @click.version_option(package_name="dpo-engine", prog_name="dpo")
 def main() -> None:

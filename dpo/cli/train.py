@@ -1,10 +1,15 @@
 """``dpo train``."""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from dpo.cli.options import config_flags, resolve_flags
 from dpo.launch import Launch
 from dpo.progress import Console
+
+if TYPE_CHECKING:
+    from dpo.run import RunResult
 
 
 @click.command
@@ -27,9 +32,14 @@ def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flag
         click.echo(resolved.to_toml(), nl=False)
         return
     from dpo import run
+
+    show_result(run.train(resolved.config, console=Console(quiet=quiet)))
+
+
+def show_result(result: "RunResult") -> None:
+    """Say what a run brought and where it is."""
     from dpo.model_card import headline
 
-    result = run.train(resolved.config, console=Console(quiet=quiet))
     if Launch.of_environment().rank:
         return  # the first of several processes tells
     if result.first is not None and result.last is not None:

@@ -182,7 +182,7 @@ def make_loss(loss: str | Loss | type[Loss] | Callable[..., Tensor], /, **option
         return _wrap(loss, getattr(loss, "__name__", type(loss).__name__), options)
     if _MIXTURE.fullmatch(loss):
         return _mixed(loss, options)
-    if ":" in loss:
+    if is_imported(loss):
         return _wrap(_imported(loss), loss, options)
     return _build(_entry(loss), loss, options)
 
@@ -198,6 +198,11 @@ def term_names(loss: Loss) -> list[str]:
     ]
     uses = [names[: place + 1].count(name) for place, name in enumerate(names)]
     return [name if use == 1 else f"{name}_{use}" for name, use in zip(names, uses, strict=True)]
+
+
+def is_imported(loss: str) -> bool:
+    """Tell whether a name is that of code of the user's own, which runs when it is imported."""
+    return ":" in loss and not _MIXTURE.fullmatch(loss)
 
 
 _TERM = r"\w+:[-+.\d][-+.\de]*"

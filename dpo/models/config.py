@@ -5,7 +5,6 @@ What the entries mean for each architecture is in ``dpo.models.architectures``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.errors import InputError
+from dpo.files import read_json
 from dpo.models.architectures import ARCHITECTURES, Experts, Facts, head_size
 from dpo.models.entries import Entries, HubConfig
 from dpo.models.rope import Rope, parse_rope
 
+_MOST_LAYERS: Final = 1_000  # a file of a few bytes is not to make a million modules
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -116,12 +117,9 @@ def read_config(folder: Path) -> ModelConfig:
         InputError: no such file, not JSON, or a model that this engine does not support.
     """
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: not a model folder: config.json is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+    if not path.is_file():
+        raise InputError(f"{folder}: not a model folder: config.json is missing")
+    config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
     return parse_config(config, where=str(path))
@@ -148,7 +146,7 @@ def parse_config(config: HubConfig, *, where: str = "config") -> ModelConfig:
         "architecture": name,
         "vocab_size": entries.count("vocab_size"),
         "hidden_size": entries.count("hidden_size"),
-        "layers": entries.count("num_hidden_layers"),
+        "layers": entries.count("num_hidden_layers", most=_MOST_LAYERS),
         "heads": heads,
         "key_heads": _key_heads(entries, heads),
         "head_size": head_size(entries),

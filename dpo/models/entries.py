@@ -33,9 +33,11 @@ class Entries:
         name = self.names.get(key, key)
         return self.config[name] if name in self.config else self.defaults.get(key)
 
-    def count(self, key: str, *, least: int = 1) -> int:
-        """Return an integer of ``least`` or more."""
+    def count(self, key: str, *, least: int = 1, most: int = 2**31 - 1) -> int:
+        """Return an integer of ``least`` or more, and not more than ``most``."""
         value = self.get(key)
+        if isinstance(value, int) and value > most:
+            raise self.fault(key, f"must be at most {most}, got {value}")
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             expected = "a positive integer" if least else "an integer >= 0"
             raise self.fault(key, f"must be {expected}, got {value!r}")

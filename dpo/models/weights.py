@@ -6,7 +6,6 @@ memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo.errors import InputError
-from dpo.files import write_json
+from dpo.files import read_json, write_json
 from dpo.models.architectures import ARCHITECTURES
 from dpo.models.config import ModelConfig, read_config
 from dpo.models.decoder import Decoder
@@ -59,8 +58,11 @@ def load_model(
     """
     folder = Path(folder)
     config = read_config(folder)
-    with torch.device("meta"):
-        model = Decoder(config).to(dtype)
+    try:
+        with torch.device("meta"):
+            model = Decoder(config).to(dtype)
+    except (RuntimeError, TypeError) as error:  # sizes whose products are no sizes
+        raise InputError(f"{folder / 'config.json'}: no such model can be made: {error}") from error
     parameters = dict(model.named_parameters())
     stored = _stored(model)
     quantized = {} if quantize is None else quantize_linears(model, quantize)
@@ -138,13 +140,14 @@ def weight_files(folder: Path) -> list[Path]:
         hint = f" ({', '.join(pickles)} are pickles, which are never opened)" if pickles else ""
         raise InputError(f"{folder}: no weights: expected {SINGLE} or {INDEX}{hint}")
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{index}: not a safetensors index: no weight_map of file names"
         ) from error
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or shard == "..":
+        is_name = isinstance(shard, str) and Path(shard).name == shard and len(shard) <= 255
+        if not is_name or shard in ("", ".."):
             raise InputError(f"{index}: weight_map names {shard!r}, which is not in this folder")
     absent = [shard for shard in shards if not (folder / shard).exists()]
     if absent:
