@@ -256,7 +256,7 @@ def _describe_devices(plan: Plan) -> Iterator[str]:
         )
     yield "MiB free: for tensors. Tokens: the largest --tokens-per-micro-batch that fits a step."
     yield f"Time: {MFU:.0%} of a datasheet's rate, {MEASURED_MFU:.0%} of the rate measured here."
-    yield f"USD: typical rent of {PRICES_OF}. One device: there is no training on several."
+    yield f"USD: typical rent of {PRICES_OF}. A plan is of one device that holds the whole model."
 
 
 def _duration(seconds: float) -> str:
