@@ -10,7 +10,6 @@ Shapes: R rows, G different prompts, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -29,6 +28,7 @@ from dpo.models import Decoder
 from dpo.precision import Precision, precision_of
 from dpo.preferences import load_pairs, write_pairs
 from dpo.progress import Console
+from dpo.scoring import MicroBatches
 from dpo.segments import Segments, TokenStream, plan_attention
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 
@@ -98,24 +98,29 @@ def prompt_features(
         model: reads the prompts.
         pairs: whose prompts, numbered as by ``prompt_groups``.
         precision: of the forward pass.
-        tokens_per_batch: tokens in a forward pass; a longer prompt stands alone.
+        tokens_per_batch: tokens of the rows in a forward pass, answers counted; a longer one stands
+            alone.
 
     Returns:
         (G, D) float32, on the CPU.
     """
     device = model.lm_head.weight.device
-    firsts = np.unique(pairs.prompt_groups, return_index=True)[1].tolist()  # (G,)
-    prompts = [pairs[row].prompt_ids for row in firsts]
-    features = torch.empty(len(prompts), model.config.hidden_size)
-    for batch in _batches([len(prompt) for prompt in prompts], tokens_per_batch):
-        lengths = [len(prompts[prompt]) for prompt in batch]
+    groups = pairs.prompt_groups
+    firsts = np.unique(groups, return_index=True)[1].tolist()  # (G,)
+    features = torch.empty(len(firsts), model.config.hidden_size)
+    batches = MicroBatches(pairs, tokens_per_micro_batch=tokens_per_batch)
+    for rows in batches.split_sorted(firsts):
+        prompts = [pairs[row].prompt_ids for row in rows]
+        lengths = [len(prompt) for prompt in prompts]
         segments = Segments(tuple(lengths), (None,) * len(lengths))
-        ids = np.concatenate([prompts[prompt] for prompt in batch]).astype(np.int64)
-        positions = torch.from_numpy(segments.positions())
-        stream = TokenStream(torch.from_numpy(ids), positions, plan_attention(segments))
+        ids, positions = np.concatenate(prompts).astype(np.int64), segments.positions()
+        stream = TokenStream(
+            torch.from_numpy(ids), torch.from_numpy(positions), plan_attention(segments)
+        )
         with precision.context(device):
             hidden = model(stream.to(device)).float().cpu()  # (N, D)
-        features[batch] = torch.stack([part.mean(dim=0) for part in hidden.split(lengths)])
+        means = torch.stack([part.mean(dim=0) for part in hidden.split(lengths)])
+        features[torch.from_numpy(groups[rows])] = means
     return features
 
 
@@ -159,18 +164,6 @@ def density_ratios(features: Tensor, pairs: TokenizedPairs) -> NDArray[np.float6
     optimizer.step(objective)
     ratios: NDArray[np.float64] = (x @ slopes + offset).detach().exp().numpy()
     return ratios[pairs.prompt_groups]
-
-
-def _batches(lengths: list[int], capacity: int) -> Iterator[list[int]]:
-    """Divide items over batches of at most ``capacity`` tokens, longest first."""
-    batch: list[int] = []
-    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
-        if batch and sum(lengths[each] for each in batch) + lengths[item] > capacity:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
 
 
 def _check(config: RunConfig, out: Path, min_ratio: float, max_ratio: float) -> None:

@@ -447,15 +447,18 @@ class _Run:
     def _best_step(self) -> int | None:
         return self.trainer.best_step if self.config.train.keep_best else None
 
+    def _model_step(self) -> int:
+        return self._best_step() or self.trainer.step
+
     def _evaluations(self) -> list[dict[str, float]]:
         """Return the evaluations up to that of the model."""
-        return read_evaluations(self.folder, up_to=self._best_step() or self.trainer.step)
+        return read_evaluations(self.folder, up_to=self._model_step())
 
     def _write_model(self) -> None:
         """Write the model folder, of the best step if that is kept, and the report."""
         policy = self.trainer.module
         assert isinstance(policy, Decoder)
-        step = self._best_step() or self.trainer.step
+        step = self._model_step()
         if step != self.trainer.step:
             best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
             self.trainer.restore_weights(best.tensors)

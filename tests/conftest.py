@@ -9,7 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -32,6 +32,30 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if report.skipped and os.environ.get("CI"):
         report.outcome = "failed"
     return report
+
+
+@pytest.fixture
+def bytes_kept() -> Callable[..., int]:
+    """Count the bytes that the backward pass of some work keeps, each memory once.
+
+    That of its output, and of the tensors ``beside`` it, is not counted.
+    """
+
+    def count(work: Callable[[], torch.Tensor], *, beside: Iterable[torch.Tensor] = ()) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = work()
+        for tensor in (*beside, output):
+            sizes.pop(tensor.untyped_storage().data_ptr(), None)
+        return sum(sizes.values())
+
+    return count
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -89,20 +91,12 @@ def test_narrow_floats_on_a_cpu_equal_the_reference_in_short_runs_and_long(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_on_a_cpu_keeps_a_number_for_each_token_and_head_beside_the_stream(
-    dtype: torch.dtype,
+    bytes_kept: Callable[..., int], dtype: torch.dtype
 ) -> None:
     segments = FORESTS["packed pairs"]
-    leaves, sizes = inputs(segments, dtype), {}
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = attend(*leaves, plan_attention(segments))
-    for tensor in (*leaves, output):
-        sizes.pop(tensor.untyped_storage().data_ptr())
-    assert sum(sizes.values()) == sum(segments.lengths) * 4 * 4  # four heads, float32
+    leaves, plan = inputs(segments, dtype), plan_attention(segments)
+    found = bytes_kept(lambda: attend(*leaves, plan), beside=leaves)
+    assert found == sum(segments.lengths) * 4 * 4  # four heads, float32
 
 
 @pytest.mark.gpu

@@ -15,6 +15,8 @@ from dpo.models.norms import rms_norm
 from dpo.models.rope import Rope, rotation
 from dpo.segments import Segments, TokenStream, plan_attention
 
+BytesKept = Callable[..., int]
+
 ROPES = {
     "halves": Rope(theta=100.0, size=8),
     "part of a head": Rope(theta=100.0, size=4),
@@ -25,22 +27,6 @@ ROPES = {
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=dtype).requires_grad_()
-
-
-def kept(work: Callable[[], Tensor], *, beside: Iterable[Tensor] = ()) -> int:
-    """Bytes that the backward pass of ``work`` keeps, each memory once, but that of ``beside``."""
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = work()
-    for tensor in (*beside, output):
-        sizes.pop(tensor.untyped_storage().data_ptr(), None)
-    return sum(sizes.values())
 
 
 def results(output: Tensor, leaves: Iterable[Tensor]) -> list[Tensor]:
@@ -75,9 +61,9 @@ def test_frozen_gain_has_no_gradient_and_its_norm_has() -> None:
     assert x.grad is not None
 
 
-def test_norm_keeps_its_input_and_one_number_for_each_norm() -> None:
+def test_norm_keeps_its_input_and_one_number_for_each_norm(bytes_kept: BytesKept) -> None:
     x, gain = random(64, 8, dtype=torch.float32), random(8, dtype=torch.float32)
-    assert kept(lambda: rms_norm(x, gain, 1e-5), beside=(x, gain)) == 64 * 4
+    assert bytes_kept(lambda: rms_norm(x, gain, 1e-5), beside=(x, gain)) == 64 * 4
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -89,9 +75,9 @@ def test_gated_product_equals_the_plain_one_with_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_gated_product_keeps_its_factors_alone(name: str) -> None:
+def test_gated_product_keeps_its_factors_alone(bytes_kept: BytesKept, name: str) -> None:
     leaves = random(5, 8), random(5, 8, seed=1)
-    assert kept(lambda: gated(*leaves, ACTIVATIONS[name]), beside=leaves) == 0
+    assert bytes_kept(lambda: gated(*leaves, ACTIVATIONS[name]), beside=leaves) == 0
 
 
 @pytest.mark.parametrize("name", ROPES)
@@ -113,7 +99,7 @@ def test_rotation_is_a_product_of_complex_numbers_with_gradients(name: str) -> N
     torch.testing.assert_close(found, results(expected, [heads]), rtol=0, atol=1e-5)
 
 
-def test_layer_keeps_what_its_products_read_and_nothing_twice() -> None:
+def test_layer_keeps_what_its_products_read_and_nothing_twice(bytes_kept: BytesKept) -> None:
     inner, size, key_heads, heads, head = 96, 64, 2, 4, 16
     config: dict[str, Any] = {
         "model_type": "llama",
@@ -143,7 +129,7 @@ def test_layer_keeps_what_its_products_read_and_nothing_twice() -> None:
         weights = list(model.parameters())
         matrices = [w for block in model.model.layers for w in block.parameters() if w.dim() == 2]
         narrow_copies = 2 * sum(matrix.numel() for matrix in matrices)
-        return kept(run, beside=weights) - narrow_copies
+        return bytes_kept(run, beside=weights) - narrow_copies
 
     bfloat16, float32 = 2, 4
     residuals = 2 * size * float32
