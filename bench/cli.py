@@ -194,13 +194,13 @@ def plot_result(result: Path, picture: Path) -> None:
 @click.argument("old", type=click.Path(path_type=Path))
 @click.argument("new", type=click.Path(path_type=Path))
 def compare(old: Path, new: Path) -> None:
-    """Compare two files of --out; exit code 1 if a scenario has become slower beyond noise.
+    """Compare two files of --out; exit code 1 if time or memory has grown beyond noise.
 
-    Noise is the spread of the steps on both sides. Times move with the machine: compare files of
-    one machine, made one after the other.
+    Noise of time is the spread of the steps on both sides. Times move with the machine: compare
+    files of one machine, made one after the other.
     """
     found = changes(read_results(old), read_results(new))
     click.echo("\n".join(change.line for change in found))
-    slower = [change.scenario for change in found if change.is_regression]
-    if slower:
-        raise RunError(f"slower beyond noise: {', '.join(slower)}")
+    worse = [f"{change.scenario} ({change.quantity})" for change in found if change.is_regression]
+    if worse:
+        raise RunError(f"worse beyond noise: {', '.join(worse)}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -129,8 +130,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        InputError: a contender is unknown, none of ours is among them, a number is too small, or a
-            profile does not fit the model.
+        InputError: a contender is unknown, none of ours is among them, a number is too small, a
+            profile does not fit the model, or there is no such python or file.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peers", required=True, help="python of the peers' environment")
@@ -157,14 +158,28 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError("--warm-up must be at least 1, and --steps more than that")
     if options.repeats < 1:
         raise InputError("--repeats must be at least 1")
+    if shutil.which(options.peers) is None:
+        raise InputError(f"--peers: no program {options.peers}: README.md says how to make one")
     check_profile(options.profile, options.model)
+    if options.profile is None and not options.data.is_file():
+        raise InputError(f"--data: no file {options.data}")
     options.data = None if options.profile else options.data.resolve()
     return options
 
 
 def main() -> None:
-    """Compare and print."""
-    options = parse()
+    """Compare and print; what is wrong is told in a line."""
+    try:
+        _compare(parse())
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(2)
+    except RunError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(1)
+
+
+def _compare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, data = Path(name), options.data
         if options.profile is not None:

@@ -137,8 +137,23 @@ def test_a_change_counts_beyond_the_spread_of_the_steps(
     old = write(tmp_path / "old.json", row())
     new = write(tmp_path / "new.json", row(seconds=seconds))
     result = bench("compare", old, new)
-    assert word in result.output
+    time, memory, *_ = result.output.splitlines()
+    assert time.endswith(word)
+    assert memory.endswith("no change")
     assert result.exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("factor", "word", "exit_code"),
+    [(1.01, "no change", 0), (1.03, "LARGER", 1), (0.97, "smaller", 0)],
+)
+def test_memory_counts_too(tmp_path: Path, factor: float, word: str, exit_code: int) -> None:
+    old = write(tmp_path / "old.json", row())
+    new = write(tmp_path / "new.json", row(peak_mib=factor * row()["peak_mib"]))
+    result = bench("compare", old, new)
+    assert result.output.splitlines()[1].endswith(word)
+    assert result.exit_code == exit_code
+    assert ("worse beyond noise: 135m-chat (memory)" in result.output) == (exit_code == 1)
 
 
 @pytest.mark.parametrize(

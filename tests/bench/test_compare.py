@@ -133,8 +133,17 @@ def test_every_contender_is_ours_or_trl() -> None:
         (["--warm-up", "0"], "--warm-up must be at least 1"),
         (["--profile", "agent"], "needs a model of random weights, whose tokens are letters"),
         (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--data", "absent.jsonl"], r"--data: no file .*absent\.jsonl"),
+        (["--peers", "absent/python"], "--peers: no program absent/python"),
     ],
 )
 def test_comparisons_that_say_nothing_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(["--peers", "python", *words])
+
+
+def test_what_is_wrong_is_told_in_a_line() -> None:
+    words = ["-m", "dpo.bench.peers.compare", "--peers", "absent/python"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "--peers: no program absent/python: README.md says how to make one\n"
