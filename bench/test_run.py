@@ -15,6 +15,7 @@ import pytest
 from dpo.bench.conftest import Measure
 from dpo.bench.peers.record_trl_losses import PAIRS, make_model
 from dpo.bench.scenarios import SCENARIOS, SHAPES, Scenario
+from dpo.bench.smollm2 import smollm2
 from dpo.bench.step import score_with
 from dpo.bench.training import random_pairs
 from dpo.checkpoint import load_checkpoint, save_checkpoint
@@ -128,11 +129,31 @@ def test_start_of_a_process(measure: Measure, words: list[str]) -> None:
     measure(lambda: subprocess.run(command, check=True, capture_output=True), is_elsewhere=True)
 
 
+def small(folder: Path) -> Path:
+    """A model of 5 million random weights."""
+    make_model(folder, SHAPES["5m"])
+    return folder
+
+
+def real(_folder: Path) -> Path:
+    """SmolLM2-135M."""
+    return smollm2()
+
+
 @pytest.mark.parametrize("is_cached", [False, True], ids=["nothing-cached", "all-cached"])
-def test_start_to_first_step(measure: Measure, is_cached: bool, tmp_path: Path) -> None:
-    """``dpo train`` from the command to the first line of metrics, on 5 million weights."""
-    make_model(tmp_path / "model", SHAPES["5m"])
-    command = [sys.executable, "-m", "dpo", "train", "--model", str(tmp_path / "model")]
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        pytest.param(small, "float32", id="5m"),
+        pytest.param(real, "bf16-mixed", id="smollm2", marks=pytest.mark.slow),
+    ],
+)
+def test_start_to_first_step(
+    measure: Measure, make: Callable[[Path], Path], dtype: str, is_cached: bool, tmp_path: Path
+) -> None:
+    """``dpo train`` from the command to the first line of metrics, its step of 4 pairs included."""
+    model = make(tmp_path / "model")
+    command = [sys.executable, "-m", "dpo", "train", "--model", str(model), "--dtype", dtype]
     command += ["--data", str(PAIRS), "--batch-size", "4", "--steps", "1000", "--log-every", "1"]
     numbers = count()
 
