@@ -18,7 +18,14 @@ from dpo.pair import Message, Text
 from dpo.templates import CHATML, ChatTemplate
 from dpo.tokenizer import Tokenizer
 
-__all__ = ["GenerateOptions", "Generation", "TextStream", "encode_prompts", "generate"]
+__all__ = [
+    "GenerateOptions",
+    "Generation",
+    "TextStream",
+    "encode_prompts",
+    "generate",
+    "generate_from_ids",
+]
 
 OnText = Callable[[int, str], object]
 
@@ -75,17 +82,41 @@ def generate(
     encoded = encode_prompts(prompts, tokenizer)
     for index, ids in enumerate(encoded):
         _check_fit(ids, options.max_new_tokens, model.config, f"prompts[{index}]")
-    stop_ids = _stop_ids(prompts, tokenizer)
+    return generate_from_ids(
+        model,
+        tokenizer,
+        encoded,
+        options,
+        stop_ids=_stop_ids(prompts, tokenizer),
+        on_text=on_text,
+        tokens_per_batch=tokens_per_batch,
+    )
+
+
+def generate_from_ids(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: GenerateOptions,
+    *,
+    stop_ids: Sequence[frozenset[int]],
+    on_text: OnText | None = None,
+    tokens_per_batch: int = 16384,
+) -> list[Generation]:
+    """Continue tokens, as ``generate`` does, until one of the ``stop_ids`` of each.
+
+    Each prompt has a token and, with all that may be written, room in the model.
+    """
     generator = torch.Generator().manual_seed(options.seed or 0)
     size = (len(prompts), options.max_new_tokens)
     uniforms = torch.rand(size, generator=generator, dtype=torch.float64)
     generations: dict[int, Generation] = {}
-    for rows in _batches([len(ids) + options.max_new_tokens for ids in encoded], tokens_per_batch):
+    for rows in _batches([len(ids) + options.max_new_tokens for ids in prompts], tokens_per_batch):
         streams = [TextStream(tokenizer) for _ in rows]
         say = None if on_text is None else partial(_say, rows, streams, on_text)
         texts = decode(
             model,
-            [encoded[row] for row in rows],
+            [prompts[row] for row in rows],
             options,
             stop_ids=[stop_ids[row] for row in rows],
             uniforms=uniforms[rows],

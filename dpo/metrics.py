@@ -10,13 +10,16 @@ mean is over pairs unless it says tokens.
 
 ================================ ===================================================================
 loss                             sum(w loss) / sum(w), with w the loss's weight of the pair
+loss_se                          its standard error: ``_standard_error``
 rewards/chosen                   sum(omega r_w) / sum(omega)
 rewards/rejected                 sum(omega r_l) / sum(omega)
 rewards/margin                   sum(omega gap) / sum(omega)
+rewards/margin_se                its standard error
 rewards/margin_p05               5 % quantile of gap
 rewards/margin_p50               median of gap
 rewards/margin_p95               95 % quantile of gap
 rewards/accuracy                 share of gap > 0, where a tie counts half
+rewards/accuracy_se              its standard error
 rewards/accuracy_strict          share of gap > 0
 accuracy_len_controlled          mean of the accuracies among n_w > n_l, n_w = n_l and n_w < n_l
 rewards/tie_rate                 share of gap = 0
@@ -141,6 +144,7 @@ _QUANTILES: Final = {
     "rewards/margin_p50": 0.5,
     "rewards/margin_p95": 0.95,
 }
+_WITH_ERROR: Final = ("loss", "rewards/accuracy", "rewards/margin")
 _BINS: Final = 10
 _BY_SOURCE: Final = ("loss", "rewards/accuracy", "rewards/margin")
 
@@ -275,19 +279,31 @@ class MetricSums:
         token_sums = torch.stack([gap.new_zeros(2, len(_TOKEN_METRICS)), *self._token_sums])
         sums = torch.cat([_summed(quotients), token_sums.sum(dim=0)], dim=1)  # (2, M)
         levels = torch.tensor(list(_QUANTILES.values()), dtype=gap.dtype, device=gap.device)
+        errors = torch.stack([_standard_error(*quotients[name]) for name in _WITH_ERROR])
         of_sources = self._source_sums(quotients)
-        values = torch.cat([sums.flatten(), gap.nanquantile(levels), *of_sources]).tolist()
+        values = torch.cat([sums.flatten(), gap.nanquantile(levels), errors, *of_sources]).tolist()
 
         names = [*quotients, *_TOKEN_METRICS]
         numerators, denominators = values[: len(names)], values[len(names) : 2 * len(names)]
         ratios = _ratios(names, numerators, denominators)
         rest = values[2 * len(names) :]
         quantiles = dict(zip(_QUANTILES, rest, strict=False))
+        rest = rest[len(_QUANTILES) :]
+        of_names = zip(_WITH_ERROR, rest, strict=False)
+        standard_errors = {f"{name}_se": error for name, error in of_names if name in ratios}
         if "_gap" not in ratios:
             quantiles = {}  # no row has two answers
-        metrics = {**ratios, **quantiles, **_derived(ratios)}
-        metrics |= self._source_metrics(rest[len(_QUANTILES) :])
+        metrics = {**ratios, **standard_errors, **quantiles, **_derived(ratios)}
+        metrics |= self._source_metrics(rest[len(_WITH_ERROR) :])
         return {name: value for name, value in metrics.items() if self._is_public(name)}
+
+    def gaps(self) -> dict[int, float]:
+        """Return the gap of each row of the data that has two answers."""
+        if not self._columns:
+            return {}
+        _, gap = _pair_quotients(wide(torch.cat(self._columns, dim=1)), self._terms)
+        of_rows = zip(self._rows, gap.tolist(), strict=True)
+        return {row: value for row, value in of_rows if not math.isnan(value)}
 
     def _source_sums(self, quotients: Quotients) -> list[Tensor]:
         """Sum ``_BY_SOURCE`` over the pairs of each source: (S * 2 * 3,), or nothing."""
@@ -412,6 +428,17 @@ def _calibration_quotients(pairs: PairLogProbs, gap: Tensor) -> Quotients:
         "calibration/brier": (error.square(), one),
         **{f"_bin{index}": (error * (bins == index), one) for index in range(_BINS)},
     }
+
+
+def _standard_error(numerators: Tensor, denominators: Tensor) -> Tensor:
+    """Return that of the quotient of two sums over pairs drawn independently, (P,) each.
+
+    The variance of a ratio estimate, Cochran 1977, "Sampling Techniques", chapter 6, for a sample
+    that is small beside all.
+    """
+    total = denominators.sum()
+    residuals = numerators - numerators.sum() / total * denominators
+    return residuals.square().sum().sqrt() / total
 
 
 def _summed(quotients: Quotients) -> Tensor:

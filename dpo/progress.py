@@ -26,6 +26,9 @@ class Console:
         stream: where to write; stderr as it is at the time of the call if not given.
         quiet: show nothing but warnings.
         clock: seconds, monotonic.
+
+    Attributes:
+        told: every line so far, shown or not.
     """
 
     def __init__(
@@ -42,14 +45,20 @@ class Console:
         self._has_color = self._is_live and not os.environ.get("NO_COLOR")
         self._cells = _bar_cells(self._stream.encoding)
         self._bars: list[Bar] = []  # the last one is on the screen
+        self.told: list[str] = []
 
     def say(self, text: str) -> None:
         """Write a line, above the bar if there is one."""
+        self.told.append(text)
         if not self._quiet:
-            self.warn(text)
+            self._write_line(text)
 
     def warn(self, text: str) -> None:
         """Write a line that even a quiet console shows."""
+        self.told.append(text)
+        self._write_line(text)
+
+    def _write_line(self, text: str) -> None:
         self._write(f"\r\x1b[K{text}\n" if self._is_drawn() else f"{text}\n")
         if self._is_drawn():
             self._draw(self._bars[-1])

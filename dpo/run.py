@@ -45,6 +45,7 @@ from dpo.ranks import Ranks
 from dpo.reference_pass import References, obtain_references
 from dpo.rehearsal import hollow_policy
 from dpo.report import REPORT, write_report
+from dpo.report.record import CONFIG
 from dpo.run_folder import (
     CHECKPOINTS,
     RunLog,
@@ -53,6 +54,7 @@ from dpo.run_folder import (
     read_evaluations,
     write_reproduction,
 )
+from dpo.run_record import EvalPairsLog, Samples, write_data
 from dpo.stopping import OUT_OF_TIME, TimeLimit, heeding_signals
 from dpo.token_budget import choose_budget, with_budget
 from dpo.train_config import AUTO
@@ -102,7 +104,9 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
     with joined_ranks(device, kind) as ranks, _held(folder, ranks), explained_lack_of_memory():
         own_console, console = console, console if ranks.is_first else SilentConsole()
         checkpoint = _find_checkpoint(folder, config, ranks, console)
+        told_before = len(console.told)
         models, inputs = _load(config, ranks, console, partial(_check_models, config))
+        told_of_data = console.told[told_before:]
         config = pin_revisions(config, models, inputs)
         if checkpoint is not None:
             _refuse_another_run(checkpoint, config, models, inputs)
@@ -112,9 +116,11 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
             config = with_budget(config, ranks.first([budget.tokens])[0])
         if ranks.is_first:
             whole = replace(config, train=replace(config.train, resume=None))
-            atomic_write(folder / "config.toml", whole.to_toml())
+            atomic_write(folder / CONFIG, whole.to_toml())
+            write_data(folder, inputs, told_of_data)
         trainer = _make_trainer(config, models, inputs, device, ranks, console)
         run = _Run(config, models, trainer, console, own_console, limit)
+        run.begin_samples()
         if checkpoint is not None:
             run.restore(checkpoint)
         return run.train()
@@ -346,6 +352,22 @@ class _Run:
         self.saved_step = 0
         self.has_warned = False  # of displacement
         self.is_out_of_time = False
+        self.samples: Samples | None = None
+
+    def begin_samples(self) -> None:
+        """Let the model that is not yet trained answer held-out prompts, if that is asked for."""
+        count, batches = self.config.train.samples, self.trainer.eval_batches
+        if count is None or batches is None or not self.ranks.is_first:
+            return
+        tokenizer, model = self.models.tokenizer, self.models.policy.config
+        self.samples = Samples(
+            self.folder,
+            batches.pairs,
+            tokenizer,
+            count=count,
+            most_positions=model.max_positions,
+        )
+        self.samples.write_before(self._policy())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same run.
@@ -374,9 +396,10 @@ class _Run:
             SystemExit: a signal came, or the time is over.
         """
         if self.ranks.is_first:
-            self.trainer.callbacks.append(
-                RunLog(self.folder, step=self.trainer.step, console=self.console)
-            )
+            self.trainer.callbacks += [
+                RunLog(self.folder, step=self.trainer.step, console=self.console),
+                EvalPairsLog(self.folder),
+            ]
         is_alone = self.ranks.count == 1
         with heeding_signals(self._stop, self.console, is_alone=is_alone) as received:
             try:
@@ -456,8 +479,7 @@ class _Run:
 
     def _write_model(self) -> None:
         """Write the model folder, of the best step if that is kept, and the report."""
-        policy = self.trainer.module
-        assert isinstance(policy, Decoder)
+        policy = self._policy()
         step = self._model_step()
         if step != self.trainer.step:
             best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
@@ -472,7 +494,14 @@ class _Run:
             self.trainer.averaged_weights(),
         ):
             write_trained_model(model_folder, *known, self._evaluations(), ranks=self.ranks)
+            if self.samples is not None:
+                self.samples.write_after(policy)
         write_report(self.folder)
+
+    def _policy(self) -> Decoder:
+        policy = self.trainer.module
+        assert isinstance(policy, Decoder)
+        return policy
 
     def _result(self) -> RunResult:
         evaluations = self._evaluations()

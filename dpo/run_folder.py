@@ -23,10 +23,10 @@ from dpo.checkpoint import (
 from dpo.errors import InputError, RunError
 from dpo.files import OTHER_SHAPE, append_jsonl, atomic_write, read_json
 from dpo.progress import Console
+from dpo.report.record import EVAL_PAIRS, METRICS
 from dpo.trainer import NonFiniteError, Trainer
 
 CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
 
 
 def find_checkpoint(folder: Path, resume: str | None, console: Console) -> Checkpoint | None:
@@ -85,9 +85,9 @@ def go_on_from(checkpoint: Checkpoint, folder: Path) -> None:
     checkpoint and the best one.
     """
     if not _is_in(folder, checkpoint):
-        metrics = checkpoint.path.parent.parent / METRICS
-        if metrics.exists():
-            atomic_write(folder / METRICS, metrics.read_bytes())
+        for name in (METRICS, EVAL_PAIRS):
+            if (known := checkpoint.path.parent.parent / name).exists():
+                atomic_write(folder / name, known.read_bytes())
         for step in {checkpoint.step, checkpoint.state["best_step"]} - {None}:
             source = checkpoint_path(checkpoint.path.parent, step)
             if source.exists():

@@ -106,7 +106,7 @@ def read_settings(path: Path) -> list[Setting]:
         if max((line.count(".") for line in text.splitlines()), default=0) > _MOST_DOTS:
             raise ValueError(f"a line has more than {_MOST_DOTS} dots")
         document = tomllib.loads(text)
-        return [Setting(key, value, str(path)) for key, value in _flat_document(document, "")]
+        return [Setting(key, value, str(path)) for key, value in flat_document(document)]
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from error
     except OSError as error:
@@ -363,12 +363,12 @@ def _in_words(value: object) -> str:
     return f"{shown} ({kinds.get(type(value), 'a ' + type(value).__name__)})"
 
 
-def _flat_document(document: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
+def flat_document(document: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield ``table.name`` and value of each entry."""
     for name, value in document.items():
         key = prefix + name
         if isinstance(value, dict) and key not in known_options() and (value or key in _sections()):
-            yield from _flat_document(value, f"{key}.")
+            yield from flat_document(value, f"{key}.")
         else:
             yield key, value
 

@@ -22,7 +22,7 @@ Auto = Literal["auto"]
 
 AUTO: Auto = "auto"
 
-EVALUATION_OPTIONS = ("eval_every", "keep_best", "early_stopping")  # need held-out pairs
+EVALUATION_OPTIONS = ("eval_every", "keep_best", "early_stopping", "samples")  # need held-out pairs
 
 _Range = tuple[str, Callable[[float], bool]]  # in words, and the test
 
@@ -58,6 +58,7 @@ _RANGES: dict[str, _Range] = {
     "keep": _AT_LEAST_ONE,
     "early_stopping": _AT_LEAST_ONE,
     "log_every": _AT_LEAST_ONE,
+    "samples": ("in [1, 100]", lambda value: 1 <= value <= 100),
 }
 _OPTIMIZER_DEFAULTS: Mapping[str, Mapping[str, float]] = {  # of torch, and of the papers
     "adamw": _ADAMW_DEFAULTS,
@@ -198,6 +199,10 @@ class TrainConfig:
         int | None, "Stop after so many evaluations without a lower loss, >= 1; none: never."
     ] = None
     log_every: Annotated[int, "Write a line of metrics every so many steps, >= 1."] = 1
+    samples: Annotated[
+        int | None,
+        "Held-out prompts, 1 to 100, that the model answers before and after, for the report.",
+    ] = None
     on_nonfinite: Annotated[
         OnNonfinite, "At a non-finite loss or gradient: stop the run, or skip the step."
     ] = "stop"
@@ -265,6 +270,8 @@ class TrainConfig:
             yield "train.micro_batch_size and train.tokens_per_micro_batch: give one, not both"
         if self.epochs is not None and self.steps is not None:
             yield "train.epochs and train.steps: give one, not both"
+        if self.samples is not None and self.parallel != "data":
+            yield f"train.samples needs train.parallel = data, which is {self.parallel}"
         yield from self._contradictions_of_the_optimizer()
         if self.decay_share is not None and self.schedule != "wsd":
             yield f"train.decay_share is for train.schedule = wsd, which is {self.schedule}"

@@ -149,6 +149,7 @@ class Trainer:
         total_steps: optimizer steps of the whole run.
         should_stop: set it to end the run after the current step.
         notes: what a person should hear of the steps done; who tells it takes it out.
+        evaluated: the window of the last evaluation, with all of its pairs; None before one.
     """
 
     def __init__(
@@ -253,6 +254,7 @@ class Trainer:
         # of a model in parts, which move in memory, there is none
         self._weight_sample = None if self.ranks.in_step else WeightSample(policy.parameters())
         self.notes: list[str] = []
+        self.evaluated: MetricSums | None = None
         self._alarm = DisplacementAlarm()
 
     def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
@@ -602,7 +604,8 @@ class Trainer:
             )
             evaluate(data)
         self.module.train()
-        metrics = sums.of_all(self.ranks).result()
+        self.evaluated = sums.of_all(self.ranks)
+        metrics = self.evaluated.result()
         return {"step": self.step} | {f"eval/{name}": value for name, value in metrics.items()}
 
     def _note_evaluation(self, loss: float) -> None:

@@ -264,7 +264,9 @@ class Chaos:
         """Return what must be the same after whatever happened."""
         text = (self.run / "metrics.jsonl").read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text.splitlines()]
-        files = [self.run / "config.toml", *sorted((self.run / "model").iterdir())]
+        names = ("config.toml", "data.json", "eval_pairs.jsonl")
+        files = [self.run / name for name in names if (self.run / name).exists()]
+        files += sorted((self.run / "model").iterdir())
         return {
             "losses": [(line["step"], line.get("loss"), line.get("eval/loss")) for line in lines],
             **{path.name: path.read_bytes() for path in files},

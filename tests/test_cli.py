@@ -103,6 +103,7 @@ def test_flag_sets_its_key(key: str) -> None:
     needed = {
         "train.keep_best": ("--eval-split", "0.5", "--eval-every", "1"),
         "train.early_stopping": ("--eval-split", "0.5", "--eval-every", "1"),
+        "train.samples": ("--eval-split", "0.5"),
         "train.decay_share": ("--schedule", "wsd"),
         "train.momentum": ("--optimizer", "muon"),
         "train.reference_sync_share": ("--reference-sync-every", "1"),

@@ -1,14 +1,33 @@
+import html
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.report import write_report
-from dpo.svg import MAX_POINTS, Line, Point, line_chart, tick_step
+from dpo.cli import main
+from dpo.errors import InputError
+from dpo.report import write_comparison, write_report
+from dpo.report.several_runs import differing
+from dpo.svg import (
+    MAX_POINTS,
+    Bars,
+    Dot,
+    Line,
+    Point,
+    histogram,
+    line_chart,
+    moving_average,
+    scatter,
+    tick_step,
+)
 
 
 def write_metrics(run: Path, records: list[dict[str, object]]) -> None:
@@ -153,6 +172,232 @@ def test_summary_shows_estimates_with_their_intervals(tmp_path: Path) -> None:
     assert "<th>margin</th><td>\N{EN DASH}</td><td>1.5</td>" in text
 
 
+def write_eval_pairs(run: Path, margins: list[float], *, before: float | None = 0.0) -> None:
+    rows = [
+        {
+            "id": f"row-{row}", "step": 7, "chosen_tokens": 10 + row, "rejected_tokens": 12,
+            "margin": margin, "margin_before": before,
+        }
+        for row, margin in enumerate(margins)
+    ]  # fmt: skip
+    (run / "eval_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+SIDE = {
+    "pairs": 3,
+    "tokens": 60,
+    "edges": [0, 5, 10],
+    "counts": {"prompt": [1, 2], "chosen": [3, 0], "rejected": [0, 3]},
+    "lengths": {part: [1, 2.5, 9, 10] for part in ("prompt", "chosen", "rejected")},
+}
+SAMPLE = {"id": "row-4", "prompt": "<b>2 + 2 =", "chosen": " 4", "before": " 5", "after": " 4 &"}
+
+
+def test_interval_of_an_evaluation_stands_beside_it(tmp_path: Path) -> None:
+    first: dict[str, object] = {
+        "step": 0,
+        "eval/rewards/accuracy": 0.5,
+        "eval/rewards/accuracy_se": 0.0,
+    }
+    last: dict[str, object] = {
+        "step": 2,
+        "eval/rewards/accuracy": 0.75,
+        "eval/rewards/accuracy_se": 0.05,
+    }
+    write_metrics(tmp_path, [first, *steps(2), last])
+    text = page(tmp_path)
+    assert "<th>reward accuracy</th><td>0.5</td><td>0.75 [0.652, 0.848]</td>" in text
+    assert text.count('class="band"') == 1
+
+
+def test_margins_are_counted_on_both_sides_of_zero(tmp_path: Path) -> None:
+    write_eval_pairs(tmp_path, [-0.5, 0.25, 0.0, 1.0])
+    text = page(tmp_path)
+    counts = re.findall(r"<title>[^<]*: (\d) (below|above) 0", text)
+    assert sum(int(count) for count, side in counts if side == "below") == 1
+    assert sum(int(count) for count, side in counts if side == "above") == 3
+    assert "4 pairs at the evaluation of step 7; before the first step every margin is 0." in text
+    assert "row-2: 12 and 12 tokens, margin 0" in text
+
+
+def test_margins_before_are_drawn_where_they_differ(tmp_path: Path) -> None:
+    write_eval_pairs(tmp_path, [-0.5, 0.25])
+    with (tmp_path / "eval_pairs.jsonl").open("a") as file:
+        row = {"id": "a", "step": 7, "chosen_tokens": 1, "rejected_tokens": 1, "margin": 1.0}
+        file.write(json.dumps(row | {"margin_before": 0.5}) + "\n")
+    assert ">before</span>" in page(tmp_path)
+
+
+def test_data_is_told_with_its_lengths(tmp_path: Path) -> None:
+    data = {"train": SIDE, "held out": None, "told": ["3 rows dropped: a <b>, b, c"]}
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    text = page(tmp_path)
+    assert "<li>3 rows dropped: a &lt;b&gt;, b, c</li>" in text
+    assert "<th>Trained on, prompt</th><td>3</td><td>1</td><td>2.5</td><td>9</td>" in text
+    assert "5 to 10: 2 prompt" in text
+
+
+def test_samples_are_shown_escaped(tmp_path: Path) -> None:
+    lines = [SAMPLE, SAMPLE | {"after": None}]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page(tmp_path)
+    assert "<dd>&lt;b&gt;2 + 2 =</dd>" in text
+    assert "<dd> 4 &amp;</dd>" in text
+    assert "<dt>after</dt><dd>\N{EN DASH}</dd>" in text
+
+
+@pytest.mark.parametrize("name", ["data.json", "eval_pairs.jsonl", "samples.jsonl", "config.toml"])
+@pytest.mark.parametrize(
+    "content", ["", "null", "[]", "{", '{"id": 1}', '{"train": {"edges": [1, 0]}}', "\x00", "[[1]]"]
+)
+def test_damaged_file_is_left_out(tmp_path: Path, name: str, content: str) -> None:
+    write_metrics(tmp_path, steps(2))
+    (tmp_path / name).write_text(content)
+    text = page(tmp_path)
+    assert "Optimizer steps 1 to 2" in text
+    assert "The held-out pairs" not in text
+
+
+# --- several runs -------------------------------------------------------------------------------
+
+
+def make_run(folder: Path, beta: float, *, accuracy: float = 0.6, kl: float = 0.1) -> Path:
+    folder.mkdir(parents=True)
+    ends: dict[str, object] = {"eval/loss": 0.6, "eval/rewards/accuracy": accuracy}
+    last = ends | {"step": 3, "eval/kl/k3_tok": kl, "eval/rewards/accuracy_se": 0.01}
+    write_metrics(folder, [*steps(3), last])
+    text = f'out = "{folder}"\nmodel = "M"\n[loss]\nname = "sigmoid"\nbeta = {beta}\n'
+    (folder / "config.toml").write_text(text)
+    return folder
+
+
+def comparison(tmp_path: Path, runs: list[Path]) -> str:
+    text = write_comparison(runs, tmp_path / "compare.html").read_text("utf-8")
+    assert_balanced(text)
+    return text
+
+
+def test_runs_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run-{beta}", beta, kl=1 - beta) for beta in (0.1, 0.5)]
+    text = comparison(tmp_path, runs)
+    assert "2 runs, which differ in loss.beta." in text
+    assert "<th>run</th><th>loss.beta</th><th>steps</th><th>loss</th><th>accuracy</th>" in text
+    row = "<th>run-0.1</th><td>0.1</td><td>3</td><td>0.6</td><td>0.6 [0.5804, 0.6196]</td>"
+    assert row in text
+    (frontier,) = re.findall(r'<svg[^>]*aria-label="Held-out accuracy against KL.*?</svg>', text)
+    assert re.findall(r">(beta [^<]*)<", frontier) == ["beta 0.1", "beta 0.5"]
+    assert frontier.count('class="line whisker"') == 2
+
+
+def test_every_curve_has_a_line_of_each_run(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run-{beta}", beta) for beta in (0.1, 0.2, 0.5)]
+    (loss,) = re.findall(r'<svg[^>]*aria-label="Loss".*?</svg>', comparison(tmp_path, runs))
+    assert re.findall(r'<g class="(c\d)"', loss) == ["c0", "c0", "c1", "c1", "c2", "c2"]
+    assert 'class="line raw' not in loss
+
+
+def test_runs_of_one_config_have_the_names_of_their_folders(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, 0.1) for name in ("a", "b")]
+    text = comparison(tmp_path, runs)
+    assert "2 runs, whose configs do not differ." in text
+    assert "</i>a</span>" in text
+
+
+def test_page_of_runs_without_evaluations_has_no_frontier(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"run-{beta}", beta) for beta in (0.1, 0.5)]
+    for run in runs:
+        write_metrics(run, steps(2))
+    assert "Held-out accuracy against" not in comparison(tmp_path, runs)
+
+
+def test_keys_differ_where_one_config_lacks_them() -> None:
+    configs = [{"a": 1, "b": 2, "out": "x"}, {"a": 1, "out": "y", "c": 3}]
+    assert differing(configs) == ["b", "c"]
+
+
+def test_folder_of_no_run_and_a_run_given_twice_are_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 0.1)
+    with pytest.raises(InputError, match=r"is no folder of a run: neither config\.toml nor"):
+        write_comparison([run, tmp_path], tmp_path / "page.html")
+    with pytest.raises(InputError, match=r"a run is given twice"):
+        write_comparison([run, tmp_path / "run" / ".." / "run"], tmp_path / "page.html")
+
+
+def test_command_writes_the_page_and_says_where(tmp_path: Path) -> None:
+    runs = [str(make_run(tmp_path / name, 0.1)) for name in ("a", "b")]
+    dpo = CliRunner().invoke
+    assert dpo(main, ["report", runs[0]]).output == f"{runs[0]}/report.html\n"
+    refused = dpo(main, ["report", *runs])
+    assert refused.exit_code == 2
+    assert "--out is missing: name the page about 2 runs" in refused.output
+    out = str(tmp_path / "compare.html")
+    assert dpo(main, ["report", *runs, "--out", out]).output == f"{out}\n"
+    assert dpo(main, ["report", str(tmp_path)]).exit_code == 2
+
+
+PROBE = """<!DOCTYPE html><title>waiting</title>
+<iframe style="width:{width}px;height:3000px;border:0" srcdoc="{page}"></iframe>
+<script>addEventListener("load", () => {{
+  const inner = document.querySelector("iframe").contentDocument, root = inner.documentElement;
+  const texts = [...inner.querySelectorAll("svg text")].map((text) => [text, text.getBBox()]);
+  document.title = JSON.stringify({{
+    background: getComputedStyle(inner.body).backgroundColor,
+    overflow: root.scrollWidth - root.clientWidth,
+    charts: [...inner.querySelectorAll("svg")].filter((svg) => svg.clientHeight > 50).length,
+    drawn: [...inner.querySelectorAll("svg .line, svg .bar, svg .dot")]
+      .filter((shape) => getComputedStyle(shape).stroke + getComputedStyle(shape).fill).length,
+    outside: texts.filter(([_, box]) => box.x < 0 || box.x + box.width > 440)
+      .map(([text, _]) => text.textContent),
+  }});
+}})</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize(
+    ("scheme", "background"), [(0, "rgb(20, 24, 31)"), (1, "rgb(255, 255, 255)")]
+)
+def test_pages_fit_a_wide_and_a_narrow_browser(
+    tmp_path: Path, width: int, scheme: int, background: str
+) -> None:
+    runs = [make_run(tmp_path / f"run-{beta}", beta, kl=beta) for beta in (0.1, 0.5)]
+    run = runs[0]
+    rates = [step | {"learning_rate": 1e-6 / (n + 1)} for n, step in enumerate(steps(40))]
+    write_metrics(run, [*rates, {"step": 3, "eval/rewards/accuracy": 0.5, "eval/kl/k3_tok": 9e-4}])
+    write_eval_pairs(run, [-0.5, 0.25, 0.0, 1.0])
+    data = {"train": SIDE, "held out": SIDE, "told": ["row " * 200, "x" * 500]}
+    (run / "data.json").write_text(json.dumps(data))
+    (run / "samples.jsonl").write_text(json.dumps(SAMPLE | {"prompt": "y" * 3000}))
+    for text, charts in ((page(run), 8), (comparison(tmp_path, runs), 6)):
+        seen = probed(text, tmp_path, width=width, scheme=scheme)
+        assert seen["background"] == background
+        assert seen["overflow"] == 0
+        assert seen["charts"] == text.count("<svg")
+        assert text.count("<svg") >= charts
+        assert isinstance(seen["drawn"], int)
+        assert seen["drawn"] > charts
+        assert seen["outside"] == []
+
+
+def probed(text: str, folder: Path, *, width: int, scheme: int) -> dict[str, object]:
+    """What a browser says of a page in a frame of some width."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.fail("no Chromium on this machine: apt-get install chromium")
+    probe = folder / "probe.html"
+    probe.write_text(PROBE.format(width=width, page=html.escape(text)), encoding="utf-8")
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900",
+        f"--blink-settings=preferredColorScheme={scheme}",
+        f"--user-data-dir={folder / 'profile'}", "--dump-dom", probe.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    found: dict[str, object] = json.loads(html.unescape(title.group(1)))
+    return found
+
+
 # --- charts -------------------------------------------------------------------------------------
 
 
@@ -221,3 +466,58 @@ def test_ticks_of_steps_are_whole_and_short() -> None:
     assert re.findall(r'text-anchor="middle">([^<]*)<', svg) == [
         "0", "20k", "40k", "60k", "80k", "100k", "x",
     ]  # fmt: skip
+
+
+def test_ticks_of_small_numbers_have_a_power_of_ten() -> None:
+    svg = line_chart([Line("a", points(0.0, 2e-6))], title="t", x_label="x")
+    texts = re.findall(r'text-anchor="end">([^<]*)<', svg)
+    assert texts == ["0.0", "0.5e-6", "1.0e-6", "1.5e-6", "2.0e-6"]
+
+
+def test_moving_average_is_over_a_tenth_of_the_points_and_keeps_gaps() -> None:
+    values = [float(n) for n in range(20)]
+    values[10] = float("nan")
+    averaged = moving_average(points(*values))
+    assert [point.value for point in averaged[:3]] == [0.5, 1.0, 2.0]  # ends have one side
+    assert averaged[9].value == (8 + 9) / 2
+    assert averaged[10].value != averaged[10].value
+    assert averaged[19].value == 18.5
+
+
+def test_averaged_line_lies_over_a_faint_one() -> None:
+    svg = line_chart([Line("a", points(*range(40)), is_averaged=True)], title="t", x_label="x")
+    assert re.findall(r'class="line([^"]*)"', svg) == [" raw", ""]
+
+
+def test_hidden_line_does_not_widen_the_axes() -> None:
+    values = [0.0] * 20 + [100.0] + [0.0] * 19
+    line = Line("a", points(*values), is_averaged=True, is_hidden=True)
+    svg = line_chart([line], title="t", x_label="x")
+    ticks = [float(text) for text in re.findall(r'text-anchor="end">([^<]*)<', svg)]
+    assert max(ticks) <= 100 / 5 * 1.05  # the mean of five points
+    assert re.findall(r'class="line([^"]*)"', svg) == [""]
+
+
+def test_bars_are_as_high_as_their_counts() -> None:
+    svg = histogram([Bars("texts", [0, 1, 2, 3], [1, 0, 4])], title="t", x_label="x")
+    heights = [float(height) for height in re.findall(r'height="([\d.]+)"', svg)]
+    assert heights[1] / heights[0] == pytest.approx(4, rel=0.01)
+    assert len(heights) == 2  # an empty bin has no bar
+
+
+def test_texts_of_close_dots_do_not_cover_each_other() -> None:
+    dots = [Dot(1.0, 1.0 + n / 1000, "t", text="a label") for n in range(5)]
+    svg = scatter([*dots, Dot(2.0, 2.0, "t")], title="t", x_label="x")
+    heights = sorted(float(y) for y in re.findall(r'y="([\d.]+)">a label', svg))
+    assert all(below - above > 12 for above, below in pairwise(heights))
+
+
+def test_text_at_the_right_edge_stands_to_the_left_of_its_dot() -> None:
+    svg = scatter(
+        [Dot(0, 0, "t", text="left"), Dot(1, 1, "t", text="right")], title="t", x_label=""
+    )
+    assert re.findall(r'text-anchor="end" y="[\d.]+">(left|right)', svg) == ["right"]
+
+
+def test_title_of_a_dot_is_escaped() -> None:
+    assert "<title>&lt;script&gt;" in scatter([Dot(0, 0, "<script>")], title="t", x_label="x")

@@ -136,7 +136,8 @@ def result():
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [(line["step"], line.get("loss"), line.get("eval/loss")) for line in lines]
     rubbish = [path.name for path in run.rglob("*") if ".tmp-" in path.name or ".old" in path.name]
-    files = ("model/model.safetensors", "model/README.md", "config.toml")
+    files = ("model/model.safetensors", "model/README.md", "config.toml", "data.json",
+             "eval_pairs.jsonl")
     return losses, rubbish, *((run / file).read_bytes().hex() for file in files)
 
 start([])

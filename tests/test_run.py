@@ -93,7 +93,8 @@ def test_result_says_what_the_folder_holds(config: RunConfig) -> None:
     result = started(replace(config, eval_split=0.25))
     folder = Path(config.out)
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".lock", "checkpoints", "config.toml", "metrics.jsonl", "model", "report.html",
+        ".lock", "checkpoints", "config.toml", "data.json", "eval_pairs.jsonl", "metrics.jsonl",
+        "model", "report.html",
     ]  # fmt: skip
     assert sorted(path.name for path in result.model.iterdir()) == [
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",

@@ -45,6 +45,10 @@ COMMANDS = {
         "dpo.cli.checkpoint:checkpoint",
         "List and verify the checkpoints of a run, or make a model of one.",
     ),
+    "report": Entry(
+        "dpo.cli.report:report",
+        "Write a page about a run, or one that lays several runs side by side.",
+    ),
     "plan": Entry(
         "dpo.cli.plan:plan",
         "Say what a run would take: memory by kind, tokens, time and cost on several devices.",

@@ -19,6 +19,13 @@ from dpo.settings import (
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+TRAIN_KEYS = (  # of dpo train and dpo sweep
+    "model", "revision", "data", "mix.", "data_split", "data_revision",
+    "eval_data", "eval_data_split", "eval_data_revision", "eval_split",
+    "columns", "ranked", "answer_turns", "on_bad_row", "out",
+    "reference", "reference_revision", "reference_cache.", "tokenize.",
+    "loss.", "train.", "adapter.",
+)  # fmt: skip
 _FLAGS = {  # where the flag is not the last part of the key
     "loss.name": "loss",
     "train.share_prefix": "prefix-sharing",
@@ -99,22 +106,35 @@ def resolve_flags(context: click.Context, *, below: Sequence[Setting] = ()) -> R
     Raises:
         InputError: as ``dpo.settings.resolve``.
     """
+    return resolve(below, *layers_of(context))
+
+
+def layers_of(context: click.Context) -> list[list[Setting]]:
+    """Return the settings of ``--config``, of ``--set`` and of the flags of this call.
+
+    Raises:
+        InputError: the file cannot be read, or a ``--set`` has no value.
+    """
     path: Path | None = context.params["config"]
     given = [
         flag.setting(value)
         for flag in context.command.params
         if isinstance(flag, ConfigFlag) and (value := context.params[str(flag.name)]) not in _UNSET
     ]
-    return resolve(
-        below,
+    return [
         [] if path is None else read_settings(path),
         [parse_assignment(text) for text in context.params["assignments"]],
         given,
-    )
+    ]
+
+
+def flag_name(key: str) -> str:
+    """Return the name of the flag of a key, without its dashes."""
+    return _FLAGS.get(key, key.rpartition(".")[2].replace("_", "-"))
 
 
 def _flag(key: str, option: Option) -> Callable[[Command], Command]:
-    name = _FLAGS.get(key, key.rpartition(".")[2].replace("_", "-"))
+    name = flag_name(key)
     default = "" if option.default is None else f"  [default: {_shown(option.default)}]"
     is_switch = option.kind is bool
     return click.option(

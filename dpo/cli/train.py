@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dpo.cli.options import config_flags, resolve_flags
+from dpo.cli.options import TRAIN_KEYS, config_flags, resolve_flags
 from dpo.launch import Launch
 from dpo.progress import Console
 
@@ -13,13 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command
-@config_flags(
-    "model", "revision", "data", "mix.", "data_split", "data_revision",
-    "eval_data", "eval_data_split", "eval_data_revision", "eval_split",
-    "columns", "ranked", "answer_turns", "on_bad_row", "out",
-    "reference", "reference_revision", "reference_cache.", "tokenize.",
-    "loss.", "train.", "adapter.",
-)  # fmt: skip
+@config_flags(*TRAIN_KEYS)
 @click.pass_context
 def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flags: object) -> None:
     """Train a model on preference pairs.
