@@ -45,6 +45,9 @@ COMMANDS = {
         "dpo.cli.checkpoint:checkpoint",
         "List and verify the checkpoints of a run, or make a model of one.",
     ),
+    "sweep": Entry(
+        "dpo.cli.sweep:sweep", "Train every combination of some options, one run after another."
+    ),
     "report": Entry(
         "dpo.cli.report:report",
         "Write a page about a run, or one that lays several runs side by side.",
