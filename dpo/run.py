@@ -57,6 +57,7 @@ from dpo.run_folder import (
 from dpo.run_record import EvalPairsLog, Samples, write_data
 from dpo.stopping import OUT_OF_TIME, TimeLimit, heeding_signals
 from dpo.token_budget import choose_budget, with_budget
+from dpo.tracking import Tracking, check_trackers, plain_config, tracking
 from dpo.train_config import AUTO
 from dpo.trained_model import models_identity, write_trained_model
 from dpo.trainer import Metrics, NonFiniteError, Trainer, uses_live_reference
@@ -96,6 +97,7 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
             signal's number, or ``OUT_OF_TIME``.
     """
     limit = TimeLimit(config.train)
+    check_trackers(config.train.track)
     folder = Path(config.out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
@@ -123,7 +125,14 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         run.begin_samples()
         if checkpoint is not None:
             run.restore(checkpoint)
-        return run.train()
+        with tracking(
+            config.train.track if ranks.is_first else None,
+            folder,
+            plain_config(config.flat()),
+            step=trainer.step,
+            console=console,
+        ) as tracked:
+            return run.train(tracked)
 
 
 def compute_reference_only(config: RunConfig, *, console: Console) -> None:
@@ -388,8 +397,11 @@ class _Run:
         if self.ranks.is_first:
             go_on_from(checkpoint, self.folder)
 
-    def train(self) -> RunResult:
+    def train(self, tracked: Tracking) -> RunResult:
         """Train to the end, leaving metrics and checkpoints, and write the model.
+
+        Args:
+            tracked: is given the metrics as well.
 
         Raises:
             RunError: a step is not finite, and the run is to stop there.
@@ -399,6 +411,7 @@ class _Run:
             self.trainer.callbacks += [
                 RunLog(self.folder, step=self.trainer.step, console=self.console),
                 EvalPairsLog(self.folder),
+                tracked,
             ]
         is_alone = self.ranks.count == 1
         with heeding_signals(self._stop, self.console, is_alone=is_alone) as received:
@@ -420,7 +433,9 @@ class _Run:
                 raise SystemExit(128 + number if number else OUT_OF_TIME)
         self._write_model()
         self.ranks.wait()
-        return self._result()
+        result = self._result()
+        tracked.summary = result.last or {}
+        return result
 
     def _train_steps(self) -> None:
         trainer, every = self.trainer, self.config.train.save_every

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from dpo.duration import seconds_of
 from dpo.errors import InputError
+from dpo.tracking import tracker_names
 
 Optimizer = Literal["adamw", "adamw8bit", "adafactor", "lion", "muon", "schedule-free"]
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
@@ -203,6 +204,11 @@ class TrainConfig:
         int | None,
         "Held-out prompts, 1 to 100, that the model answers before and after, for the report.",
     ] = None
+    track: Annotated[
+        str | None,
+        "Log to these as well, separated by commas: tensorboard, wandb, mlflow; none: to "
+        "metrics.jsonl alone.",
+    ] = None
     on_nonfinite: Annotated[
         OnNonfinite, "At a non-finite loss or gradient: stop the run, or skip the step."
     ] = "stop"
@@ -257,6 +263,10 @@ class TrainConfig:
                     seconds_of(span)
                 except InputError as error:
                     yield f"train.{name}: {error}"
+        try:
+            tracker_names(self.track)
+        except InputError as error:
+            yield f"train.track: {error}"
         for pattern, scale in self.rates.items():
             if not 0 < scale < math.inf:
                 yield f"train.rates: {pattern} must be above 0 and finite, got {scale}"

@@ -16,6 +16,7 @@ ROWS = [
 ]
 TESTS = sorted({test for row in ROWS for test in re.findall(r"`([\w/]+\.py::\w+)`", row[4])})
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "smtplib", "socket"}
+TRACKERS = {"mlflow", "tensorboard", "wandb"}  # which are asked for by name
 
 
 def functions_of(path: Path) -> set[str]:
@@ -49,13 +50,17 @@ def test_there_are_no_more_than_eight_dependencies() -> None:
 
 def test_one_module_alone_reaches_a_network() -> None:
     """Of the engine, the data and the evaluator: what the Hub has is fetched when it is named."""
-    reaching = set()
+    reaching, tracking = set(), set()
     for folder in ("dpo", "data", "eval"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                     names = [node.module]
-                if {name.partition(".")[0] for name in names} & NETWORK:
+                tops = {name.partition(".")[0] for name in names}
+                if tops & NETWORK:
                     reaching.add(path.relative_to(ROOT).as_posix())
+                if tops & TRACKERS:
+                    tracking.add(path.relative_to(ROOT).as_posix())
     assert reaching == {"dpo/hub.py", "dpo/files.py"}  # the latter for the name of the host
+    assert tracking == {"dpo/tracking.py"}

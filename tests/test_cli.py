@@ -96,8 +96,8 @@ def test_flag_sets_its_key(key: str) -> None:
     else:
         others = [choice for choice in option.choices if choice != option.default]
         numbers = {int: "7", float: "0.25"}
-        spans = {"train.max_time": "90m", "train.save_before_end": "5m"}
-        text = others[0] if others else spans.get(key, numbers.get(option.kind, "text"))
+        texts = {"train.max_time": "90m", "train.save_before_end": "5m", "train.track": "wandb"}
+        text = others[0] if others else texts.get(key, numbers.get(option.kind, "text"))
         arguments = [flag.opts[0], text]
         value = text if option.kind not in numbers else float(text)
     needed = {
