@@ -108,11 +108,16 @@ class Console:
             self._bars.pop()
             self._draw(self._bars[-1])
             return
-        if not self._quiet:
+        if not self._quiet and (self._is_live or self._is_news(bar)):
             self._show(bar)
         if self._is_drawn():
             self._write("\n")
         self._bars.pop()
+
+    def _is_news(self, bar: "Bar") -> bool:
+        """Tell whether a log file lacks the end of a bar; of one inside another if it was long."""
+        was_shown, is_inner = len(bar.samples) > 1, len(self._bars) > 1
+        return not is_inner if not was_shown else bar.samples[-1].done != bar.done
 
     def _is_drawn(self) -> bool:
         return self._is_live and not self._quiet and bool(self._bars)

@@ -7,6 +7,7 @@ signals and writes the model. README.md describes the folder of a run.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -54,6 +55,7 @@ from dpo.run_folder import (
     read_evaluations,
     write_reproduction,
 )
+from dpo.run_header import header
 from dpo.run_record import EvalPairsLog, Samples, write_data
 from dpo.stopping import OUT_OF_TIME, TimeLimit, heeding_signals
 from dpo.token_budget import choose_budget, with_budget
@@ -74,6 +76,7 @@ class RunResult:
         steps: optimizer steps done.
         first: the first evaluation, before the first step; None without held-out pairs.
         last: the evaluation of the saved model; None without held-out pairs.
+        seconds: that the training took in this process.
     """
 
     folder: Path
@@ -82,6 +85,7 @@ class RunResult:
     steps: int
     first: Metrics | None
     last: Metrics | None
+    seconds: float
 
 
 def train(config: RunConfig, *, console: Console) -> RunResult:
@@ -118,6 +122,8 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
             config = with_budget(config, ranks.first([budget.tokens])[0])
         if ranks.is_first:
             whole = replace(config, train=replace(config.train, resume=None))
+            for line in header(config, models, inputs, device=str(device)):
+                console.say(line)
             atomic_write(folder / CONFIG, whole.to_toml())
             write_data(folder, inputs, told_of_data)
         trainer = _make_trainer(config, models, inputs, device, ranks, console)
@@ -357,6 +363,7 @@ class _Run:
         self.config, self.models, self.trainer = config, models, trainer
         self.console, self.own_console, self.ranks = console, own_console, trainer.ranks
         self.limit = limit
+        self.started = time.monotonic()
         self.folder = Path(config.out)
         self.saved_step = 0
         self.has_warned = False  # of displacement
@@ -439,6 +446,7 @@ class _Run:
 
     def _train_steps(self) -> None:
         trainer, every = self.trainer, self.config.train.save_every
+        trainer.watch = self._watch
         self.limit.begin_step()
         with self.console.bar(
             "train", trainer.total_steps, unit="steps", start=trainer.step
@@ -449,6 +457,7 @@ class _Run:
                     self.own_console.warn(rank + trainer.notes.pop(0))
                 bar.update(step.number, status=_status(step.metrics))
                 self._warn_of_displacement(step.metrics)
+                self._tell_evaluation(step.evaluation)
                 if self._best_step() == step.number or (every and step.number % every == 0):
                     self._save()
                 self._heed_time()
@@ -464,6 +473,17 @@ class _Run:
             self.console.warn("the time is over: stopping after this step")
             self.is_out_of_time = True
             self._stop()
+
+    @contextmanager
+    def _watch(self, pairs: int) -> Iterator[Callable[[int], object]]:
+        """Show how far an evaluation is."""
+        with self.console.bar("evaluate", pairs, unit="pairs") as bar:
+            yield bar.update
+
+    def _tell_evaluation(self, metrics: Metrics | None) -> None:
+        if metrics is not None:
+            shown = _headline(metrics)
+            self.console.say(f"step {self.trainer.step}, held out: {shown}")
 
     def _warn_of_displacement(self, metrics: Metrics | None) -> None:
         if metrics and metrics.get("displacement/alarm") and not self.has_warned:
@@ -527,7 +547,17 @@ class _Run:
             steps=self.trainer.step,
             first=evaluations[0] if evaluations else None,
             last=evaluations[-1] if evaluations else None,
+            seconds=time.monotonic() - self.started,
         )
+
+
+def _headline(metrics: Metrics) -> str:
+    """Say the loss of an evaluation and, where rows are pairs, accuracy and margin."""
+    words = [f"loss {metrics['eval/loss']:.4f}"]
+    if "eval/rewards/accuracy" in metrics:
+        words.append(f"accuracy {metrics['eval/rewards/accuracy']:.3f}")
+        words.append(f"margin {metrics['eval/rewards/margin']:+.4f}")
+    return "  ".join(words)
 
 
 def _status(metrics: Metrics | None) -> str | None:

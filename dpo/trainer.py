@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dpo.accumulation import (
     LackOfMemoryError,
     LossInputs,
+    Score,
     StepResult,
     differentiate,
     evaluate,
@@ -70,6 +71,7 @@ from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
 
 Metrics = Mapping[str, float]
 Callback = Callable[["Trainer", Metrics], None]
+Watch = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 
 
 def uses_live_reference(loss: Loss, config: TrainConfig) -> bool:
@@ -102,6 +104,20 @@ def make_run_optimizer(
     if config.ema_decay is not None:
         keep_moving_average(optimizer, config.ema_decay)
     return optimizer
+
+
+def _told(score: Score, tell: Callable[[int], object]) -> Score:
+    """Return what scores rows and then tells how many it has scored in all."""
+    done = 0
+
+    def scored(rows: Sequence[int]) -> ScoredPairs:
+        nonlocal done
+        found = score(rows)
+        done += len(rows)
+        tell(done)
+        return found
+
+    return scored
 
 
 class NonFiniteError(RunError):
@@ -149,6 +165,7 @@ class Trainer:
         total_steps: optimizer steps of the whole run.
         should_stop: set it to end the run after the current step.
         notes: what a person should hear of the steps done; who tells it takes it out.
+        watch: told how many held-out pairs there are, gives what is told how many are evaluated.
         evaluated: the window of the last evaluation, with all of its pairs; None before one.
     """
 
@@ -255,6 +272,7 @@ class Trainer:
         self._weight_sample = None if self.ranks.in_step else WeightSample(policy.parameters())
         self.notes: list[str] = []
         self.evaluated: MetricSums | None = None
+        self.watch: Watch = lambda _pairs: nullcontext(lambda _done: None)
         self._alarm = DisplacementAlarm()
 
     def _batches(self, pairs: TokenizedPairs, reference: ReferenceLogProbs | None) -> MicroBatches:
@@ -591,10 +609,11 @@ class Trainer:
         own = self.eval_batches.divide(rows, self.ranks.count)[self.ranks.rank]
         self.module.eval()
         sums = MetricSums.of_loss(self.loss, self._eval_sources)
-        with self.averaged_weights():
+        score = partial(self._score, batches=self.eval_batches)
+        with self.averaged_weights(), self.watch(len(own)) as tell:
             data = LossInputs(
                 self.loss.at_progress(1.0),  # the same at each step, so that evaluations compare
-                partial(self._score, batches=self.eval_batches),
+                _told(score, tell),
                 self.eval_batches.split_sorted(own),
                 rows,
                 sums=sums,

@@ -141,6 +141,37 @@ def test_file_gets_occasional_plain_lines(clock: Clock) -> None:
     ]
 
 
+def test_file_gets_the_end_of_a_bar_once(clock: Clock) -> None:
+    stream = io.StringIO()
+    with Console(stream, clock=clock).bar("train", 2) as bar:
+        clock.seconds = 10.0
+        bar.update(2)
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_file_gets_a_bar_inside_another_only_if_it_is_long(clock: Clock) -> None:
+    stream = io.StringIO()
+    console = Console(stream, clock=clock)
+    with console.bar("train", 2):
+        with console.bar("evaluate", 5) as short:
+            short.update(5)
+        assert stream.getvalue() == ""
+        with console.bar("evaluate", 5) as long:
+            clock.seconds = 11.0
+            long.update(3)
+            long.update(5)
+    assert [line.split(" [")[0] for line in stream.getvalue().splitlines()] == [
+        "evaluate  60% 3/5", "evaluate 100% 5/5", "train   0% 0/2",
+    ]  # fmt: skip
+
+
+def test_console_knows_what_it_was_told_even_if_it_is_quiet(terminal: Terminal) -> None:
+    console = Console(terminal, quiet=True)
+    console.say("a note")
+    console.warn("a warning")
+    assert console.told == ["a note", "a warning"]
+
+
 def test_dumb_terminal_gets_plain_lines(
     terminal: Terminal, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

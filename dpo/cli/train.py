@@ -1,5 +1,6 @@
 """``dpo train``."""
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -31,14 +32,27 @@ def train(context: click.Context, /, *, print_config: bool, quiet: bool, **_flag
 
 
 def show_result(result: "RunResult") -> None:
-    """Say what a run brought and where it is."""
+    """Say what a run brought, how long it took, where things are and what may come next."""
     from dpo.model_card import headline
+    from dpo.report import interval
 
     if Launch.of_environment().rank:
         return  # the first of several processes tells
     if result.first is not None and result.last is not None:
-        click.echo(f"{'held out':<18}{'before':>10}{'after':>10}")
+        click.echo(f"{'held out':<18}{'before':>10}{'after':>10}   95 % interval")
         for name, before, after in headline(result.first, result.last):
-            click.echo(f"{name:<18}{before:>10.4f}{after:>10.4f}")
+            low_high = interval(after, result.last.get(f"eval/{name}_se"))
+            click.echo(f"{name:<18}{before:>10.4f}{after:>10.4f}   {low_high}".rstrip())
+    click.echo(f"steps   {result.steps:,}, in {duration(result.seconds)}")
     click.echo(f"model   {result.model}")
     click.echo(f"report  {result.report}")
+    click.echo(f"next    dpo generate {shlex.quote(str(result.model))} --prompt ...")
+
+
+def duration(seconds: float) -> str:
+    """Write a time in its two largest units."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -6,7 +6,8 @@ said in ``dpo.report.record``, how to read them in dpo/REPORT.md. To add a chart
 """
 
 from dpo.report.one_run import write_report
+from dpo.report.page import interval
 from dpo.report.record import REPORT
 from dpo.report.several_runs import write_comparison
 
-__all__ = ["REPORT", "write_comparison", "write_report"]
+__all__ = ["REPORT", "interval", "write_comparison", "write_report"]

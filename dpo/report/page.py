@@ -65,10 +65,15 @@ def shown(value: float | None) -> str:
 
 def with_interval(value: float | None, error: float | None) -> str:
     """Write a number with its 95 % interval, if a standard error is known that can be seen."""
-    if value is None or not error or not math.isfinite(error):
-        return shown(value)
+    return f"{shown(value)} {'' if value is None else interval(value, error)}".rstrip()
+
+
+def interval(value: float, error: float | None) -> str:
+    """Write a 95 % interval; nothing if no standard error is known that can be seen."""
+    if not error or not math.isfinite(error):
+        return ""
     low, high = shown(value - INTERVAL * error), shown(value + INTERVAL * error)
-    return shown(value) if low == high else f"{shown(value)} [{low}, {high}]"
+    return "" if low == high else f"[{low}, {high}]"
 
 
 _PAGE = """<!DOCTYPE html>
