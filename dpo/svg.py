@@ -286,15 +286,16 @@ def _draw_dot(dot: Dot, axes: _Axes) -> Iterator[str]:
 
 
 def _texts(dots: Sequence[Dot], axes: _Axes) -> Iterator[str]:
-    """Write the texts of dots beside them, from the top down, so that none covers another."""
-    written: list[tuple[float, float, float]] = []  # left, right, y
+    """Write the texts of dots beside them, from the top down, so that none covers anything."""
+    taken = [(axes.x(dot.x) - 5, axes.x(dot.x) + 5, axes.y(dot.y) + 4) for dot in dots]
     for dot in sorted((dot for dot in dots if dot.text), key=lambda dot: -dot.y):
         x, y, width = axes.x(dot.x), axes.y(dot.y) + 4, _LETTER_WIDTH * len(dot.text)
         is_left = x + 8 + width > WIDTH
         left = x - 8 - width if is_left else x + 8
-        for other_left, other_right, other_y in written:
-            if left < other_right and other_left < left + width and y - other_y < _LINE_HEIGHT:
-                y = max(y, other_y + _LINE_HEIGHT)
-        written.append((left, left + width, y))
+        beside = [place for first, last, place in taken if left < last and first < left + width]
+        while covered := [place for place in beside if abs(y - place) < _LINE_HEIGHT]:
+            y = max(covered) + _LINE_HEIGHT
+        taken.append((left, left + width, y))
         anchor = f'x="{x - 8:.1f}" text-anchor="end"' if is_left else f'x="{x + 8:.1f}"'
-        yield f'<text {anchor} y="{y:.1f}">{escape(dot.text)}</text>'
+        color = f'class="label c{dot.color}"'
+        yield f'<text {color} {anchor} y="{y:.1f}">{escape(dot.text)}</text>'

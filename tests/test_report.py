@@ -282,10 +282,11 @@ def test_runs_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     text = comparison(tmp_path, runs)
     assert "2 runs, which differ in loss.beta." in text
     assert "<th>run</th><th>loss.beta</th><th>steps</th><th>loss</th><th>accuracy</th>" in text
-    row = "<th>run-0.1</th><td>0.1</td><td>3</td><td>0.6</td><td>0.6 [0.5804, 0.6196]</td>"
+    row = "<th>run-0.1</th><td>0.1</td><td>3</td><td>0.6</td><td>0.6 [0.58, 0.62]</td>"
     assert row in text
     (frontier,) = re.findall(r'<svg[^>]*aria-label="Held-out accuracy against KL.*?</svg>', text)
-    assert re.findall(r">(beta [^<]*)<", frontier) == ["beta 0.1", "beta 0.5"]
+    assert re.findall(r'<text class="label c\d"[^>]*>([^<]*)<', frontier) == ["0.1", "0.5"]
+    assert '<span class="legend">beta</span>' in text
     assert frontier.count('class="line whisker"') == 2
 
 
@@ -512,11 +513,18 @@ def test_texts_of_close_dots_do_not_cover_each_other() -> None:
     assert all(below - above > 12 for above, below in pairwise(heights))
 
 
+def test_text_does_not_cover_another_dot() -> None:
+    dots = [Dot(0, 1, "t", text="a long label"), Dot(0.1, 1, "t"), Dot(1, 1, "t")]
+    svg = scatter(dots, title="t", x_label="x")
+    (dot, *_), (text,) = re.findall(r'cy="([\d.]+)"', svg), re.findall(r'y="([\d.]+)">a long', svg)
+    assert float(text) - float(dot) > 12
+
+
 def test_text_at_the_right_edge_stands_to_the_left_of_its_dot() -> None:
     svg = scatter(
         [Dot(0, 0, "t", text="left"), Dot(1, 1, "t", text="right")], title="t", x_label=""
     )
-    assert re.findall(r'text-anchor="end" y="[\d.]+">(left|right)', svg) == ["right"]
+    assert re.findall(r'text-anchor="end" y="[\d.]+">(left|right)<', svg) == ["right"]
 
 
 def test_title_of_a_dot_is_escaped() -> None:

@@ -45,6 +45,7 @@ def sweep(context: click.Context, /, *, print_config: bool, quiet: bool, **_flag
 
 def _table(outcomes: "Sequence[Outcome]") -> list[str]:
     """Return a line of each run with its held-out ends, and one of the best."""
+    from dpo.report import interval
     from dpo.report.several_runs import ENDS
     from dpo.sweep import best_of
 
@@ -55,5 +56,7 @@ def _table(outcomes: "Sequence[Outcome]") -> list[str]:
         state = "" if each.state == "done" else f"  {each.state}"
         lines.append(f"{each.run.name:<{width}}  {''.join(f'{cell:>10}' for cell in cells)}{state}")
     if (best := best_of(outcomes)) is not None:
-        lines.append(f"best    {best.run.folder / 'model'}, of the highest accuracy")
+        accuracy = best.ends["rewards/accuracy"]
+        shown = f"{accuracy:.4f} {interval(accuracy, best.ends.get('rewards/accuracy_se'))}"
+        lines.append(f"best    {best.run.folder / 'model'}, of accuracy {shown}".rstrip())
     return lines

@@ -7,6 +7,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
 from dpo.report.page import COLORS, INTERVAL, figure, key
 from dpo.report.record import PARTS, DataSide, EvalPair, History, Record
@@ -73,7 +74,7 @@ def charts_of_runs(records: Sequence[Record], labels: Sequence[str]) -> Iterator
             lines = [
                 Line(
                     line.label,
-                    line.points,
+                    [Point(point.step, point.value) for point in line.points],
                     color % COLORS,
                     line.is_dashed,
                     is_averaged=line.is_averaged,
@@ -137,9 +138,17 @@ def lengths(side: DataSide, title: str) -> str:
 
 
 def frontier(
-    records: Sequence[Record], labels: Sequence[str], *, x_name: str, y_name: str
+    records: Sequence[Record], labels: Sequence[str], *, x_name: str, y_name: str, note: str
 ) -> str | None:
-    """Return a dot for each run that has both held-out metrics, labelled; None if none has."""
+    """Return a dot for each run that has both held-out metrics, or None if none has.
+
+    Args:
+        records: of the runs.
+        labels: what is written at each dot.
+        x_name: metric that rises to the right.
+        y_name: metric that rises to the top.
+        note: what the labels are.
+    """
     dots = []
     for color, (record, label) in enumerate(zip(records, labels, strict=True)):
         ends = record.ends()
@@ -151,7 +160,8 @@ def frontier(
     title = "Held-out accuracy against KL to the reference"
     if not dots:
         return None
-    return figure(title, scatter(dots, title=title, x_label="KL to the reference, nats a token"))
+    svg = scatter(dots, title=title, x_label="KL to the reference, nats a token")
+    return figure(title, svg, [escape(note)] if note else [])
 
 
 def _lines(

@@ -72,8 +72,8 @@ def interval(value: float, error: float | None) -> str:
     """Write a 95 % interval; nothing if no standard error is known that can be seen."""
     if not error or not math.isfinite(error):
         return ""
-    low, high = shown(value - INTERVAL * error), shown(value + INTERVAL * error)
-    return "" if low == high else f"[{low}, {high}]"
+    low, high = value - INTERVAL * error, value + INTERVAL * error
+    return "" if shown(low) == shown(high) else f"[{low:.3g}, {high:.3g}]"
 
 
 _PAGE = """<!DOCTYPE html>
@@ -122,6 +122,7 @@ figcaption { display: flex; flex-wrap: wrap; gap: 0 1rem; }
 .legend i { border-color: var(--c); }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--faint); font: 12px system-ui, sans-serif; }
+svg .label { fill: var(--c); }
 svg .grid { stroke: var(--line); }
 svg .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 svg .raw { stroke-width: 1; opacity: .35; }

@@ -66,7 +66,14 @@ def _body(title: str, records: Sequence[Record]) -> Iterator[str]:
     yield from section(
         "Where they ended", [_table(records, keys)], "Held out, at the model that each run saved."
     )
-    dots = frontier(records, labels, x_name="kl/k3_tok", y_name="rewards/accuracy")
+    is_told_apart = labels != [record.name for record in records]
+    dots = frontier(
+        records,
+        [_values(record, keys) for record in records] if is_told_apart else labels,
+        x_name="kl/k3_tok",
+        y_name="rewards/accuracy",
+        note=", ".join(map(_short, keys)) if is_told_apart else "",
+    )
     legend = " ".join(key(label, color) for color, label in enumerate(labels))
     yield f'<h2>How they went</h2>\n<p class="legend">{legend}</p>'
     yield (
@@ -86,12 +93,19 @@ def _overview(records: Sequence[Record], keys: Sequence[str]) -> str:
 def _labels(records: Sequence[Record], keys: Sequence[str]) -> list[str]:
     """Name each run by what differs, or by its folder where that is nothing, or much."""
     labels = [
-        ", ".join(f"{name.rpartition('.')[2]} {_value(record, name)}" for name in keys)
-        for record in records
+        ", ".join(f"{_short(name)} {_value(record, name)}" for name in keys) for record in records
     ]
     if 0 < len(keys) <= _MOST_LABELLED and len(set(labels)) == len(labels):
         return labels
     return [record.name for record in records]
+
+
+def _short(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _values(record: Record, keys: Sequence[str]) -> str:
+    return ", ".join(_value(record, name) for name in keys)
 
 
 def _table(records: Sequence[Record], keys: Sequence[str]) -> str:
@@ -112,4 +126,4 @@ def _ends(record: Record) -> Iterator[str]:
 
 def _value(record: Record, name: str) -> str:
     value = record.config.get(name)
-    return NOTHING if value is None else f"{value}"
+    return NOTHING if value is None else f"{value:g}" if isinstance(value, float) else f"{value}"
