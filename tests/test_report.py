@@ -297,6 +297,22 @@ def test_every_curve_has_a_line_of_each_run(tmp_path: Path) -> None:
     assert 'class="line raw' not in loss
 
 
+@pytest.mark.parametrize(("keeps_best", "accuracy"), [("true", "0.7"), ("false", "0.4")])
+def test_run_ends_at_the_model_that_it_saved(
+    tmp_path: Path, keeps_best: str, accuracy: str
+) -> None:
+    run = make_run(tmp_path / "run", 0.1)
+    evaluations: list[dict[str, object]] = [
+        {"step": step, "eval/loss": loss, "eval/rewards/accuracy": accuracy}
+        for step, loss, accuracy in ((0, 0.1, 0.5), (1, 0.6, 0.6), (2, 0.5, 0.7), (3, 0.8, 0.4))
+    ]
+    write_metrics(run, [*steps(3), *evaluations])
+    with (run / "config.toml").open("a") as file:
+        file.write(f"[train]\nkeep_best = {keeps_best}\n")
+    assert f"<th>reward accuracy</th><td>0.5</td><td>{accuracy}</td>" in page(run)
+    assert f"<td>{accuracy}</td>" in comparison(tmp_path, [run, make_run(tmp_path / "b", 0.5)])
+
+
 def test_runs_of_one_config_have_the_names_of_their_folders(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, 0.1) for name in ("a", "b")]
     text = comparison(tmp_path, runs)
