@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,9 +217,7 @@ def test_none_is_imported_unless_it_is_asked_for(config: RunConfig, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_three_of_them_hold_a_resumed_run_as_one(
-    config: RunConfig, tmp_path: Path, make_model: Callable[..., object]
-) -> None:
+def test_the_three_of_them_hold_a_resumed_run_as_one(config: RunConfig, tmp_path: Path) -> None:
     folder, store = Path(config.out), tmp_path / "mlruns"
     environment = {
         "WANDB_MODE": "offline",
@@ -228,20 +226,13 @@ def test_the_three_of_them_hold_a_resumed_run_as_one(
     }
     (tmp_path / "run.toml").write_text(changed(config, track="tensorboard,wandb,mlflow").to_toml())
     _dpo(["-m", "dpo", "train", "--config", str(tmp_path / "run.toml")], **environment)
-    _dpo(["-m", "dpo", "resume", str(folder), "--steps", "5"], **environment)
-    losses = {int(line["step"]): line["loss"] for line in lines(config) if "loss" in line}
-    assert list(losses) == [1, 2, 3, 4, 5]
     ids = json.loads((folder / "tracking.json").read_text())
-
-    seen = json.loads(_dpo(["-c", READ_TENSORBOARD, str(folder / "tensorboard")]).stdout)
-    assert {int(step): value for step, value in seen.items()} == pytest.approx(losses, rel=1e-6)
-
-    read = ["-c", READ_MLFLOW, ids["mlflow"]]
-    of_mlflow = json.loads(_dpo(read, **environment).stdout.splitlines()[-1])
-    assert {int(step): value for step, value in of_mlflow["losses"].items()} == losses
-    assert of_mlflow["status"] == "FINISHED"
-    assert of_mlflow["beta"] == "0.1"
-
+    resumed = _dpo(["-c", RESUME_AND_READ, str(folder), ids["mlflow"]], **environment)
+    seen = json.loads(resumed.stdout.splitlines()[-1])
+    losses = {str(int(line["step"])): line["loss"] for line in lines(config) if "loss" in line}
+    assert list(losses) == ["1", "2", "3", "4", "5"]
+    assert seen["tensorboard"] == pytest.approx(losses, rel=1e-6)  # float32
+    assert (seen["mlflow"], seen["status"], seen["beta"]) == (losses, "FINISHED", "0.1")
     offline = sorted((folder / "wandb").glob(f"offline-run-*-{ids['wandb']}"))
     assert len(offline) == 2  # `wandb sync` makes one run of the files of one id
     for part in offline:
@@ -249,20 +240,20 @@ def test_the_three_of_them_hold_a_resumed_run_as_one(
         assert b"rewards/margin" in file.read_bytes()
 
 
-READ_TENSORBOARD = """
+RESUME_AND_READ = """
 import json, sys
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-events = EventAccumulator(sys.argv[1])
-events.Reload()
-print(json.dumps({event.step: event.value for event in events.Scalars("loss")}))
-"""
-READ_MLFLOW = """
-import json, sys
+from dpo.cli import main
+main(["resume", sys.argv[1], "--steps", "5"], standalone_mode=False)
+
 from mlflow import MlflowClient
-client, run_id = MlflowClient(), sys.argv[1]
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(f"{sys.argv[1]}/tensorboard")
+events.Reload()
+client, run_id = MlflowClient(), sys.argv[2]
 run, history = client.get_run(run_id), client.get_metric_history(run_id, "loss")
 print(json.dumps({
-    "losses": {metric.step: metric.value for metric in history},
+    "tensorboard": {event.step: event.value for event in events.Scalars("loss")},
+    "mlflow": {metric.step: metric.value for metric in history},
     "status": run.info.status, "beta": run.data.params["loss.beta"],
 }))
 """
