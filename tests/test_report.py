@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dpo.cli import main
 from dpo.errors import InputError
-from dpo.report import write_comparison, write_report
+from dpo.report import interval, write_comparison, write_report
 from dpo.report.several_runs import differing
 from dpo.svg import (
     MAX_POINTS,
@@ -208,6 +208,20 @@ def test_interval_of_an_evaluation_stands_beside_it(tmp_path: Path) -> None:
     text = page(tmp_path)
     assert "<th>reward accuracy</th><td>0.5</td><td>0.75 [0.652, 0.848]</td>" in text
     assert text.count('class="band"') == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("rewards/accuracy", 0.9, "[0.704, 1]"),
+        ("eval/rewards/accuracy", 0.1, "[0, 0.296]"),
+        ("rewards/margin", 0.1, "[-0.096, 0.296]"),
+    ],
+)
+def test_interval_of_a_share_stays_within_what_shares_are(
+    name: str, value: float, shown: str
+) -> None:
+    assert interval({name: value, f"{name}_se": 0.1}, name) == shown
 
 
 def test_margins_are_counted_on_both_sides_of_zero(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _table(outcomes: "Sequence[Outcome]") -> list[str]:
         state = "" if each.state == "done" else f"  {each.state}"
         lines.append(f"{each.run.name:<{width}}  {''.join(f'{cell:>10}' for cell in cells)}{state}")
     if (best := best_of(outcomes)) is not None:
-        accuracy = best.ends["rewards/accuracy"]
-        shown = f"{accuracy:.4f} {interval(accuracy, best.ends.get('rewards/accuracy_se'))}"
+        name = "rewards/accuracy"
+        shown = f"{best.ends[name]:.4f} {interval(best.ends, name)}"
         lines.append(f"best    {best.run.folder / 'model'}, of accuracy {shown}".rstrip())
     return lines

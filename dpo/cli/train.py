@@ -41,7 +41,7 @@ def show_result(result: "RunResult") -> None:
     if result.first is not None and result.last is not None:
         click.echo(f"{'held out':<18}{'before':>10}{'after':>10}   95 % interval")
         for name, before, after in headline(result.first, result.last):
-            low_high = interval(after, result.last.get(f"eval/{name}_se"))
+            low_high = interval(result.last, f"eval/{name}")
             click.echo(f"{name:<18}{before:>10.4f}{after:>10.4f}   {low_high}".rstrip())
     click.echo(f"steps   {result.steps:,}, in {duration(result.seconds)}")
     click.echo(f"model   {result.model}")

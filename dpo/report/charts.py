@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dpo.report.page import COLORS, INTERVAL, figure, key
+from dpo.report.page import COLORS, ERROR, INTERVAL, figure, key
 from dpo.report.record import PARTS, DataSide, EvalPair, History, Record
 from dpo.svg import Bars, Dot, Line, Point, histogram, line_chart, scatter, tick_step
 
 _BINS = 30  # of a histogram, about
 _MOST_DOTS = 500  # of a scatter
-ERROR = "_se"  # behind the name of a metric: its standard error
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,13 @@ from typing import Any
 
 from dpo.files import OTHER_SHAPE, atomic_write
 from dpo.report.charts import (
-    ERROR,
     SERIES,
     charts_of_run,
     lengths,
     lengths_against_margins,
     margins,
 )
-from dpo.report.page import NOTHING, charts, section, shown, table, with_interval, write_page
+from dpo.report.page import NOTHING, charts, estimate, section, shown, table, write_page
 from dpo.report.record import (
     PARTS,
     REPORT,
@@ -106,13 +105,7 @@ def _headline(record: Record) -> list[str]:
         if name.startswith("eval/")
     }
     rows = [
-        [
-            word,
-            *(
-                with_interval(ends.get(name), ends.get(f"{name}{ERROR}"))
-                for ends in (before, after)
-            ),
-        ]
+        [word, *(estimate(ends, name) for ends in (before, after))]
         for name, word in _HEADLINE.items()
         if f"eval/{name}" in history.ends
     ]

@@ -1,11 +1,12 @@
 """The HTML of a page: its frame, its style sheet, tables, figures and how numbers are written."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 NOTHING = "\N{EN DASH}"
 COLORS = 8  # classes c0, c1, ... of the style sheet
+ERROR = "_se"  # behind the name of a metric: its standard error
 INTERVAL = 1.96  # standard errors to either side: 95 % of a normal distribution
 
 
@@ -63,16 +64,24 @@ def shown(value: float | None) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
-def with_interval(value: float | None, error: float | None) -> str:
-    """Write a number with its 95 % interval, if a standard error is known that can be seen."""
-    return f"{shown(value)} {'' if value is None else interval(value, error)}".rstrip()
+def estimate(ends: Mapping[str, float], name: str) -> str:
+    """Write a metric with its 95 % interval, if a standard error is known that can be seen."""
+    return f"{shown(ends.get(name))} {interval(ends, name)}".rstrip()
 
 
-def interval(value: float, error: float | None) -> str:
-    """Write a 95 % interval; nothing if no standard error is known that can be seen."""
-    if not error or not math.isfinite(error):
+def interval(ends: Mapping[str, float], name: str) -> str:
+    """Write the 95 % interval of a metric; nothing if no standard error is known that can be seen.
+
+    Args:
+        ends: values by name, the standard error of ``name`` under ``name_se``.
+        name: of the metric.
+    """
+    value, error = ends.get(name), ends.get(f"{name}{ERROR}")
+    if value is None or not error or not math.isfinite(error):
         return ""
     low, high = value - INTERVAL * error, value + INTERVAL * error
+    if name.endswith("accuracy"):  # a share of pairs
+        low, high = max(low, 0.0), min(high, 1.0)
     return "" if shown(low) == shown(high) else f"[{low:.3g}, {high:.3g}]"
 
 

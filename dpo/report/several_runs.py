@@ -6,14 +6,14 @@ from pathlib import Path
 
 from dpo.errors import InputError
 from dpo.files import atomic_write
-from dpo.report.charts import ERROR, SERIES, charts_of_runs, frontier
+from dpo.report.charts import SERIES, charts_of_runs, frontier
 from dpo.report.page import (
     NOTHING,
     charts,
+    estimate,
     key,
     section,
     table,
-    with_interval,
     write_page,
 )
 from dpo.report.record import Record, check_run, read_record
@@ -121,7 +121,7 @@ def _ends(record: Record) -> Iterator[str]:
     yield f"{max(history.steps):,}" if history.steps else NOTHING
     ends = record.ends()
     for name in ENDS:
-        yield with_interval(ends.get(name), ends.get(f"{name}{ERROR}"))
+        yield estimate(ends, name)
 
 
 def _value(record: Record, name: str) -> str:
