@@ -1,6 +1,6 @@
 """Hold the planner's peak of a step against the resident memory that a real one takes.
 
-    MALLOC_MMAP_THRESHOLD_=65536 python -m dpo.bench.memory 135m-chat --activation-checkpointing
+    MALLOC_MMAP_THRESHOLD_=65536 python -m dpo.bench.memory 135m-chat --recompute layer
 
 Prints one JSON object: both peaks in MiB and the scenario. The variable makes the C library give
 memory back that is not in use, which it else keeps: only then is resident what is in use.
@@ -14,6 +14,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from typing import get_args
 
 from dpo.bench.machine import peak_mib
 from dpo.bench.scenarios import SCENARIOS, SHAPES, Scenario
@@ -25,7 +26,7 @@ from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.rehearsal import Rows, peak, rehearse_step
 from dpo.tokenization import TokenizedPairs
-from dpo.train_config import TrainConfig
+from dpo.train_config import Recompute, TrainConfig
 from dpo.trainer import Trainer
 
 _WARM_UP = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
@@ -67,7 +68,7 @@ def _config(scenario: Scenario) -> RunConfig:
         dtype=scenario.dtype,
         device="cpu",
         share_prefix=scenario.shares_prefix,
-        activation_checkpointing=scenario.activation_checkpointing,
+        recompute=scenario.recompute,
     )
     return RunConfig(model="random", data="random", out="nothing", train=train)
 
@@ -76,11 +77,9 @@ def main() -> None:
     """Compare and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenario", choices=list(SCENARIOS))
-    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--recompute", choices=get_args(Recompute))
     options = parser.parse_args()
-    scenario = replace(
-        SCENARIOS[options.scenario], activation_checkpointing=options.activation_checkpointing
-    )
+    scenario = replace(SCENARIOS[options.scenario], recompute=options.recompute)
     found = {
         "predicted_mib": predicted_mib(scenario),
         "measured_mib": measured_mib(scenario),

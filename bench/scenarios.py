@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dpo.train_config import Dtype
+from dpo.train_config import Dtype, Recompute
 
 _LLAMA: Final[dict[str, Any]] = {
     "model_type": "llama",
@@ -71,7 +71,7 @@ class Scenario:
         profile: lengths of the pairs, a name in ``PROFILES``.
         dtype: as for ``dpo train --dtype``.
         batch_size: pairs in an optimizer step.
-        activation_checkpointing: as for ``dpo train``.
+        recompute: as for ``dpo train``.
         shares_prefix: whether a prompt is computed once for both of its answers.
         loss: as for ``dpo train --loss``.
     """
@@ -80,7 +80,7 @@ class Scenario:
     profile: str
     dtype: Dtype = "bf16-mixed"
     batch_size: int = 8
-    activation_checkpointing: bool = False
+    recompute: Recompute | None = None
     shares_prefix: bool = True
     loss: str = "sigmoid"
 
@@ -122,18 +122,16 @@ SCENARIOS: Final = {
     "135m-chat-not-shared": Scenario(shape="135m", profile="chat", shares_prefix=False),
     "135m-agent": Scenario(shape="135m", profile="agent"),
     "135m-agent-not-shared": Scenario(shape="135m", profile="agent", shares_prefix=False),
-    "135m-long": Scenario(
-        shape="135m", profile="long", batch_size=4, activation_checkpointing=True
-    ),
-    "135m-8k": Scenario(shape="135m", profile="8k", batch_size=1, activation_checkpointing=True),
+    "135m-long": Scenario(shape="135m", profile="long", batch_size=4, recompute="layer"),
+    "135m-8k": Scenario(shape="135m", profile="8k", batch_size=1, recompute="layer"),
     "1b-chat": Scenario(shape="1b", profile="chat", batch_size=64),
     "1b-agent": Scenario(shape="1b", profile="agent", batch_size=64),
     "1b-agent-not-shared": Scenario(
         shape="1b", profile="agent", batch_size=64, shares_prefix=False
     ),
-    "1b-long": Scenario(shape="1b", profile="long", batch_size=32, activation_checkpointing=True),
+    "1b-long": Scenario(shape="1b", profile="long", batch_size=32, recompute="layer"),
     "8b-chat": Scenario(
-        shape="8b", profile="chat", dtype="bfloat16", batch_size=32, activation_checkpointing=True
+        shape="8b", profile="chat", dtype="bfloat16", batch_size=32, recompute="layer"
     ),
     **{name: scenario for family in FAMILIES.values() for name, scenario in family.items()},
 }

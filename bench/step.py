@@ -24,7 +24,7 @@ from dpo.bench.machine import commit
 from dpo.device import choose_device
 from dpo.losses import make_loss
 from dpo.models import Decoder, load_model
-from dpo.models.transforms import checkpoint_activations, compile_blocks
+from dpo.models.transforms import compile_blocks, recompute
 from dpo.precision import PRECISIONS
 from dpo.preferences import read_pairs
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, Score, reference_in_memory
@@ -39,7 +39,7 @@ from dpo.scoring import (
 from dpo.throughput import peak_memory_mib
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import load_tokenizer
-from dpo.train_config import Device, Dtype, TrainConfig
+from dpo.train_config import Device, Dtype, Recompute, TrainConfig
 from dpo.trainer import Trainer
 
 
@@ -112,7 +112,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=get_args(Dtype), default="float32")
     parser.add_argument("--no-prefix-sharing", action="store_true")
     parser.add_argument("--live-reference", action="store_true", help="no cache: run it each step")
-    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--recompute", choices=get_args(Recompute))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=get_args(Device), default="auto")
@@ -135,10 +135,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     device = choose_device(config)
     policy = load_model(options.model, dtype=PRECISIONS[options.dtype].parameters, device=device)
-    if options.activation_checkpointing:
-        checkpoint_activations(policy)
     if options.compile:
         compile_blocks(policy)
+    if options.recompute is not None:
+        recompute(policy, options.recompute)
     pairs = tokenize_pairs(read_pairs(options.data), load_tokenizer(options.model)).pairs
     started = time.perf_counter()
     reference = own_reference(policy, pairs, config)

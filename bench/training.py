@@ -33,7 +33,7 @@ from dpo.flops import training_flops
 from dpo.losses import make_loss
 from dpo.models import Decoder, init_model, parse_config
 from dpo.models.config import ModelConfig
-from dpo.models.transforms import checkpoint_activations
+from dpo.models.transforms import recompute
 from dpo.precision import PRECISIONS
 from dpo.throughput import peak_memory_mib
 from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
@@ -99,8 +99,8 @@ def measure(
     device, precision = choose_device(options), PRECISIONS[scenario.dtype]
     config = parse_config(SHAPES[scenario.shape])
     model = init_model(config, dtype=precision.parameters, device=device)
-    if scenario.activation_checkpointing:
-        checkpoint_activations(model)
+    if scenario.recompute is not None:
+        recompute(model, scenario.recompute)
     pairs = random_pairs(scenario, scenario.batch_size)
     lengths = pairs.lengths()
     loss, reference, reference_seconds = make_loss(scenario.loss), None, None

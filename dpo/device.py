@@ -106,5 +106,5 @@ def explained_lack_of_memory() -> Iterator[None]:
         raise RunError(
             f"{str(error).splitlines()[0]} Less memory is needed with a smaller "
             "--tokens-per-micro-batch or --micro-batch-size, a smaller --max-length, or "
-            "--activation-checkpointing"
+            "--recompute layer"
         ) from error

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpo.models import Decoder
+from dpo.models.transforms import RECOMPUTED
 from dpo.quantization import QuantizedLinear
+from dpo.train_config import Recompute
 
 Lengths: TypeAlias = NDArray[np.int64]
 
@@ -39,22 +41,26 @@ class TrainingFlops:
     per_visible_token: Mapping[int | None, float]
 
     @classmethod
-    def of(cls, model: Decoder, *, recomputes: bool = False) -> TrainingFlops:
+    def of(cls, model: Decoder, *, recompute: Recompute | None = None) -> TrainingFlops:
         """Read the shapes of a model's weights, and which are trained.
 
         Args:
             model: what is trained.
-            recomputes: count the forward pass through the layers twice (activation checkpointing).
+            recompute: count what is computed again as for ``dpo train``, as work of its own.
         """
-        config, again, per_token = model.config, int(recomputes), 0.0
+        config, per_token = model.config, 0.0
         attention: dict[int | None, float] = defaultdict(float)
         for block, window, experts in zip(
             model.model.layers, config.windows, config.experts, strict=True
         ):
-            for weight in block.parameters():
-                share = experts.chosen / experts.count if experts and weight.dim() == 3 else 1.0
-                per_token += share * (again + _passes(weight)) * _flops(weight)
-            per_token += (again + 2) * _quantized_flops(block)
+            made_again = set() if recompute is None else _made_again(block, recompute)
+            for module in block.modules():
+                again = int(module in made_again)
+                for weight in module.parameters(recurse=False):
+                    share = experts.chosen / experts.count if experts and weight.dim() == 3 else 1.0
+                    per_token += share * (again + _passes(weight)) * _flops(weight)
+                per_token += (again + 2) * _quantized_flops(module)
+            again = int(block.self_attn in made_again)
             attention[window] += (again + 3) * 4.0 * config.heads * config.head_size
         head = model.output_head().weight
         return cls(per_token, _passes(head) * _flops(head), dict(attention))
@@ -69,9 +75,11 @@ class TrainingFlops:
         return products + attention + self.per_answer_token * float(lengths[:, 1:].sum())
 
 
-def training_flops(model: Decoder, lengths: Lengths, *, recomputes: bool = False) -> float:
+def training_flops(
+    model: Decoder, lengths: Lengths, *, recompute: Recompute | None = None
+) -> float:
     """Count once, as ``TrainingFlops`` does."""
-    return TrainingFlops.of(model, recomputes=recomputes)(lengths)
+    return TrainingFlops.of(model, recompute=recompute)(lengths)
 
 
 def visible_tokens(lengths: Lengths, window: int | None = None) -> float:
@@ -88,14 +96,24 @@ def _triangle(length: Lengths, window: int | None) -> Lengths:
     return near * (near + 1) // 2 + (length - near) * (window or 0)
 
 
+def _made_again(block: nn.Module, recompute: Recompute) -> set[nn.Module]:
+    """Return what of a block runs again: not its last product, whose result nothing reads."""
+    return {
+        module
+        for name, module in block.named_modules()
+        if name.startswith(RECOMPUTED[recompute]) and not name.startswith("mlp.down_proj")
+    }
+
+
 def _passes(weight: Tensor) -> int:
     return 3 if weight.requires_grad else 2
 
 
-def _quantized_flops(block: nn.Module) -> float:
+def _quantized_flops(module: nn.Module) -> float:
     """Per token and pass, of the weights that are held in codes and so are no parameters."""
-    layers = [module for module in block.modules() if isinstance(module, QuantizedLinear)]
-    return sum(2.0 * layer.in_features * layer.out_features for layer in layers)
+    if not isinstance(module, QuantizedLinear):
+        return 0.0
+    return 2.0 * module.in_features * module.out_features
 
 
 def _flops(weight: Tensor) -> float:

@@ -21,6 +21,7 @@ from dpo.flops import training_flops
 from dpo.inputs import Models
 from dpo.memory_tracker import KINDS, Bytes
 from dpo.models import Decoder, ModelConfig
+from dpo.models.transforms import RECOMPUTED
 from dpo.prepare import prepare_policy
 from dpo.rehearsal import Rows, hollow_policy, peak, rehearse_reference
 from dpo.scoring import MicroBatches
@@ -37,9 +38,10 @@ from dpo.token_budget import (
     with_budget,
 )
 from dpo.tokenized_pairs import TokenizedPairs
-from dpo.train_config import AUTO
+from dpo.train_config import AUTO, Recompute
 from dpo.trainer import uses_live_reference
 
+POLICIES: Final[tuple[Recompute | None, ...]] = (None, *RECOMPUTED)
 MEASURED_MFU: Final = 0.6  # assumed share of a rate of products that was measured
 _LONGEST: Final = 1024  # rows among which the reference pass has its largest micro-batch
 
@@ -61,15 +63,14 @@ class DevicePlan:
     Attributes:
         name: of the device.
         room: bytes of its memory for the tensors of a run.
-        budgets: the largest token budget that fits, without and with activation checkpointing; None
-            where none does.
+        budgets: the largest token budget that fits, for each of ``POLICIES``; None where none does.
         seconds: of the run, estimated.
         usd: of the run, estimated; None where no price is known.
     """
 
     name: str
     room: float
-    budgets: tuple[int | None, int | None]
+    budgets: tuple[int | None, ...]
     seconds: float
     usd: float | None
 
@@ -81,8 +82,8 @@ class Plan:
     Attributes:
         model: the policy.
         data: the data.
-        memory: of a step, without and with activation checkpointing.
-        checkpoints: whether the run has activation checkpointing.
+        memory: of a step, for each of ``POLICIES``.
+        recompute: as the run is set up.
         reference_peak: bytes by kind at the peak of the reference pass; None if there is none.
         flops: of the run, its reference pass included.
         devices: where it could run, the one at hand first.
@@ -90,8 +91,8 @@ class Plan:
 
     model: ModelPlan
     data: DataPlan
-    memory: tuple[MemoryPlan, MemoryPlan]
-    checkpoints: bool
+    memory: tuple[MemoryPlan, ...]
+    recompute: Recompute | None
     reference_peak: Bytes | None
     flops: float
     devices: tuple[DevicePlan, ...]
@@ -118,19 +119,16 @@ def make_plan(
     if config.train.tokens_per_micro_batch == AUTO:
         config = with_budget(config, choose_budget(config, model, pairs, device=device).tokens)
     data = plan_data(config, pairs)
-    memory = (
-        plan_memory(_checkpointing(config, False), model, pairs, data),
-        plan_memory(_checkpointing(config, True), model, pairs, data),
-    )
+    memory = tuple(plan_memory(_recomputing(config, part), model, pairs, data) for part in POLICIES)
     with FakeTensorMode():
         policy = hollow_policy(model, config)
-        prepare_policy(policy, _checkpointing(config, False))
+        prepare_policy(policy, _recomputing(config, None))
     flops = _flops(config, policy, pairs, data)
     return Plan(
         model=_model_plan(policy),
         data=data,
         memory=memory,
-        checkpoints=config.train.activation_checkpointing,
+        recompute=config.train.recompute,
         reference_peak=_reference_peak(config, models.reference.config, pairs),
         flops=flops,
         devices=tuple(
@@ -139,8 +137,8 @@ def make_plan(
     )
 
 
-def _checkpointing(config: RunConfig, is_on: bool) -> RunConfig:
-    return replace(config, train=replace(config.train, activation_checkpointing=is_on))
+def _recomputing(config: RunConfig, part: Recompute | None) -> RunConfig:
+    return replace(config, train=replace(config.train, recompute=part))
 
 
 def _model_plan(policy: Decoder) -> ModelPlan:
@@ -156,8 +154,7 @@ def _model_plan(policy: Decoder) -> ModelPlan:
 def _flops(config: RunConfig, policy: Decoder, pairs: TokenizedPairs, data: DataPlan) -> float:
     """Count the arithmetic of all steps, and that of the reference: in one pass or beside each."""
     lengths, loss = pairs.lengths(), config.loss.build()
-    recomputes = config.train.activation_checkpointing
-    steps = data.epochs * training_flops(policy, lengths, recomputes=recomputes)
+    steps = data.epochs * training_flops(policy, lengths, recompute=config.train.recompute)
     forward = training_flops(policy, lengths) / 3
     if uses_live_reference(loss, config.train):
         return steps + data.epochs * forward
@@ -177,7 +174,7 @@ def _reference_peak(config: RunConfig, model: ModelConfig, pairs: TokenizedPairs
 
 def _devices(
     config: RunConfig,
-    memory: tuple[MemoryPlan, MemoryPlan],
+    memory: tuple[MemoryPlan, ...],
     data: DataPlan,
     flops: float,
     *,
@@ -187,10 +184,10 @@ def _devices(
     """Yield the device at hand, then the others."""
 
     def plan(name: str, room: float, rate: float, usd_per_hour: float | None) -> DevicePlan:
-        without, with_it = (largest_budget(each, data, room) for each in memory)
+        budgets = tuple(largest_budget(each, data, room) for each in memory)
         seconds = flops / rate
         usd = None if usd_per_hour is None else seconds / 3600 * usd_per_hour
-        return DevicePlan(name, room, (without, with_it), seconds, usd)
+        return DevicePlan(name, room, budgets, seconds, usd)
 
     yield plan(f"this {device.type}", room_on(device), MEASURED_MFU * flops_per_s, None)
     for name, found in ACCELERATORS.items():
@@ -228,14 +225,16 @@ def _describe_work(plan: Plan) -> Iterator[str]:
 def _describe_memory(plan: Plan) -> Iterator[str]:
     """Yield a table of the kinds of memory that there are."""
     peaks = [each.peak for each in plan.memory]
-    columns = ["all kept", "checkpointing"]
-    columns[plan.checkpoints] += " *"
-    yield f"{'MiB at the peak of a step':<26}{columns[0]:>16}{columns[1]:>16}"
+    columns = [
+        f"--recompute {each.recompute or 'none'}{' *' * (each.recompute == plan.recompute)}"
+        for each in plan.memory
+    ]
+    yield f"{'MiB at the peak of a step':<26}" + "".join(f"{name:>20}" for name in columns)
     for kind in KINDS:
         held = [each.get(kind, 0.0) for each in peaks]
         if any(held):
-            yield f"  {kind:<24}{_mib(held[0]):>16}{_mib(held[1]):>16}"
-    yield f"  {'all':<24}{_mib(plan.memory[0].total):>16}{_mib(plan.memory[1].total):>16}"
+            yield f"  {kind:<24}" + "".join(f"{_mib(nbytes):>20}" for nbytes in held)
+    yield f"  {'all':<24}" + "".join(f"{_mib(each.total):>20}" for each in plan.memory)
     note = "* as the run is set up"
     if plan.reference_peak is not None:
         note += f"; the reference pass before takes {_mib(sum(plan.reference_peak.values()))} MiB"
@@ -243,18 +242,19 @@ def _describe_memory(plan: Plan) -> Iterator[str]:
 
 
 def _describe_devices(plan: Plan) -> Iterator[str]:
-    yield f"{'estimates':<12}{'MiB free':>10}{'fits':>6}{'tokens':>10}{'checkpointing':>15}" + (
-        f"{'time':>10}{'USD':>10}"
-    )
+    columns = "".join(f"{part or 'tokens':>10}" for part in POLICIES)
+    yield f"{'estimates':<12}{'MiB free':>10}{'fits':>6}{columns}{'time':>10}{'USD':>10}"
+    needed = plan.memory[POLICIES.index(plan.recompute)].total
     for device in plan.devices:
-        fits = "yes" if plan.memory[plan.checkpoints].total <= device.room else "no"
-        budgets = [f"{budget:,}" if budget else "none" for budget in device.budgets]
+        fits = "yes" if needed <= device.room else "no"
+        budgets = "".join(f"{f'{budget:,}' if budget else 'none':>10}" for budget in device.budgets)
         cost = "" if device.usd is None else f"{device.usd:,.2f}"
         yield (
-            f"  {device.name:<10}{_mib(device.room):>10}{fits:>6}{budgets[0]:>10}{budgets[1]:>15}"
+            f"  {device.name:<10}{_mib(device.room):>10}{fits:>6}{budgets}"
             f"{_duration(device.seconds):>10}{cost:>10}"
         )
-    yield "MiB free: for tensors. Tokens: the largest --tokens-per-micro-batch that fits a step."
+    yield "MiB free: for tensors. Tokens: the largest --tokens-per-micro-batch that fits a step,"
+    yield "with --recompute mlp and layer behind it."
     yield f"Time: {MFU:.0%} of a datasheet's rate, {MEASURED_MFU:.0%} of the rate measured here."
     yield f"USD: typical rent of {PRICES_OF}. A plan is of one device that holds the whole model."
 

@@ -6,7 +6,7 @@ from dpo.adapter_files import check_names
 from dpo.adapters import add_adapter
 from dpo.config import RunConfig
 from dpo.models import Decoder
-from dpo.models.transforms import checkpoint_activations, compile_blocks
+from dpo.models.transforms import compile_blocks, recompute
 
 
 def prepare_policy(policy: Decoder, config: RunConfig) -> None:
@@ -18,7 +18,7 @@ def prepare_policy(policy: Decoder, config: RunConfig) -> None:
         adapter, targets = config.adapter.build(), config.adapter.targets
         add_adapter(policy, adapter, targets=targets, seed=config.train.seed)
         check_names(policy)
-    if config.train.activation_checkpointing:
-        checkpoint_activations(policy)
     if config.train.compile:
         compile_blocks(policy)
+    if config.train.recompute is not None:
+        recompute(policy, config.train.recompute)

@@ -23,6 +23,7 @@ from dpo.rehearsal import Rows, peak, rehearse_step
 from dpo.sampling import make_sampler
 from dpo.scoring import MicroBatches
 from dpo.tokenized_pairs import TokenizedPairs
+from dpo.train_config import Recompute
 
 STEPS: Final = 64  # of the first epoch, looked at
 GPU_SHARE: Final = 0.9  # of a GPU's memory: the rest is for fragmentation
@@ -81,15 +82,15 @@ class Line:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a step needs with or without activation checkpointing.
+    """What a step needs.
 
     Attributes:
-        activation_checkpointing: whether it is with it.
+        recompute: what is computed again in the backward pass, as for ``dpo train``.
         peak: bytes by kind at the peak of a step on the largest micro-batch.
         phases: how the peak of each phase of a step depends on the micro-batch.
     """
 
-    activation_checkpointing: bool
+    recompute: Recompute | None
     peak: Bytes
     phases: Mapping[str, Line]
 
@@ -234,7 +235,7 @@ def plan_memory(
         for rows in (data.largest, _another(data, pairs))
     )
     return MemoryPlan(
-        config.train.activation_checkpointing,
+        config.train.recompute,
         peak(peaks),
         dict(_lines(peaks, tokens, other_peaks, other_tokens)),
     )

@@ -18,6 +18,7 @@ Schedule = Literal["linear", "cosine", "constant", "wsd"]
 Dtype = Literal["float32", "bfloat16", "bf16-mixed", "fp16-mixed"]
 Device = Literal["auto", "cpu", "cuda"]
 Parallel = Literal["data", "shard", "hybrid"]
+Recompute = Literal["mlp", "layer"]
 OnNonfinite = Literal["stop", "skip"]
 Auto = Literal["auto"]
 
@@ -77,6 +78,7 @@ _CHOICES = {
     "parallel": Parallel,
     "on_nonfinite": OnNonfinite,
 }
+_OPTIONAL_CHOICES = {"recompute": Recompute}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +161,12 @@ class TrainConfig:
     ] = "data"
     threads: Annotated[int | None, "CPU threads, in [1, 1024]; none leaves torch's choice."] = None
     compile: Annotated[bool, "Compile the model with torch.compile."] = False
-    activation_checkpointing: Annotated[
-        bool, "Keep no activations inside layers: less memory, a third more arithmetic."
-    ] = False
+    recompute: Annotated[
+        Recompute | None,
+        "Compute this again in the backward pass in place of keeping it: the inside of each MLP "
+        "(half of the activations, a tenth more time), all of each layer (most of them, a third "
+        "more time); none: nothing.",
+    ] = None
     share_prefix: Annotated[
         bool, "Compute a prompt once for all answers to it in a micro-batch."
     ] = True
@@ -254,7 +259,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value not in (None, AUTO) and not holds(value):
                 yield f"train.{name} must be {expected}, got {value}"
-        for name, choice in _CHOICES.items():
+        given = {name for name in _OPTIONAL_CHOICES if getattr(self, name) is not None}
+        choices = _CHOICES | {name: _OPTIONAL_CHOICES[name] for name in given}
+        for name, choice in choices.items():
             if (value := getattr(self, name)) not in get_args(choice):
                 yield f"train.{name} must be one of {', '.join(get_args(choice))}, got {value!r}"
         for name in ("max_time", "save_before_end"):

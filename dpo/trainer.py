@@ -192,8 +192,8 @@ class Trainer:
         Args:
             policy: any module that follows the ``Policy`` protocol, on the device to train on.
             pairs: what to train on.
-            config: options; its device, threads, compile, activation_checkpointing and resume are
-                for ``dpo.run`` and not read here; of tf32 only what it means for the noise.
+            config: options; its device, threads, compile, recompute and resume are for ``dpo.run``
+                and not read here; of tf32 only what it means for the noise.
             loss: a name in ``LOSSES``, a ``Loss`` or a function of ``PairLogProbs``.
             reference: reference log-probs of ``pairs``; the policy's own at the start if not given.
             eval_pairs: what to evaluate on.

@@ -69,7 +69,7 @@ def test_every_option_of_the_config_has_a_flag_of_train() -> None:
         "--set", "--loss", "--beta", "--label-smoothing", "--learning-rate", "--batch-size",
         "--micro-batch-size", "--tokens-per-micro-batch", "--epochs", "--steps", "--warmup-steps",
         "--schedule", "--weight-decay", "--max-grad-norm", "--max-length", "--max-prompt-length",
-        "--truncation", "--dtype", "--device", "--compile", "--activation-checkpointing",
+        "--truncation", "--dtype", "--device", "--compile", "--recompute",
         "--no-prefix-sharing", "--reference-cache", "--save-every", "--eval-every", "--keep",
         "--resume", "--seed", "--threads", "--log-every", "--quiet", "--print-config",
         "--on-bad-row", "--on-nonfinite", "--columns",

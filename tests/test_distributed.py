@@ -349,7 +349,7 @@ def test_run_with_a_model_in_parts_leaves_what_a_run_of_one_leaves(
     options: tuple[str, ...], tmp_path: Path, arguments: Arguments, launch: Start
 ) -> None:
     more = ("--steps", "4", "--eval-split", "0.25", "--eval-every", "2", "--keep-best", *options)
-    parts = ("--parallel", "shard", "--activation-checkpointing")
+    parts = ("--parallel", "shard", "--recompute", "layer")
     codes, _, stderr = launch(2, arguments(tmp_path / "PARTS", *more, *parts)).ended()
     assert codes == [0, 0], stderr
     alone(arguments(tmp_path / "ONE", *more))

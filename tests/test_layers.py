@@ -13,7 +13,9 @@ from dpo.models.config import ACTIVATIONS
 from dpo.models.gating import gated
 from dpo.models.norms import rms_norm
 from dpo.models.rope import Rope, rotation
+from dpo.models.transforms import RECOMPUTED, recompute
 from dpo.segments import Segments, TokenStream, plan_attention
+from dpo.train_config import Recompute
 
 BytesKept = Callable[..., int]
 
@@ -99,7 +101,10 @@ def test_rotation_is_a_product_of_complex_numbers_with_gradients(name: str) -> N
     torch.testing.assert_close(found, results(expected, [heads]), rtol=0, atol=1e-5)
 
 
-def test_layer_keeps_what_its_products_read_and_nothing_twice(bytes_kept: BytesKept) -> None:
+@pytest.mark.parametrize("part", [None, *RECOMPUTED])
+def test_layer_keeps_what_its_products_read_and_nothing_twice(
+    bytes_kept: BytesKept, part: Recompute | None
+) -> None:
     inner, size, key_heads, heads, head = 96, 64, 2, 4, 16
     config: dict[str, Any] = {
         "model_type": "llama",
@@ -120,6 +125,8 @@ def test_layer_keeps_what_its_products_read_and_nothing_twice(bytes_kept: BytesK
 
     def bytes_of(layers: int) -> int:
         model = init_model(parse_config(config | {"num_hidden_layers": layers}), seed=0)
+        if part is not None:
+            recompute(model, part)
 
         def run() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
@@ -127,12 +134,22 @@ def test_layer_keeps_what_its_products_read_and_nothing_twice(bytes_kept: BytesK
             return hidden
 
         weights = list(model.parameters())
-        matrices = [w for block in model.model.layers for w in block.parameters() if w.dim() == 2]
-        narrow_copies = 2 * sum(matrix.numel() for matrix in matrices)
+        matrices = [
+            (name, weight)
+            for name, weight in model.model.layers.named_parameters()
+            if weight.dim() == 2 and (part is None or RECOMPUTED[part] not in name)
+        ]
+        narrow_copies = 2 * sum(matrix.numel() for _, matrix in matrices)
         return bytes_kept(run, beside=weights) - narrow_copies
 
     bfloat16, float32 = 2, 4
     residuals = 2 * size * float32
-    read = (2 * size + (heads + 2 * key_heads) * head + heads * head + 3 * inner) * bfloat16
+    read = (2 * size + (heads + 2 * key_heads) * head + heads * head) * bfloat16
+    in_mlp = 3 * inner * bfloat16
     scales = (2 + heads) * float32  # of two norms, and of each head's softmax
-    assert bytes_of(2) - bytes_of(1) == tokens * (residuals + read + scales)
+    kept = {
+        None: residuals + read + in_mlp + scales,
+        "mlp": residuals + read + scales,
+        "layer": size * float32,
+    }
+    assert bytes_of(2) - bytes_of(1) == tokens * kept[part]

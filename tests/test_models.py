@@ -27,9 +27,9 @@ from dpo.models import (
     save_model,
 )
 from dpo.models.experts import SparseMLP
-from dpo.models.transforms import checkpoint_activations, compile_blocks
+from dpo.models.transforms import RECOMPUTED, compile_blocks, recompute
 from dpo.tokenization import TokenizedPairs
-from dpo.train_config import TrainConfig
+from dpo.train_config import Recompute, TrainConfig
 from dpo.trainer import Trainer
 
 hub: Any = transformers  # its configurations take more entries than they declare
@@ -266,9 +266,10 @@ def test_decoding_with_the_cache_gives_the_log_probs_of_whole_texts(peer: Any) -
     assert expected.is_top.all()
 
 
-def test_activation_checkpointing_gives_equal_gradients(peer: Any) -> None:
+@pytest.mark.parametrize("part", RECOMPUTED)
+def test_parts_that_are_computed_again_give_equal_gradients(peer: Any, part: Recompute) -> None:
     plain, saving = (load_model(peer.name_or_path) for _ in range(2))
-    checkpoint_activations(saving)
+    recompute(saving, part)
     for model in (plain, saving):
         completion_log_probs(model, collate_answers(trees())).log_probs.sum().backward()
     for name, parameter in plain.named_parameters():
@@ -306,7 +307,8 @@ def test_compiled_blocks_give_equal_log_probs(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_blocks_are_compiled_once_for_all_layers_and_streams() -> None:
+@pytest.mark.parametrize("part", [None, *RECOMPUTED])
+def test_blocks_are_compiled_once_for_all_layers_and_streams(part: Recompute | None) -> None:
     graphs = set()
     for layers in (1, 3):
         torch._dynamo.reset()
@@ -314,12 +316,15 @@ def test_blocks_are_compiled_once_for_all_layers_and_streams() -> None:
         config = SIZES | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
         model = init_model(parse_config(config | {"num_hidden_layers": layers}), seed=0)
         compile_blocks(model)
-        for count in (3, 4, 7):
+        if part is not None:
+            recompute(model, part)
+        for count in (3, 4, 7, 12, 19, 40):
             prompt, *answers = (np.arange(count + more, dtype=np.int32) for more in range(3))
             texts = collate_answers([(prompt, answers)] * count, share_prefix=False)
             completion_log_probs(model, texts).log_probs.sum().backward()
             graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert len(graphs) == 1
+    assert graphs != {0}, "nothing was compiled"
 
 
 def test_untrained_models_of_every_variant_save_and_load_again(peer: Any, tmp_path: Path) -> None:

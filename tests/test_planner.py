@@ -45,6 +45,7 @@ from dpo.memory_tracker import (
     Peaks,
 )
 from dpo.models import ARCHITECTURES, Decoder, ModelConfig, parse_config
+from dpo.models.transforms import RECOMPUTED
 from dpo.optim import OPTIMIZERS
 from dpo.prepare import prepare_policy
 from dpo.progress import Console
@@ -59,7 +60,7 @@ from dpo.token_budget import (
     room_on,
 )
 from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
-from dpo.train_config import Dtype, TrainConfig
+from dpo.train_config import Dtype, Recompute, TrainConfig
 from dpo.trainer import Trainer
 
 MakeModel = Callable[..., Decoder]
@@ -98,15 +99,15 @@ def rows_of(pairs: TokenizedPairs, count: int | None = None, *, is_alone: bool =
 
 
 @pytest.mark.parametrize("dtype", [name for name in get_args(Dtype) if name != "fp16-mixed"])
-@pytest.mark.parametrize("checkpoints", [True, False])
+@pytest.mark.parametrize("part", ["layer", "mlp", None])
 def test_tensors_without_memory_count_as_real_ones(
     make_pairs: MakePairs,
     monkeypatch: pytest.MonkeyPatch,
     dtype: Dtype,
-    checkpoints: bool,
+    part: Recompute | None,
 ) -> None:
-    options = config(dtype=dtype, activation_checkpointing=checkpoints)
-    rows = rows_of(make_pairs(3), is_alone=checkpoints)
+    options = config(dtype=dtype, recompute=part)
+    rows = rows_of(make_pairs(3), is_alone=part == "layer")
     found = rehearse_step(options, shape(tie_word_embeddings=True), rows)
     monkeypatch.setattr(rehearsal, "FakeTensorMode", lambda **_: nullcontext())
     assert found == rehearse_step(options, shape(tie_word_embeddings=True), rows)
@@ -218,7 +219,7 @@ def test_every_loss_can_be_rehearsed(make_pairs: MakePairs, loss: str) -> None:
 def test_frozen_weights_have_neither_gradients_nor_states(
     make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train_one_layer(policy: Decoder, _config: RunConfig) -> None:
+    def train_one_layer(policy: Decoder, *_options: object) -> None:
         policy.requires_grad_(False)
         policy.model.layers[1].requires_grad_(True)
 
@@ -266,22 +267,23 @@ EVERY_OTHER = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "checkpoints"),
+    ("changes", "part"),
     [
-        ({}, False),
-        pytest.param(MIXTRAL, True, marks=pytest.mark.slow),
-        pytest.param(GEMMA2, False, marks=pytest.mark.slow),
-        pytest.param(EVERY_OTHER, True, marks=pytest.mark.slow),
+        ({}, None),
+        pytest.param({}, "mlp", marks=pytest.mark.slow),
+        pytest.param(MIXTRAL, "layer", marks=pytest.mark.slow),
+        pytest.param(GEMMA2, None, marks=pytest.mark.slow),
+        pytest.param(EVERY_OTHER, "layer", marks=pytest.mark.slow),
     ],
 )
 def test_layers_that_are_left_out_take_what_they_would(
     make_pairs: MakePairs,
     monkeypatch: pytest.MonkeyPatch,
     changes: Mapping[str, Any],
-    checkpoints: bool,
+    part: Recompute | None,
 ) -> None:
     model = shape(num_hidden_layers=6, **changes)
-    options, rows = config(activation_checkpointing=checkpoints), rows_of(make_pairs(1))
+    options, rows = config(recompute=part), rows_of(make_pairs(1))
     found = rehearse_step(options, model, rows)
     monkeypatch.setattr(rehearsal, "over_layers", lambda model, rehearse: rehearse(model))
     whole = rehearse_step(options, model, rows)
@@ -333,11 +335,11 @@ def long_pairs(count: int = 12) -> TokenizedPairs:
     return columns_of([pair(*generator.integers(20, 60, 3)) for _ in range(count)])
 
 
-@pytest.mark.parametrize("checkpoints", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_peak_is_a_line_in_tokens(checkpoints: bool) -> None:
+@pytest.mark.parametrize("part", [pytest.param("layer", marks=pytest.mark.slow), None])
+def test_peak_is_a_line_in_tokens(part: Recompute | None) -> None:
     pairs, model = long_pairs(), shape()
     options = config(batch_size=12, tokens_per_micro_batch=256)
-    options = replace(options, train=replace(options.train, activation_checkpointing=checkpoints))
+    options = replace(options, train=replace(options.train, recompute=part))
     data = plan_data(options, pairs)
     found = plan_memory(options, model, pairs, data)
     assert found.at(data.largest_tokens) == pytest.approx(found.total)
@@ -386,7 +388,7 @@ def test_budget_that_only_the_line_lets_pass_is_not_chosen(
 ) -> None:
     options, pairs = config(batch_size=12), long_pairs()
     memory(1.01 * token_budget.rehearsed(options, shape(), pairs, 256))
-    nothing = MemoryPlan(False, {}, {"forward": Line(0.0, 0.0)})
+    nothing = MemoryPlan(None, {}, {"forward": Line(0.0, 0.0)})
     monkeypatch.setattr(token_budget, "plan_memory", lambda *_: nothing)
     assert choose_budget(options, shape(), pairs, device=CPU).tokens == 256
 
@@ -442,8 +444,11 @@ def test_arithmetic_by_hand(make_model: MakeModel) -> None:
     block = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24  # q and o, k and v, the MLP
     products, attention, head = 2 * block * 6, 4 * 16 * 19, 2 * 16 * 10 * 3
     assert training_flops(model, lengths) == 3 * (products + attention + head)
-    again = training_flops(model, lengths, recomputes=True)
-    assert again == 4 * (products + attention) + 3 * head
+    last = 2 * 16 * 24 * 6  # nothing reads its result
+    again = training_flops(model, lengths, recompute="layer")
+    assert again == 4 * (products + attention) + 3 * head - last
+    again = training_flops(model, lengths, recompute="mlp")
+    assert again == 3 * (products + attention + head) + 2 * last
     model.requires_grad_(False)
     assert training_flops(model, lengths) == 2 * (products + head) + 3 * attention
 
@@ -502,8 +507,9 @@ def test_plan_is_told_and_reads_no_weight(
     (folder / "model.safetensors").write_bytes(b"")
     told = dpo("plan", "--model", folder, "--data", data, "--batch-size", 2, "--quiet")
     assert told.exit_code == 0, told.output
-    for expected in ("model   llama, 2 layers", "16 pairs", "steps   8, 1 epochs", "all kept *",
-                     "optimizer states", "this cpu", *ACCELERATORS):  # fmt: skip
+    for expected in ("model   llama, 2 layers", "16 pairs", "steps   8, 1 epochs",
+                     "--recompute none *", "optimizer states", "this cpu",
+                     *ACCELERATORS):  # fmt: skip
         assert expected in told.stdout
 
 
@@ -514,7 +520,7 @@ def test_plan_is_told_and_reads_no_weight(
         pytest.param(("--loss", "tdpo2"), marks=pytest.mark.slow),
         pytest.param(("--tokens-per-micro-batch", "auto"), marks=pytest.mark.slow),
         pytest.param(
-            ("--activation-checkpointing", "--dtype", "bf16-mixed", "--micro-batch-size", "2"),
+            ("--recompute", "layer", "--dtype", "bf16-mixed", "--micro-batch-size", "2"),
             marks=pytest.mark.slow,
         ),
     ],
@@ -587,15 +593,16 @@ ROWS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}, checkpointing {row[2]}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}, recompute {row[2]}")
 def test_page_says_what_the_planner_predicts(row: list[str]) -> None:
-    scenario = replace(SCENARIOS[row[0]], activation_checkpointing=row[2] == "yes")
+    part = next((part for part in RECOMPUTED if part == row[2]), None)
+    scenario = replace(SCENARIOS[row[0]], recompute=part)
     assert scenario.dtype == row[1]
     assert f"{predicted_mib(scenario):.0f}" == row[3]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
+@pytest.mark.parametrize("flags", [[], ["--recompute", "mlp"], ["--recompute", "layer"]])
 def test_resident_memory_of_a_step_is_within_a_tenth_of_the_plan(flags: list[str]) -> None:
     """In a process of its own, whose C library gives back what is not in use."""
     found = subprocess.run(

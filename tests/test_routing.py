@@ -12,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from dpo.errors import InputError
 from dpo.models import Decoder
-from dpo.models.transforms import checkpoint_activations
+from dpo.models.transforms import recompute
 from dpo.routing import balance_loss
 from dpo.tokenized_pairs import TokenizedPairs
 from dpo.train_config import TrainConfig
@@ -124,7 +124,7 @@ def test_checkpointed_activations_change_nothing(
 ) -> None:
     pairs = make_pairs(8)
     plain, checkpointed = sparse_model(make_model), sparse_model(make_model)
-    checkpoint_activations(checkpointed)
+    recompute(checkpointed, "layer")
     for model in (plain, checkpointed):
         Trainer(model, pairs, CONFIG).train()
     for found, expected in zip(checkpointed.parameters(), plain.parameters(), strict=True):

@@ -476,7 +476,7 @@ def test_full_memory_is_explained_in_one_line(
     assert str(refusal.value) == (
         "CUDA out of memory. Tried to allocate 2 GiB. Less memory is needed with a smaller "
         "--tokens-per-micro-batch or --micro-batch-size, a smaller --max-length, or "
-        "--activation-checkpointing"
+        "--recompute layer"
     )
 
 
@@ -502,11 +502,12 @@ def test_bfloat16_weights_are_warned_of(config: RunConfig) -> None:
     assert read_json(Path(config.out) / "model" / "config.json")["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("option", ["activation_checkpointing", "share_prefix"])
+@pytest.mark.parametrize(
+    ("option", "value"), [("recompute", "mlp"), ("recompute", "layer"), ("share_prefix", False)]
+)
 def test_what_saves_memory_or_time_leaves_the_losses_as_they_are(
-    tmp_path: Path, config: RunConfig, option: str
+    tmp_path: Path, config: RunConfig, option: str, value: object
 ) -> None:
-    value = not getattr(config.train, option)
     started(config)
     started(changed(config, **{option: value}, out=str(tmp_path / "OTHER")))
     expected = [line["loss"] for line in metrics(config.out)]

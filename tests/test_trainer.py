@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dpo.errors import InputError, RunError
 from dpo.losses import PairLogProbs, make_loss
 from dpo.models import Decoder
-from dpo.models.transforms import checkpoint_activations, compile_blocks
+from dpo.models.transforms import RECOMPUTED, compile_blocks, recompute
 from dpo.optim import OPTIMIZERS
 from dpo.tokenization import TokenizedPairs, columns_of
-from dpo.train_config import TrainConfig
+from dpo.train_config import Recompute, TrainConfig
 from dpo.trainer import NonFiniteError, Trainer
 from dpo.transformers_policy import TransformersPolicy
 
@@ -581,11 +581,12 @@ def test_callback_can_stop_the_run(make_model: MakeModel, make_pairs: MakePairs)
     assert trainer.step == 2
 
 
-def test_activation_checkpointing_gives_bit_equal_weights(
-    make_model: MakeModel, make_pairs: MakePairs
+@pytest.mark.parametrize("part", RECOMPUTED)
+def test_parts_that_are_computed_again_give_bit_equal_weights(
+    make_model: MakeModel, make_pairs: MakePairs, part: Recompute
 ) -> None:
     plain, saving = make_model(), make_model()
-    checkpoint_activations(saving)
+    recompute(saving, part)
     for model in (plain, saving):
         Trainer(model, make_pairs(), PLAIN).train()
     for name, weight in weights(plain).items():

@@ -102,8 +102,10 @@ def _command(name: str, options: argparse.Namespace, dtype: str, files: Files) -
         "dtype": dtype,
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    words += ["--activation-checkpointing"] if options.activation_checkpointing else []
-    return [*(ours if name.startswith(OURS) else theirs), *words, *CONTENDERS[name].flags]
+    is_ours = name.startswith(OURS)
+    if options.activation_checkpointing:
+        words += ["--recompute", "layer"] if is_ours else ["--activation-checkpointing"]
+    return [*(ours if is_ours else theirs), *words, *CONTENDERS[name].flags]
 
 
 def run_contender(

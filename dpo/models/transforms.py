@@ -6,7 +6,7 @@ The trainer knows nothing of them.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -14,18 +14,23 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo.models.decoder import Decoder
 from dpo.quantization import QuantizedLinear
+from dpo.train_config import Recompute
+
+RECOMPUTED: Final[dict[Recompute, str]] = {"mlp": "mlp", "layer": ""}
+"""Which submodule of a block it is."""
 
 
-def checkpoint_activations(model: Decoder) -> None:
-    """Keep only the input of each block and compute the block again in the backward pass, in place.
+def recompute(model: Decoder, part: Recompute) -> None:
+    """Keep only the input of a part of each block and compute the part again, in place.
 
     Gradients are bit-equal. Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost",
     arXiv 1604.06174.
     """
     for block in model.model.layers:
+        module = block.get_submodule(RECOMPUTED[part])
         # no dropout, no random state to keep
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        module.forward = partial(
+            checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
         )
 
 
@@ -41,4 +46,5 @@ def compile_blocks(model: Decoder) -> None:
     for module in modules:
         module.forward = torch.compiler.disable(module.forward)
     for block in model.model.layers:
-        block.compile(dynamic=True)
+        # the forward pass, and not the module: what is done to that stays outside of the graphs
+        block.forward = torch.compile(block.forward, dynamic=True)

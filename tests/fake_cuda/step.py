@@ -22,7 +22,7 @@ from dpo.batching import collate
 from dpo.losses import make_loss
 from dpo.metrics import MetricSums
 from dpo.models import Decoder, parse_config
-from dpo.models.transforms import checkpoint_activations
+from dpo.models.transforms import recompute
 from dpo.optim import clip_gradients, parameter_groups
 from dpo.optim.torchs import adamw
 from dpo.precision import PRECISIONS
@@ -87,7 +87,7 @@ def step(precision_name: str) -> dict[str, object]:
         with device:
             model = Decoder(parse_config(config))
         torch.set_default_dtype(torch.float32)
-        checkpoint_activations(model)
+        recompute(model, "layer")
         loss, sums = make_loss("sigmoid"), MetricSums()
         optimizer = adamw(parameter_groups(model, 0.1), learning_rate=1e-6)
         with precision.context(device):

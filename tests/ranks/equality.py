@@ -25,7 +25,7 @@ from dpo.distributed import JoinedRanks, joined_ranks
 from dpo.launch import Launch
 from dpo.losses import LOSSES
 from dpo.models import Decoder, init_model, parse_config
-from dpo.models.transforms import checkpoint_activations
+from dpo.models.transforms import recompute
 from dpo.ranks import Ranks
 from dpo.sharding import HybridRanks, ShardedRanks
 from dpo.tokenized_pairs import TokenizedPair, TokenizedPairs, columns_of
@@ -164,7 +164,7 @@ def make_trainer(case: Case, ranks: Ranks) -> Trainer:
     if case.lora:
         add_adapter(policy, Adapter(4, 8.0), targets=case.lora, seed=0)
     if case.keeps_no_activations:
-        checkpoint_activations(policy)
+        recompute(policy, "layer")
     policy = Poisoned(policy) if case.is_poisoned else policy
     options = {
         "batch_size": 4, "learning_rate": 1e-2, "schedule": "constant", "steps": case.steps,
