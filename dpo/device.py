@@ -32,6 +32,8 @@ def choose_device(config: TrainConfig) -> torch.device:
     device = _own_gpu() if has_gpu and config.device != "cpu" else torch.device("cpu")
     if PRECISIONS[config.dtype].scales_loss and device.type == "cpu":
         raise InputError(f"train.dtype = {config.dtype} needs a GPU; on a CPU take bf16-mixed")
+    if config.offload_activations and device.type == "cpu":
+        raise InputError("train.offload_activations needs a GPU: on a CPU they are on the host")
     if config.tf32 and not _has_tf32(device):
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         raise InputError(f"train.tf32 needs a GPU of compute capability >= 8.0, found {found}")

@@ -7,12 +7,14 @@ from dpo.adapters import add_adapter
 from dpo.config import RunConfig
 from dpo.models import Decoder
 from dpo.models.transforms import compile_blocks, recompute
+from dpo.offload import CudaLane, Lane, offload_activations
 
 
-def prepare_policy(policy: Decoder, config: RunConfig) -> None:
+def prepare_policy(policy: Decoder, config: RunConfig, lane: Lane | None = None) -> None:
     """Apply to ``policy``, in place, what the options of a run ask for.
 
-    Real runs and the planner's rehearsals of them both come through here.
+    Real runs and the planner's rehearsals of them both come through here; the latter bring a
+    ``lane`` to a host that they have not.
     """
     if config.adapter.kind is not None:
         adapter, targets = config.adapter.build(), config.adapter.targets
@@ -22,3 +24,5 @@ def prepare_policy(policy: Decoder, config: RunConfig) -> None:
         compile_blocks(policy)
     if config.train.recompute is not None:
         recompute(policy, config.train.recompute)
+    if config.train.offload_activations:
+        offload_activations(policy, lane or CudaLane(next(policy.parameters()).device))

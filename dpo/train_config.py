@@ -167,6 +167,9 @@ class TrainConfig:
         "(half of the activations, a tenth more time), all of each layer (most of them, a third "
         "more time); none: nothing.",
     ] = None
+    offload_activations: Annotated[
+        bool, "Keep what the backward pass of each layer needs in the host's memory; needs a GPU."
+    ] = False
     share_prefix: Annotated[
         bool, "Compute a prompt once for all answers to it in a micro-batch."
     ] = True
@@ -302,6 +305,8 @@ class TrainConfig:
             yield "train.group_prompts needs train.share_prefix: prompts are not shared without it"
         if self.dtype == "fp16-mixed" and self.device == "cpu":
             yield "train.dtype = fp16-mixed needs a GPU, train.device is cpu"
+        if self.offload_activations and self.device == "cpu":
+            yield "train.offload_activations needs a GPU, train.device is cpu"
         if self.tf32 and self.device == "cpu":
             yield "train.tf32 needs a GPU, train.device is cpu"
         if self.tf32 and self.dtype != "float32":

@@ -74,6 +74,11 @@ COUNTERPARTS = {
     "test_metrics.py::test_metrics_on_cuda_equal_the_cpu": (
         "test_metrics.py::test_adding_never_waits_for_the_device",
     ),
+    "test_offload.py::test_gradients_on_cuda_are_equal_and_memory_is_less": (
+        "test_offload.py::test_gradients_are_bit_equal",
+        "test_offload.py::test_memory_of_the_device_does_not_grow_with_the_layers",
+        "test_offload.py::test_lane_of_cuda_orders_its_copies",
+    ),
     "test_optim.py::test_fused_on_cuda_equals_the_cpu": (
         "test_optim.py::test_is_fused_on_the_cpu",
         FAKE_STEP,

@@ -1,7 +1,7 @@
 """``dpo plan``."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
@@ -41,7 +41,8 @@ def plan(
     from dpo.precision import precision_of
 
     config, console = resolved.config, Console(quiet=quiet)
-    device = choose_device(config.train)
+    # what a GPU would keep on its host is planned on any machine
+    device = choose_device(replace(config.train, offload_activations=False))
     models = find_models(config)
     pairs = load_inputs(config, models, console).pairs
     console.say("rehearsing a step on tensors without memory")
