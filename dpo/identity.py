@@ -43,6 +43,7 @@ def training_identity(
         "reference_sync_share": config.reference_sync_share,
         "dtype": config.dtype,
         "tf32": config.tf32,
+        "stochastic_rounding": config.stochastic_rounding or None,
         "optimizer": config.optimizer,
         "learning_rate": config.learning_rate,
         "schedule": config.schedule,

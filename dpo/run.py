@@ -314,10 +314,11 @@ def _make_trainer(
         console.warn(f"{known.path} was trained with a dropout of {known.dropout}; here is none")
     ranks.take_apart(policy)
     prepare_policy(policy, config)
-    if config.train.dtype == "bfloat16" and not adapted_layers(policy):
+    rounds_to_nearest = config.train.dtype == "bfloat16" and not config.train.stochastic_rounding
+    if rounds_to_nearest and not adapted_layers(policy):
         console.warn(
             "bfloat16 weights do not move at the learning rates of DPO, which lie below their "
-            "resolution: bf16-mixed keeps float32 weights"
+            "resolution: --stochastic-rounding lets them, bf16-mixed keeps float32 weights"
         )
     return Trainer(
         policy,

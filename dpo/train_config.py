@@ -150,6 +150,11 @@ class TrainConfig:
     dtype: Annotated[Dtype, "Numerics of weights and arithmetic; -mixed keeps float32 weights."] = (
         "float32"
     )
+    stochastic_rounding: Annotated[
+        bool,
+        "Round bfloat16 weights and states up as often as is right on average, so that they move "
+        "at small learning rates; dtype bfloat16, of adamw and lion.",
+    ] = False
     tf32: Annotated[
         bool, "Round the factors of float32 products to 10 bits: faster on a GPU; dtype float32."
     ] = False
@@ -313,6 +318,8 @@ class TrainConfig:
             yield f"train.tf32 is for train.dtype = float32, which is {self.dtype}"
 
     def _contradictions_of_the_optimizer(self) -> Iterator[str]:
+        if self.stochastic_rounding:
+            yield from self._contradictions_of_rounding()
         read = _OPTIMIZER_DEFAULTS.get(self.optimizer, {})
         for name in ("beta1", "beta2", "epsilon", "momentum"):
             if getattr(self, name) is not None and name not in read:
@@ -328,3 +335,15 @@ class TrainConfig:
             yield "train.beta1 must be above 0 for train.optimizer = schedule-free, got 0.0"
         if self.ema_decay is not None:
             yield "train.ema_decay has no meaning for train.optimizer = schedule-free: it averages"
+
+    def _contradictions_of_rounding(self) -> Iterator[str]:
+        for name, ones in (
+            ("dtype", ("bfloat16",)),
+            ("optimizer", ("adamw", "lion")),
+            ("parallel", ("data",)),
+        ):
+            if (value := getattr(self, name)) not in ones:
+                yield (
+                    f"train.stochastic_rounding is for train.{name} = {' or '.join(ones)}, which "
+                    f"is {value}"
+                )

@@ -43,6 +43,7 @@ from dpo.losses import Loss, PairLogProbs, make_loss
 from dpo.metrics import ALWAYS_LOGGED, MetricSums
 from dpo.mismatch import mismatched_rows
 from dpo.optim import (
+    StochasticRounding,
     clip_gradients,
     make_optimizer,
     make_schedule,
@@ -100,6 +101,7 @@ def make_run_optimizer(
         beta2=config.beta2,
         epsilon=config.epsilon,
         momentum=config.momentum,
+        rounding=StochasticRounding(config.seed) if config.stochastic_rounding else None,
     )
     if config.ema_decay is not None:
         keep_moving_average(optimizer, config.ema_decay)

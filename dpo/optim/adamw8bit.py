@@ -45,7 +45,6 @@ class AdamW8bit(ParameterwiseAdamW):
     def _update(
         self, parameter: Tensor, gradient: Tensor, state: State, group: ParameterGroup
     ) -> None:
-        state["step"] += 1
         if "mean_scale" in state:
             _update_in_chunks(parameter.view(-1), gradient.reshape(-1), state, group)
         else:

@@ -27,7 +27,8 @@ class Lion(Parameterwise):
         super().__init__(params, defaults)
 
     def _start(self, parameter: Tensor) -> State:
-        return {"momentum": torch.zeros_like(parameter)}
+        momentum = {"momentum": torch.zeros_like(parameter)}
+        return momentum if self.rounding is None else momentum | {"step": torch.zeros(())}
 
     def _update(
         self, parameter: Tensor, gradient: Tensor, state: State, group: ParameterGroup

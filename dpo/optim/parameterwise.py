@@ -8,28 +8,41 @@ import torch
 from torch import Tensor
 
 from dpo.optim.groups import ParameterGroup
+from dpo.optim.rounding import StochasticRounding
 
 State: TypeAlias = dict[str, Tensor]
 
 
 class Parameterwise(torch.optim.Optimizer):
-    """An optimizer whose step goes through the parameters and updates each by itself."""
+    """An optimizer whose step goes through the parameters and updates each by itself.
+
+    Attributes:
+        rounding: of what is bfloat16, if not to the nearest; the update must be elementwise then.
+    """
+
+    rounding: StochasticRounding | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state |= self._start(parameter)
+        all_of_them = ((group, each) for group in self.param_groups for each in group["params"])
+        for place, (group, parameter) in enumerate(all_of_them):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state |= self._start(parameter)
+            if "step" in state:
+                state["step"] += 1
+            if self.rounding is None:
                 self._update(parameter, parameter.grad, state, group)
+            else:
+                gradient = parameter.grad
+                self.rounding.apply(self._update, parameter, gradient, state, group, place=place)
 
     @abstractmethod
     def _start(self, parameter: Tensor) -> State:
-        """Return the states of ``parameter`` before its first update."""
+        """Return the states of ``parameter`` before its first update; a ``step`` is counted."""
 
     @abstractmethod
     def _update(

@@ -44,7 +44,6 @@ class ScheduleFreeAdamW(ParameterwiseAdamW):
         ``x' = (1 - c) x + c z'`` gives ``y' = (1 - c) y + c z + (1 - beta1 (1 - c)) d``.
         """
         (beta1, beta2), base, square = group["betas"], state["base"], state["square"]
-        state["step"] += 1
         rate = group["lr"] * math.sqrt(1 - beta2 ** state["step"].item())
         state["weight_sum"] += rate**2
         share = rate**2 / (state["weight_sum"].item() or 1.0)  # a warm-up begins with rate 0
