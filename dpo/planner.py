@@ -23,7 +23,7 @@ from dpo.memory_tracker import KINDS, Bytes
 from dpo.models import Decoder, ModelConfig
 from dpo.models.transforms import RECOMPUTED
 from dpo.prepare import prepare_policy
-from dpo.rehearsal import Rows, hollow_policy, peak, rehearse_reference
+from dpo.rehearsal import NoHost, Rows, hollow_policy, peak, rehearse_reference
 from dpo.scoring import MicroBatches
 from dpo.token_budget import (
     DataPlan,
@@ -122,7 +122,7 @@ def make_plan(
     memory = tuple(plan_memory(_recomputing(config, part), model, pairs, data) for part in POLICIES)
     with FakeTensorMode():
         policy = hollow_policy(model, config)
-        prepare_policy(policy, _recomputing(config, None))
+        prepare_policy(policy, _recomputing(config, None), NoHost())
     flops = _flops(config, policy, pairs, data)
     return Plan(
         model=_model_plan(policy),

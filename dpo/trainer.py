@@ -59,6 +59,7 @@ from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.routing import Routed
 from dpo.sampling import make_sampler
 from dpo.scoring import (
+    Collated,
     MicroBatches,
     ScoredPairs,
     answer_log_probs,
@@ -247,6 +248,7 @@ class Trainer:
             if uses_live_reference(self.loss, self.config)
             else None
         )
+        self._ahead: Collated | None = None
         self.running = torch.tensor(self.loss.running_start, device=self.device)  # (S,)
         self.batches = self._batches(pairs, reference)
         self.mismatched = self._mismatched(pairs, mismatched_reference)
@@ -361,6 +363,8 @@ class Trainer:
             rows = self.sampler.rows(self.step)
             result = self._differentiate(rows, self._total_weight(rows))
             self.ranks.sum_gradients(self.module.parameters())
+            self._throughput.clock.begin("data")
+            self._look_ahead()
             self._throughput.clock.begin("optimizer")
             self._finish_step(result)
         lengths = self.batches.pairs.lengths()[rows]
@@ -390,7 +394,7 @@ class Trainer:
         in smaller micro-batches, which the steps after it keep.
         """
         ranks = ranks or self.ranks
-        own = self.batches.divide(rows, ranks.count)[ranks.rank]
+        own = self._own(rows, ranks)
         while True:
             try:
                 return self._differentiate_at_once(rows, own, total_weight, ranks)
@@ -400,6 +404,10 @@ class Trainer:
             self._free_memory()
             if error is not None:
                 self._take_smaller(own, error)
+
+    def _own(self, rows: Sequence[int], ranks: Ranks) -> list[int]:
+        """Return the rows of this rank."""
+        return self.batches.divide(rows, ranks.count)[ranks.rank]
 
     def _free_memory(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -451,10 +459,24 @@ class Trainer:
         score = partial(self._score, batches=batches)
         return mean_log_ratio(score, own, rows=rows, ranks=ranks).to(self.device)
 
+    def _look_ahead(self) -> None:
+        """Put the first micro-batch of the next step together while the device computes this one.
+
+        The host would wait for it next, to see whether the step is finite.
+        """
+        self._ahead = None
+        if self.step + 1 < self.total_steps:
+            own = self._own(self.sampler.rows(self.step + 1), self.ranks)
+            for rows in self.batches.split(own)[:1]:
+                self._ahead = Collated.of(rows, self.batches, self.step + 2, self.device)
+
     def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
         clock, of_reference = self._throughput.clock, None
         clock.begin("data")
-        batch = batches.collate(rows, step=step).to(self.device)
+        if self._ahead is not None and self._ahead.holds(rows, batches, step):
+            batch = self._ahead.batch
+        else:
+            batch = batches.collate(rows, step=step).to(self.device)
         self._throughput.add_stream(batch.texts, batches.pairs.lengths()[list(rows)])
         with self.precision.context(self.device):
             if self.live_reference is not None:
@@ -516,9 +538,7 @@ class Trainer:
         rows = self.sampler.rows(self.step)
         guilty = []
         in_step = self.ranks.in_step  # each row on all ranks, else each on one
-        for row in (
-            rows if in_step else self.batches.divide(rows, self.ranks.count)[self.ranks.rank]
-        ):
+        for row in rows if in_step else self._own(rows, self.ranks):
             self.optimizer.zero_grad(set_to_none=True)
             losses = self._differentiate([row], 1.0, Ranks()).losses
             norm = clip_gradients(self.module.parameters(), None, self.ranks if in_step else None)

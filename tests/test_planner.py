@@ -519,6 +519,7 @@ def test_plan_is_told_and_reads_no_weight(
         ("--loss", "sft"),
         pytest.param(("--loss", "tdpo2"), marks=pytest.mark.slow),
         pytest.param(("--tokens-per-micro-batch", "auto"), marks=pytest.mark.slow),
+        pytest.param(("--offload-activations",), marks=pytest.mark.slow),
         pytest.param(
             ("--recompute", "layer", "--dtype", "bf16-mixed", "--micro-batch-size", "2"),
             marks=pytest.mark.slow,

@@ -21,7 +21,7 @@ from dpo.trainer import Trainer
 MakeModel = Callable[..., Decoder]
 MakePairs = Callable[..., TokenizedPairs]
 
-OPTIONS: dict[str, dict[str, float]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8},
     "lion": {"beta1": 0.9, "beta2": 0.99},
 }

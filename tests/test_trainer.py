@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo.batching import PairBatch
 from dpo.errors import InputError, RunError
 from dpo.losses import PairLogProbs, make_loss
 from dpo.models import Decoder
 from dpo.models.transforms import RECOMPUTED, compile_blocks, recompute
 from dpo.optim import OPTIMIZERS
+from dpo.scoring import MicroBatches
 from dpo.tokenization import TokenizedPairs, columns_of
 from dpo.train_config import Recompute, TrainConfig
 from dpo.trainer import NonFiniteError, Trainer
@@ -661,3 +663,34 @@ def test_transformers_model_trains_like_ours(make_pairs: MakePairs, tmp_path: An
 def test_transformers_model_without_a_linear_head_is_refused() -> None:
     with pytest.raises(InputError, match="Linear has no linear output layer"):
         TransformersPolicy(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 4])
+def test_next_step_is_put_together_before_the_host_waits_for_this_one(
+    make_model: MakeModel,
+    make_pairs: MakePairs,
+    monkeypatch: pytest.MonkeyPatch,
+    micro_batch_size: int,
+) -> None:
+    config = TrainConfig(batch_size=4, micro_batch_size=micro_batch_size, steps=3)
+    trainer = Trainer(make_model(), make_pairs(), config, starts_at_reference=False)
+    events: list[str] = []
+    collate, is_finite = MicroBatches.collate, Trainer._is_finite
+
+    def told_collate(batches: MicroBatches, rows: Any, *, step: int = 0) -> PairBatch:
+        events.append(f"step {step}")
+        return collate(batches, rows, step=step)
+
+    def told_wait(trainer: Trainer, *arguments: Tensor) -> bool:
+        events.append("wait")
+        return is_finite(trainer, *arguments)
+
+    monkeypatch.setattr(MicroBatches, "collate", told_collate)
+    monkeypatch.setattr(Trainer, "_is_finite", told_wait)
+    trainer.train()
+    rest = [4 // micro_batch_size - 1] * 3
+    expected = ["step 1"]
+    for step, more in enumerate(rest, 1):
+        ahead = [f"step {step + 1}"] if step < 3 else []
+        expected += [*[f"step {step}"] * more, *ahead, "wait"]
+    assert events == expected
