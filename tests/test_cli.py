@@ -114,6 +114,7 @@ def test_flag_sets_its_key(key: str) -> None:
         "mix.temperature": ("--data", "other.jsonl"),
         "mix.rows": ("--data", "other.jsonl"),
         "loss.name": (),
+        "train.stochastic_rounding": ("--dtype", "bfloat16"),
         **{f"adapter.{name}": ("--adapter", "lora") for name in ("rank", "alpha", "targets")},
         "adapter.rslora": ("--adapter", "lora"),
     }.get(key, ())
