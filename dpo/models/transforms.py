@@ -5,7 +5,7 @@ The trainer knows nothing of them.
 
 from __future__ import annotations
 
-from functools import partial
+from types import MethodType
 from typing import Any, Final
 
 import torch
@@ -28,10 +28,15 @@ def recompute(model: Decoder, part: Recompute) -> None:
     """
     for block in model.model.layers:
         module = block.get_submodule(RECOMPUTED[part])
-        # no dropout, no random state to keep
-        module.forward = partial(
-            checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
-        )
+        vars(module)["usual_forward"] = module.forward
+        # a method, which a compiler takes for the same one in all layers
+        module.forward = MethodType(_forward_to_repeat, module)
+
+
+def _forward_to_repeat(module: nn.Module, *inputs: Any) -> Any:
+    # no dropout, no random state to keep
+    forward: Any = module.usual_forward
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def compile_blocks(model: Decoder) -> None:
