@@ -237,8 +237,7 @@ def restore_optimizer(
         on_host = key in _COUNTS and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if on_host else parameter.device
         value = value.to(device, copy=True)
-        is_like_it = value.shape == parameter.shape
-        optimizer.state[parameter][key] = ranks.divide(value, parameter) if is_like_it else value
+        optimizer.state[parameter][key] = ranks.divide(value, parameter)
 
 
 def _step(path: Path) -> int:

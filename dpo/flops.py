@@ -51,13 +51,14 @@ class TrainingFlops:
         for block, window, experts in zip(
             model.model.layers, config.windows, config.experts, strict=True
         ):
-            for weight in block.parameters():
-                share = experts.chosen / experts.count if experts and weight.dim() == 3 else 1.0
-                per_token += share * (again + _passes(weight)) * _flops(weight)
+            for module in block.modules():
+                for weight in module.parameters(recurse=False):
+                    share = experts.chosen / experts.count if experts and weight.dim() == 3 else 1.0
+                    per_token += share * (again + _passes(weight)) * _flops(weight, module)
             per_token += (again + 2) * _quantized_flops(block)
             attention[window] += (again + 3) * 4.0 * config.heads * config.head_size
-        head = model.output_head().weight
-        return cls(per_token, _passes(head) * _flops(head), dict(attention))
+        head = 2.0 * config.vocab_size * config.hidden_size
+        return cls(per_token, _passes(model.output_head().weight) * head, dict(attention))
 
     def __call__(self, lengths: Lengths) -> float:
         """Count for (P, 3) tokens of prompt, chosen and rejected answer."""
@@ -98,6 +99,8 @@ def _quantized_flops(block: nn.Module) -> float:
     return sum(2.0 * layer.in_features * layer.out_features for layer in layers)
 
 
-def _flops(weight: Tensor) -> float:
-    """Per token and pass: none of a vector, which only scales."""
+def _flops(weight: Tensor, module: nn.Module) -> float:
+    """Per token and pass: none of a vector, which only scales; of all parts of a divided matrix."""
+    if weight.dim() > 1 and isinstance(module, nn.Linear):
+        return 2.0 * module.in_features * module.out_features
     return 2.0 * weight.numel() if weight.dim() > 1 else 0.0

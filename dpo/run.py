@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
 from dpo.distributed import joined_ranks
+from dpo.duration import seconds_of
 from dpo.errors import InputError, RunError
 from dpo.files import OTHER_SHAPE, FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import refuse_another_run, training_identity
@@ -38,7 +40,7 @@ from dpo.inputs import (
 from dpo.models import Decoder
 from dpo.optim import rate_scales as find_rates
 from dpo.optim import trained_names
-from dpo.parallel import check_parts, kind_of_ranks
+from dpo.parallel import check_parts, is_in_parts, kind_of_ranks
 from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.progress import Console, SilentConsole
@@ -107,7 +109,12 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
     device = choose_device(config.train)
     kind = kind_of_ranks(config)
-    with joined_ranks(device, kind) as ranks, _held(folder, ranks), explained_lack_of_memory():
+    waits = timedelta(seconds=seconds_of(config.train.rank_timeout or "1h"))
+    with (
+        joined_ranks(device, kind, timeout=waits) as ranks,
+        _held(folder, ranks),
+        explained_lack_of_memory(),
+    ):
         own_console, console = console, console if ranks.is_first else SilentConsole()
         checkpoint = _find_checkpoint(folder, config, ranks, console)
         told_before = len(console.told)
@@ -228,8 +235,8 @@ def _check_models(config: RunConfig, models: Models) -> None:
     """
     _check_adapter(config, models)
     _check_names(config, models)
-    if config.train.parallel != "data":
-        check_parts(models)
+    if is_in_parts(config.train):
+        check_parts(config, models)
 
 
 def _check_adapter(config: RunConfig, models: Models) -> None:
@@ -522,7 +529,8 @@ class _Run:
             self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
         known = (policy, self.config, self.models)
         if not self.ranks.is_first:
-            write_trained_model(self.folder, *known, ranks=self.ranks)  # its parts, and no file
+            with self.trainer.averaged_weights():  # its parts, and no file
+                write_trained_model(self.folder, *known, ranks=self.ranks)
             return
         with (
             atomic_directory(self.folder / "model", replace=True) as model_folder,

@@ -52,6 +52,7 @@ _RANGES: dict[str, _Range] = {
     "reference_sync_share": ("in (0, 1]", lambda value: 0 < value <= 1),
     "momentum": _FRACTION,
     "ema_decay": ("in (0, 1)", lambda value: 0 < value < 1),
+    "tensor_ranks": _AT_LEAST_ONE,
     "threads": ("in [1, 1024]", lambda value: 1 <= value <= 1024),
     "seed": ("in [0, 2^63)", lambda value: 0 <= value < 2**63),
     "eval_every": _AT_LEAST_ONE,
@@ -157,6 +158,14 @@ class TrainConfig:
         "Of several processes of torchrun each holds the whole model; or a part of it, with its "
         "gradients and optimizer states (shard: FSDP); or each machine all parts (hybrid: HSDP).",
     ] = "data"
+    tensor_ranks: Annotated[
+        int,
+        "Neighbouring processes that share a model and its pairs, each with a part of every "
+        "matrix, >= 1 (tensor parallelism); --parallel is then of the others.",
+    ] = 1
+    rank_timeout: Annotated[
+        str | None, "How long a process waits for another, as 90s, 15m or 2h30m; none: an hour."
+    ] = None
     threads: Annotated[int | None, "CPU threads, in [1, 1024]; none leaves torch's choice."] = None
     compile: Annotated[bool, "Compile the model with torch.compile."] = False
     activation_checkpointing: Annotated[
@@ -257,7 +266,7 @@ class TrainConfig:
         for name, choice in _CHOICES.items():
             if (value := getattr(self, name)) not in get_args(choice):
                 yield f"train.{name} must be one of {', '.join(get_args(choice))}, got {value!r}"
-        for name in ("max_time", "save_before_end"):
+        for name in ("max_time", "save_before_end", "rank_timeout"):
             if (span := getattr(self, name)) is not None:
                 try:
                     seconds_of(span)
