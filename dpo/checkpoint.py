@@ -94,6 +94,18 @@ def save_checkpoint(
     return path
 
 
+def copied(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copy what ``save_checkpoint`` writes to the host's memory; one tensor stays one."""
+    copies: dict[Tensor, Tensor] = {}
+    for named in tensors.values():
+        for tensor in named.values():
+            copies.setdefault(tensor, tensor.detach().to("cpu", copy=True))
+    return {
+        stem: {name: copies[tensor] for name, tensor in named.items()}
+        for stem, named in tensors.items()
+    }
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Return where the checkpoint of a step lies, if there is one."""
     return folder / f"step-{step:06d}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,11 +16,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo.adapter_files import adapter_parameters
 from dpo.adapters import adapted_layers, rate_scales
-from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
+from dpo.background import Background
+from dpo.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    copied,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+)
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
@@ -369,7 +378,7 @@ class _Run:
     ) -> None:
         self.config, self.models, self.trainer = config, models, trainer
         self.console, self.own_console, self.ranks = console, own_console, trainer.ranks
-        self.limit = limit
+        self.limit, self.background = limit, Background()
         self.started = time.monotonic()
         self.folder = Path(config.out)
         self.saved_step = 0
@@ -427,12 +436,16 @@ class _Run:
                 EvalPairsLog(self.folder),
                 tracked,
             ]
-        is_alone = self.ranks.count == 1
-        with heeding_signals(self._stop, self.console, is_alone=is_alone) as received:
+        is_alone = self.ranks.processes == 1
+        with (
+            self.background,
+            heeding_signals(self._stop, self.console, is_alone=is_alone) as received,
+        ):
             try:
                 self._train_steps()
             except NonFiniteError as error:
                 self._save()
+                self.background.finish()
                 self.ranks.wait()  # a rank that ends is the end of all
                 if not self.ranks.is_first:
                     raise SystemExit(1) from error  # the first has the same to tell
@@ -467,8 +480,10 @@ class _Run:
                 self._tell_evaluation(step.evaluation)
                 if self._best_step() == step.number or (every and step.number % every == 0):
                     self._save()
+                self.background.check()
                 self._heed_time()
         self._save()
+        self.background.finish()
 
     def _stop(self) -> None:
         self.trainer.should_stop = True
@@ -506,8 +521,17 @@ class _Run:
         if not self.ranks.is_first:
             return
         state = {**trainer.state(), **models_identity(self.config, self.models)}
-        save_checkpoint(checkpoints, trainer.step, tensors, state)
-        prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
+        step, keep, best = trainer.step, self.config.train.keep, self._best_step()
+
+        def write(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+            save_checkpoint(checkpoints, step, tensors, state)
+            prune(checkpoints, keep=keep, best=best)
+
+        if self.config.train.save_in_background:
+            self.background.finish()  # before another copy is made
+            self.background.begin(partial(write, copied(tensors)))
+        else:
+            write(tensors)
 
     def _best_step(self) -> int | None:
         return self.trainer.best_step if self.config.train.keep_best else None

@@ -195,6 +195,11 @@ class TrainConfig:
     save_every: Annotated[
         int | None, "Write a checkpoint every so many steps, >= 1; none: when stopped or done."
     ] = None
+    save_in_background: Annotated[
+        bool,
+        "Copy the state that --save-every writes within the host's memory, and write it while "
+        "training goes on.",
+    ] = False
     max_time: Annotated[
         str | None,
         "Stop with a checkpoint before the run takes longer, as 90s, 15m or 2h30m; none: never.",
@@ -300,6 +305,8 @@ class TrainConfig:
             yield "train.early_stopping needs train.eval_every: it counts evaluations"
         if self.keep_best and self.eval_every is None:
             yield "train.keep_best needs train.eval_every: it compares evaluations"
+        if self.save_in_background and self.save_every is None and not self.keep_best:
+            yield "train.save_in_background needs train.save_every or train.keep_best"
         if self.group_prompts and not self.share_prefix:
             yield "train.group_prompts needs train.share_prefix: prompts are not shared without it"
         if self.dtype == "fp16-mixed" and self.device == "cpu":

@@ -108,6 +108,7 @@ def test_flag_sets_its_key(key: str) -> None:
         "train.early_stopping": ("--eval-split", "0.5", "--eval-every", "1"),
         "train.samples": ("--eval-split", "0.5"),
         "train.decay_share": ("--schedule", "wsd"),
+        "train.save_in_background": ("--save-every", "1"),
         "train.momentum": ("--optimizer", "muon"),
         "train.reference_sync_share": ("--reference-sync-every", "1"),
         "train.eval_every": ("--eval-split", "0.5"),
