@@ -74,8 +74,7 @@ def stop(choice: random.Random) -> None:
 
 def kill_in_a_write(choice: random.Random) -> None:
     """Let the kernel end the process in the middle of a write, when a file passes a size."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    fill_disk(choice)
+    fill_disk(choice)  # of whose signal ``Watch.call`` has taken Python's own handling away
 
 
 def fill_disk(choice: random.Random) -> None:
@@ -310,6 +309,8 @@ class Watch:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         dpo.reference.FLUSH_TOKENS = 64  # several shards, though there are few pairs
         os.fsync = lambda fd: None  # a killed process needs no disk
+        if self.strike is kill_in_a_write:  # which may strike in a thread, where it cannot be set
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         sys.addaudithook(self.hear)
         try:
             command_line(arguments)

@@ -15,7 +15,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-import atheris  # type: ignore[import-not-found]  # pyright: ignore[reportMissingImports]
+import atheris  # pyright: ignore[reportMissingImports]
 
 with atheris.instrument_imports(include=["dpo"]):
     from dpo.errors import InputError, RunError
@@ -37,7 +37,8 @@ def main() -> None:
     def change(content: bytes, most: int, seed: int) -> bytes:
         """Change values or bytes as the program does, or as libFuzzer does."""
         if seed % 2:
-            return atheris.Mutate(content, most)  # type: ignore[no-any-return]
+            mutated: bytes = atheris.Mutate(content, most)
+            return mutated
         return Mutation(seed).of(content, is_json=reader.is_json)[:most]
 
     with tempfile.TemporaryDirectory() as folder:

@@ -429,8 +429,8 @@ def test_run_with_matrices_in_parts_leaves_what_a_run_of_one_leaves_and_goes_on_
     tmp_path: Path, make_model_folder: Callable[..., Path], arguments: Arguments, launch: Start
 ) -> None:
     model = make_model_folder(tmp_path / "even", vocab_size=258)
-    more = ("--steps", "4", "--save-every", "2", "--keep", "9", "--ema-decay", "0.5")
-    more = (*more, "--model", str(model))
+    options = ("--steps", "4", "--save-every", "2", "--keep", "9", "--ema-decay", "0.5")
+    more = (*options, "--model", str(model))
     codes, _, stderr = launch(
         2, arguments(tmp_path / "PARTS", *more, "--tensor-ranks", "2")
     ).ended()

@@ -73,8 +73,8 @@ def measure(model: ModelConfig, ranks: Any) -> Counter[str]:
         stream = TokenStream(ids, ids, plan_attention(Segments((TOKENS,), (None,))))
         with Exchanged() as exchanged:
             hidden = policy(stream)[:ANSWER_TOKENS]
-            found = token_log_probs(hidden, ids[:ANSWER_TOKENS], policy.output_head())
-            found.log_probs.sum().backward()
+            scored = token_log_probs(hidden, ids[:ANSWER_TOKENS], policy.output_head())
+            scored.log_probs.sum().backward()
     found: Counter[str] = exchanged.nbytes
     found.update(held=own, whole=whole)
     return found
