@@ -151,9 +151,16 @@ class TensorRanks(JoinedRanks):
         self.same_part.share_weights(weights)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum over the parts what are summands in them, then over the models."""
+        """Sum those of whole parameters over the parts, then all over the models.
+
+        What each part has all of counts once, so that no kernel's noise lets parts drift apart.
+        """
         parameters = [*parameters]
-        self._sum_over([p for p in parameters if p in self._summands], self.part.group)
+        whole = [each for each in parameters if self._dimensions.get(each) is None]
+        for each in whole if self.part.number > 0 else ():
+            if each.grad is not None and each not in self._summands:
+                each.grad.zero_()
+        self._sum_over(whole, self.part.group)
         self.same_part.sum_gradients(parameters)
 
     def joint_norm(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:

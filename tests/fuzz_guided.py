@@ -13,9 +13,11 @@ import argparse
 import sys
 import tempfile
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import atheris  # pyright: ignore[reportMissingImports]
+atheris: Any = import_module("atheris")  # whose types are not all told
 
 with atheris.instrument_imports(include=["dpo"]):
     from dpo.errors import InputError, RunError

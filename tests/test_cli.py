@@ -99,7 +99,7 @@ def test_flag_sets_its_key(key: str) -> None:
     else:
         others = [choice for choice in option.choices if choice != option.default]
         numbers = {int: "7", float: "0.25"}
-        texts = dict.fromkeys(SPANS, "90m") | {"train.track": "wandb"}
+        texts = {**dict.fromkeys(SPANS, "90m"), "train.track": "wandb"}
         text = others[0] if others else texts.get(key, numbers.get(option.kind, "text"))
         arguments = [flag.opts[0], text]
         value = text if option.kind not in numbers else float(text)
