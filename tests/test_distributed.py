@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -518,7 +519,8 @@ def test_rank_that_is_killed_ends_the_others_with_one_line(
     codes, _, stderr = launched.ended()
     assert codes == [1, -signal.SIGKILL, 1], stderr
     (line,) = errors_in(stderr)
-    assert "of 3 has lost the others: behind is 1; one was ended from outside" in line
+    # killed inside of the model it has come as far as the others
+    assert re.search(r"of 3 has lost the others: (behind is 1; )?one was ended from outside", line)
     assert line.endswith("Go on with --resume auto")
     assert "Traceback" not in stderr
 
