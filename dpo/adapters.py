@@ -79,7 +79,11 @@ class AdaptedLinear(nn.Module):
     @property
     def update(self) -> LowRank:
         """The update s B A in its factors."""
-        return LowRank(self.down, self.up, self.adapter.scale)
+        part = getattr(self.base, "part", None)  # of a base that is divided over ranks
+        if part is None:
+            return LowRank(self.down, self.up, self.adapter.scale)
+        rows, columns = part
+        return LowRank(self.down[:, columns], self.up[rows], self.adapter.scale)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""

@@ -94,6 +94,18 @@ def save_checkpoint(
     return path
 
 
+def copied(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Copy what ``save_checkpoint`` writes to the host's memory; one tensor stays one."""
+    copies: dict[Tensor, Tensor] = {}
+    for named in tensors.values():
+        for tensor in named.values():
+            copies.setdefault(tensor, tensor.detach().to("cpu", copy=True))
+    return {
+        stem: {name: copies[tensor] for name, tensor in named.items()}
+        for stem, named in tensors.items()
+    }
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Return where the checkpoint of a step lies, if there is one."""
     return folder / f"step-{step:06d}"
@@ -237,8 +249,7 @@ def restore_optimizer(
         on_host = key in _COUNTS and not (group.get("fused") or group.get("capturable"))
         device = torch.device("cpu") if on_host else parameter.device
         value = value.to(device, copy=True)
-        is_like_it = value.shape == parameter.shape
-        optimizer.state[parameter][key] = ranks.divide(value, parameter) if is_like_it else value
+        optimizer.state[parameter][key] = ranks.divide(value, parameter)
 
 
 def _step(path: Path) -> int:

@@ -45,80 +45,77 @@ class JoinedRanks(Ranks):
         launch: which.
         store: what the processes share even when one of them is gone.
         device: of this process.
+        group: those that divide the pairs; None for all.
     """
 
-    def __init__(self, launch: Launch, store: Store, device: torch.device) -> None:
-        self.rank, self.count, self.launch = launch.rank, launch.count, launch
-        self._store, self.device = store, device
+    def __init__(
+        self,
+        launch: Launch,
+        store: Store,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        self.launch, self.processes = launch, launch.count
+        self.store, self.device, self.group = store, device, group
+        self._exchanges = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first of all processes."""
+        return self.launch.rank == 0
 
     def max(self, value: float) -> float:
         """Return the greatest value of all ranks."""
         found = torch.tensor(float(value), dtype=torch.float64)
-        with _listening():
+        with self._exchanging():
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return float(found)
 
     def gather(self, part: Tensor | None) -> Tensor | None:
-        """Join the (n, ...) tensors of all ranks, on the host."""
-        shapes = self._shapes(part)
-        known = next(((dtype, shape) for dtype, shape in shapes if dtype is not None), None)
-        if known is None:
-            return None
-        dtype, (_, *of_row) = known
-        sizes = [shape[0] if shape else 0 for _, shape in shapes]
-        padded = torch.zeros(max(sizes), *of_row, dtype=dtype)
-        if part is not None:
-            padded[: len(part)] = part.detach().cpu()
-        parts = [torch.empty_like(padded) for _ in sizes]
-        with _listening():
-            dist.all_gather(parts, padded)
-        return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
-
-    def _shapes(self, part: Tensor | None) -> list[tuple[torch.dtype | None, list[int]]]:
-        """Return dtype and shape of what each rank brings to ``gather``; None of nothing."""
-        header = torch.zeros(2 + 4, dtype=torch.int64)  # dtype + 1, dimensions, up to 4 sizes
-        if part is not None:
-            header[0], header[1] = _DTYPES.index(part.dtype) + 1, part.dim()
-            header[2 : 2 + part.dim()] = torch.tensor(part.shape)
-        headers = [torch.empty_like(header) for _ in range(self.count)]
-        with _listening():
-            dist.all_gather(headers, header)
-        return [
-            (_DTYPES[number - 1] if number else None, sizes[:dimensions])
-            for number, dimensions, *sizes in (each.tolist() for each in headers)
-        ]
+        """Join the (n, ...) tensors of all ranks that divide the pairs, on the host."""
+        with self._exchanging():
+            return _gathered(part, self.group)
 
     def first(self, numbers: Sequence[int]) -> list[int]:
         """Return the numbers that the first rank has."""
-        found = self.gather(torch.tensor(numbers, dtype=torch.int64) if self.is_first else None)
+        own = torch.tensor(numbers, dtype=torch.int64) if self.is_first else None
+        with self._exchanging():
+            found = _gathered(own, None)
         assert found is not None
         return found.tolist()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradient of each parameter over the ranks, in place, a bucket at a time."""
+        self._sum_over(parameters, self.group)
+
+    def _sum_over(
+        self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None
+    ) -> None:
+        """Sum what this rank holds of each gradient over a group, all of which hold the same."""
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if not trained:
             return
         has_gradient = torch.tensor([parameter.grad is not None for parameter in trained]).int()
-        with _listening():
-            dist.all_reduce(has_gradient, dist.ReduceOp.MAX)
+        with self._exchanging():
+            dist.all_reduce(has_gradient, dist.ReduceOp.MAX, group=group)
             gradients = []
             for parameter, has in zip(trained, has_gradient.tolist(), strict=True):
                 if has and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                gradients += [] if parameter.grad is None else [parameter.grad]
+                gradients += [] if parameter.grad is None else [self.part_of(parameter.grad)]
             for bucket in buckets(gradients):
                 flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=group)
                 parts = flat.split([gradient.numel() for gradient in bucket])
                 for gradient, part in zip(bucket, parts, strict=True):
                     gradient.copy_(part.view_as(gradient))
 
     def share_weights(self, weights: Iterable[Tensor]) -> None:
         """Give all ranks the weights of the first, in place."""
-        with _listening():
+        with self._exchanging():
             for weight in weights:
-                dist.broadcast(weight.detach(), src=0)
+                dist.broadcast(weight.detach(), group=self.group, group_src=0)
 
     def check_same(self, what: str, text: str) -> None:
         """Compare a text with that of the first rank."""
@@ -140,6 +137,30 @@ class JoinedRanks(Ranks):
         """Wait until all ranks are here."""
         self.max(0)
 
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """Note that this rank has come so far, and tell the loss of others from other errors.
+
+        Raises:
+            LostRanksError: they cannot be reached.
+        """
+        self._exchanges += 1
+        try:
+            self.store.set(f"exchanges/{self.launch.rank}", str(self._exchanges))
+            yield
+        except RuntimeError as error:
+            raise LostRanksError(_brief(error)) from error
+
+    def _behind(self) -> str:
+        """Name the ranks that have not come as far as others, as far as is known."""
+        try:
+            keys = [f"exchanges/{rank}" for rank in range(self.processes)]
+            counts = [int(self.store.get(key)) if self.store.check([key]) else 0 for key in keys]
+        except RuntimeError:  # the store is gone, with the machine that kept it
+            return ""
+        ranks = [str(rank) for rank, count in enumerate(counts) if count < max(counts)]
+        return f"behind is {', '.join(ranks)}; " if ranks else ""
+
     def failure(self, error: Exception) -> BaseException:
         """Return what this rank ends with, so that of all ranks one says what happened.
 
@@ -147,20 +168,52 @@ class JoinedRanks(Ranks):
         only miss it afterwards: so what is said is the cause.
         """
         try:
-            is_told = self._store.add("failures", 1) > 1
+            is_told = self.store.add("failures", 1) > 1
         except RuntimeError:  # the store is gone, with the machine that kept it
             is_told = False
         if is_told:
             return SystemExit(2 if isinstance(error, InputError) else 1)
         if _is_loss(error):
             return RunError(
-                f"rank {self.rank} of {self.count} has lost the others: one was ended from outside "
-                f"or does not answer ({_brief(error)}); the launcher says which. Go on with "
-                "--resume auto"
+                f"rank {self.launch.rank} of {self.processes} has lost the others: "
+                f"{self._behind()}one was ended from outside or does not answer "
+                f"({_brief(error)}); the launcher says which. Go on with --resume auto"
             )
-        if self.rank and type(error) in (InputError, RunError):
-            return type(error)(f"rank {self.rank}: {error}")
+        if not self.is_first and type(error) in (InputError, RunError):
+            return type(error)(f"rank {self.launch.rank}: {error}")
         return error
+
+
+def _gathered(part: Tensor | None, group: dist.ProcessGroup | None) -> Tensor | None:
+    """Join the (n, ...) tensors of the ranks of a group, on the host; None if none has one."""
+    shapes = _shapes(part, group)
+    known = next(((dtype, shape) for dtype, shape in shapes if dtype is not None), None)
+    if known is None:
+        return None
+    dtype, (_, *of_row) = known
+    sizes = [shape[0] if shape else 0 for _, shape in shapes]
+    padded = torch.zeros(max(sizes), *of_row, dtype=dtype)
+    if part is not None:
+        padded[: len(part)] = part.detach().cpu()
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([each[:size] for each, size in zip(parts, sizes, strict=True)])
+
+
+def _shapes(
+    part: Tensor | None, group: dist.ProcessGroup | None
+) -> list[tuple[torch.dtype | None, list[int]]]:
+    """Return dtype and shape of what each rank brings to ``_gathered``; None of nothing."""
+    header = torch.zeros(2 + 4, dtype=torch.int64)  # dtype + 1, dimensions, up to 4 sizes
+    if part is not None:
+        header[0], header[1] = _DTYPES.index(part.dtype) + 1, part.dim()
+        header[2 : 2 + part.dim()] = torch.tensor(part.shape)
+    headers = [torch.empty_like(header) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(headers, header, group=group)
+    return [
+        (_DTYPES[number - 1] if number else None, sizes[:dimensions])
+        for number, dimensions, *sizes in (each.tolist() for each in headers)
+    ]
 
 
 def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -180,7 +233,7 @@ def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 @contextmanager
 def joined_ranks(
     device: torch.device,
-    kind: type[JoinedRanks] = JoinedRanks,
+    kind: Callable[[Launch, Store, torch.device], JoinedRanks] = JoinedRanks,
     *,
     timeout: timedelta = TIMEOUT,
 ) -> Iterator[Ranks]:
@@ -228,19 +281,6 @@ def _listening_to_start(launch: Launch) -> Iterator[None]:
         raise RunError(
             f"rank {launch.rank} of {launch.count} does not reach the others: {_brief(error)}"
         ) from error
-
-
-@contextmanager
-def _listening() -> Iterator[None]:
-    """Tell the loss of other ranks from other errors.
-
-    Raises:
-        LostRanksError: they cannot be reached.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostRanksError(_brief(error)) from error
 
 
 def _is_loss(error: Exception) -> bool:

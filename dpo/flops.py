@@ -58,12 +58,12 @@ class TrainingFlops:
                 again = int(module in made_again)
                 for weight in module.parameters(recurse=False):
                     share = experts.chosen / experts.count if experts and weight.dim() == 3 else 1.0
-                    per_token += share * (again + _passes(weight)) * _flops(weight)
+                    per_token += share * (again + _passes(weight)) * _flops(weight, module)
                 per_token += (again + 2) * _quantized_flops(module)
             again = int(block.self_attn in made_again)
             attention[window] += (again + 3) * 4.0 * config.heads * config.head_size
-        head = model.output_head().weight
-        return cls(per_token, _passes(head) * _flops(head), dict(attention))
+        head = 2.0 * config.vocab_size * config.hidden_size
+        return cls(per_token, _passes(model.output_head().weight) * head, dict(attention))
 
     def __call__(self, lengths: Lengths) -> float:
         """Count for (P, 3) tokens of prompt, chosen and rejected answer."""
@@ -116,6 +116,8 @@ def _quantized_flops(module: nn.Module) -> float:
     return 2.0 * module.in_features * module.out_features
 
 
-def _flops(weight: Tensor) -> float:
-    """Per token and pass: none of a vector, which only scales."""
+def _flops(weight: Tensor, module: nn.Module) -> float:
+    """Per token and pass: none of a vector, which only scales; of all parts of a divided matrix."""
+    if weight.dim() > 1 and isinstance(module, nn.Linear):
+        return 2.0 * module.in_features * module.out_features
     return 2.0 * weight.numel() if weight.dim() > 1 else 0.0

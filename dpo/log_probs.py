@@ -8,6 +8,9 @@ in tiles: a (K, C) tile of logits is folded into a running log-sum-exp and throw
 pass makes it again. Tiles run over the vocabulary and not over tokens, so each row of the weight's
 gradient is written once. An update of the head's weight is never added to it: its factors are more
 columns, ``(h, s h A^T) (W, B)^T = h (W + s B A)^T``.
+
+Processes that divide the vocabulary walk their own part each, and exchange a few numbers for each
+token: no logits.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dpo.batching import AnswerBatch
-from dpo.policy import OutputHead, Policy
+from dpo.policy import OutputHead, Policy, Vocabulary
 
 TILE_BYTES: Final = 64 * 2**20
 CPU_TILE_BYTES: Final = 8 * 2**20  # stays in the cache, and in memory that is used again
@@ -89,7 +92,7 @@ def token_log_probs(
             ``TILE_BYTES``.
         with_square: compute ``log_square`` too.
     """
-    hidden, up = with_update(Predictions(hidden, head))
+    hidden, up = with_update(Predictions(head.vocabulary.shared(hidden), head))
     results = _TiledLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden,
         head.weight,
@@ -100,6 +103,7 @@ def token_log_probs(
         head.softcap,
         tile_bytes or default_tile_bytes(hidden.device),
         with_square,
+        head.vocabulary,
     )
     return TokenLogProbs(*results)
 
@@ -135,6 +139,7 @@ class _TiledLogProbs(torch.autograd.Function):
         softcap: float | None,
         tile_bytes: int,
         with_square: bool,
+        vocabulary: Vocabulary,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         head = TileMaker(hidden, weight, up, bias, scale, softcap, tile_bytes)
         # running max of z; finite, since (top - new_top) * total must be 0 at first
@@ -157,10 +162,20 @@ class _TiledLogProbs(torch.autograd.Function):
             total = total * shrink + exps.sum(dim=1)
             total_z += exps.mul_(tile).sum(dim=1)
             top = new_top
-        log_normalizer = top + total.log()
-        log_probs = head.target_logits(targets) - log_normalizer
+        # what the parts of the vocabulary found, each against its own top, against that of all
+        new_top = vocabulary.max(top)
+        shrink = (top - new_top).exp()
+        nowhere = torch.iinfo(argmax.dtype).max
+        places = torch.where(top == new_top, argmax + vocabulary.first, nowhere)
+        argmax = -vocabulary.max(-places)
+        own = OwnTargets.of(targets, vocabulary.first, len(weight))
+        sums = [total * shrink, (total_z + (top - new_top) * total) * shrink]
+        sums += [total_square * shrink.square(), own.only(head.target_logits(own.places))]
+        total, total_z, total_square, target_logits = vocabulary.sum(torch.stack(sums))
+        log_normalizer = new_top + total.log()
+        log_probs = target_logits - log_normalizer
         ctx.save_for_backward(hidden, weight, up, bias, targets, log_normalizer)
-        ctx.options = (scale, softcap, tile_bytes, head.narrow)
+        ctx.options = (scale, softcap, tile_bytes, head.narrow, vocabulary.first)
         entropy, is_top = total.log() - total_z / total, argmax == targets
         ctx.mark_non_differentiable(entropy, is_top)
         if not with_square:
@@ -173,7 +188,7 @@ class _TiledLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0]  # (K,); the others have none
         hidden, weight, up, bias, targets, log_normalizer = ctx.saved_tensors
-        scale, softcap, tile_bytes, narrow = ctx.options
+        scale, softcap, tile_bytes, narrow, first = ctx.options
         head = TileMaker(hidden, weight, up, bias, scale, softcap, tile_bytes, narrow)
         # d log_prob / d z = -(softmax(z) - 1[target]): first the softmax, tile by tile
         gradients = HeadGradients(head, -grad, *ctx.needs_input_grad[:4])
@@ -183,9 +198,34 @@ class _TiledLogProbs(torch.autograd.Function):
             gradients.add_tile(start, tile if slope is None else tile.mul_(slope))
 
         # then the ones, exactly, where the targets are
-        slope = head.slope(head.target_logits(targets))
-        gradients.add_targets(targets, -torch.ones_like(grad) if slope is None else -slope)
-        return *gradients.result(), None, None, None, None, None
+        own = OwnTargets.of(targets, first, len(weight))
+        slope = head.slope(head.target_logits(own.places))
+        ones = torch.ones_like(grad) if slope is None else slope
+        gradients.add_targets(own.places, -own.only(ones))
+        return *gradients.result(), None, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class OwnTargets:
+    """Those of K targets that lie in a part of the vocabulary.
+
+    Attributes:
+        places: (K,) int64 in the part; any of it for the others.
+        are_own: (K,) bool.
+    """
+
+    places: Tensor
+    are_own: Tensor
+
+    @classmethod
+    def of(cls, targets: Tensor, first: int, size: int) -> OwnTargets:
+        """Find them in the ``size`` entries from ``first`` on."""
+        places = targets - first
+        return cls(places.clamp(0, size - 1), (places >= 0) & (places < size))
+
+    def only(self, values: Tensor) -> Tensor:
+        """Return (K,) values, zero where the target is of another part."""
+        return torch.where(self.are_own, values, 0)
 
 
 class HeadGradients:

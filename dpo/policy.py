@@ -6,7 +6,7 @@ Shapes: N tokens in the stream, D hidden size, V vocabulary, R rank of an update
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +37,33 @@ class LowRank:
         return F.linear(self.project(hidden), self.up.to(hidden.dtype))
 
 
+class Vocabulary:
+    """The part of the vocabulary whose logits this process makes: all of it.
+
+    Of one that is divided over processes, ``dpo.tensor_parallel`` has another.
+
+    Attributes:
+        first: index of its first entry.
+    """
+
+    first = 0
+
+    def shared(self, hidden: Tensor) -> Tensor:
+        """Return (K, D) hidden states that all parts read; the gradients of all are summed."""
+        return hidden
+
+    def max(self, values: Tensor) -> Tensor:
+        """Return the greatest of what each part has, number by number."""
+        return values
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of what each part has, number by number."""
+        return values
+
+
+WHOLE: Final = Vocabulary()
+
+
 @dataclass(frozen=True)
 class OutputHead:
     """The map from hidden states to logits: ``z = softcap(scale * (h @ weight.T + bias))``.
@@ -47,6 +74,7 @@ class OutputHead:
         scale: factor on the logits.
         softcap: bounds logits by ``c * tanh(z / c)`` (Gemma 2); None for no bound.
         update: what is added to ``weight``, which is then frozen; None for nothing.
+        vocabulary: the part of the vocabulary that weight, bias and update have rows of.
     """
 
     weight: Tensor
@@ -54,6 +82,7 @@ class OutputHead:
     scale: float = 1.0
     softcap: float | None = None
     update: LowRank | None = None
+    vocabulary: Vocabulary = WHOLE
 
     def detached(self) -> OutputHead:
         """Return the same map without gradient, in the memory that its tensors have now."""

@@ -18,16 +18,28 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """A process that is alone: the first rank, and the last."""
+    """A process that is alone: the first rank, and the last.
+
+    Attributes:
+        rank: which part of the pairs this process has, from 0.
+        count: of these parts.
+        processes: that there are in all.
+    """
 
     rank = 0
     count = 1
+    processes = 1
     in_step = False  # whether all ranks must run the model equally often
 
     @property
     def is_first(self) -> bool:
         """Whether this rank writes what there is once: files, metrics, messages."""
         return self.rank == 0
+
+    @property
+    def is_first_of_pairs(self) -> bool:
+        """Whether of the ranks that score the same pairs this is the one that keeps the result."""
+        return True
 
     def any(self, flag: bool) -> bool:
         """Say whether the flag of a rank is set."""
@@ -67,15 +79,21 @@ class Ranks:
         """Return the part of a divided tensor that this rank holds, which shares its memory."""
         return tensor
 
-    def joint_norm(self, norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the norm of tensors, (), from that of the parts of them that this rank holds."""
+    def joint_norm(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the norm of all ``tensors``, (), from the (n,) of what this rank holds of each."""
+        norm: Tensor = norms.norm()
         return norm
 
     def take_apart(self, model: nn.Module) -> None:
         """Let ``model`` have the optimizer's parameters, if it still holds whole ones."""
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of which ranks may hold parts whole, on the first rank."""
+    def whole(self, tensor: Tensor, name: str) -> Tensor:
+        """Return a tensor of which ranks may hold parts whole, on the first rank.
+
+        Args:
+            tensor: a parameter or a state of an optimizer.
+            name: of the parameter.
+        """
         return tensor
 
     def first(self, numbers: Sequence[int]) -> list[int]:

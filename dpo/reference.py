@@ -308,7 +308,8 @@ def compute_reference(
     try:
         for batch in own:
             for row, log_probs in zip(batch, score(batch), strict=True):
-                cache.append(pairs[row], log_probs)
+                if ranks.is_first_of_pairs:
+                    cache.append(pairs[row], log_probs)
                 done += int(tokens[row])
             if progress:
                 progress(done, total)

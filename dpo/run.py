@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo.adapter_files import adapter_parameters
 from dpo.adapters import adapted_layers, rate_scales
-from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, prune, save_checkpoint
+from dpo.background import Background
+from dpo.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    copied,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+)
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
 from dpo.distributed import joined_ranks
+from dpo.duration import seconds_of
 from dpo.errors import InputError, RunError
 from dpo.files import OTHER_SHAPE, FolderLock, atomic_directory, atomic_write, remove_leftovers
 from dpo.identity import refuse_another_run, training_identity
@@ -38,7 +49,7 @@ from dpo.inputs import (
 from dpo.models import Decoder
 from dpo.optim import rate_scales as find_rates
 from dpo.optim import trained_names
-from dpo.parallel import check_parts, kind_of_ranks
+from dpo.parallel import check_parts, is_in_parts, kind_of_ranks
 from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.progress import Console, SilentConsole
@@ -107,7 +118,12 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
         raise InputError(f"{folder} is a file: --out of dpo train is the folder of the run")
     device = choose_device(config.train)
     kind = kind_of_ranks(config)
-    with joined_ranks(device, kind) as ranks, _held(folder, ranks), explained_lack_of_memory():
+    waits = timedelta(seconds=seconds_of(config.train.rank_timeout or "1h"))
+    with (
+        joined_ranks(device, kind, timeout=waits) as ranks,
+        _held(folder, ranks),
+        explained_lack_of_memory(),
+    ):
         own_console, console = console, console if ranks.is_first else SilentConsole()
         checkpoint = _find_checkpoint(folder, config, ranks, console)
         told_before = len(console.told)
@@ -228,8 +244,8 @@ def _check_models(config: RunConfig, models: Models) -> None:
     """
     _check_adapter(config, models)
     _check_names(config, models)
-    if config.train.parallel != "data":
-        check_parts(models)
+    if is_in_parts(config.train):
+        check_parts(config, models)
 
 
 def _check_adapter(config: RunConfig, models: Models) -> None:
@@ -363,7 +379,7 @@ class _Run:
     ) -> None:
         self.config, self.models, self.trainer = config, models, trainer
         self.console, self.own_console, self.ranks = console, own_console, trainer.ranks
-        self.limit = limit
+        self.limit, self.background = limit, Background()
         self.started = time.monotonic()
         self.folder = Path(config.out)
         self.saved_step = 0
@@ -421,12 +437,16 @@ class _Run:
                 EvalPairsLog(self.folder),
                 tracked,
             ]
-        is_alone = self.ranks.count == 1
-        with heeding_signals(self._stop, self.console, is_alone=is_alone) as received:
+        is_alone = self.ranks.processes == 1
+        with (
+            self.background,
+            heeding_signals(self._stop, self.console, is_alone=is_alone) as received,
+        ):
             try:
                 self._train_steps()
             except NonFiniteError as error:
                 self._save()
+                self.background.finish()
                 self.ranks.wait()  # a rank that ends is the end of all
                 if not self.ranks.is_first:
                     raise SystemExit(1) from error  # the first has the same to tell
@@ -461,8 +481,10 @@ class _Run:
                 self._tell_evaluation(step.evaluation)
                 if self._best_step() == step.number or (every and step.number % every == 0):
                     self._save()
+                self.background.check()
                 self._heed_time()
         self._save()
+        self.background.finish()
 
     def _stop(self) -> None:
         self.trainer.should_stop = True
@@ -500,8 +522,17 @@ class _Run:
         if not self.ranks.is_first:
             return
         state = {**trainer.state(), **models_identity(self.config, self.models)}
-        save_checkpoint(checkpoints, trainer.step, tensors, state)
-        prune(checkpoints, keep=self.config.train.keep, best=self._best_step())
+        step, keep, best = trainer.step, self.config.train.keep, self._best_step()
+
+        def write(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+            save_checkpoint(checkpoints, step, tensors, state)
+            prune(checkpoints, keep=keep, best=best)
+
+        if self.config.train.save_in_background:
+            self.background.finish()  # before another copy is made
+            self.background.begin(partial(write, copied(tensors)))
+        else:
+            write(tensors)
 
     def _best_step(self) -> int | None:
         return self.trainer.best_step if self.config.train.keep_best else None
@@ -523,7 +554,8 @@ class _Run:
             self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
         known = (policy, self.config, self.models)
         if not self.ranks.is_first:
-            write_trained_model(self.folder, *known, ranks=self.ranks)  # its parts, and no file
+            with self.trainer.averaged_weights():  # its parts, and no file
+                write_trained_model(self.folder, *known, ranks=self.ranks)
             return
         with (
             atomic_directory(self.folder / "model", replace=True) as model_folder,

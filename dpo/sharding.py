@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo.distributed import JoinedRanks
+from dpo.launch import Launch
 from dpo.models import Decoder
 
 
@@ -24,12 +27,22 @@ class ShardedRanks(JoinedRanks):
 
     in_step = True
 
+    def __init__(
+        self,
+        launch: Launch,
+        store: Store,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(launch, store, device, group)
+        self.mesh = self._make_mesh()
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum those of parameters that ranks hold whole, as adapters are.
 
         Of the others the backward pass has left the sum in the parts.
         """
-        super().sum_gradients(p for p in parameters if not isinstance(p, DTensor))
+        super().sum_gradients([p for p in parameters if not isinstance(p, DTensor)])
 
     def share_weights(self, weights: Iterable[Tensor]) -> None:
         """Do nothing: each rank has read its part of the same file."""
@@ -41,23 +54,22 @@ class ShardedRanks(JoinedRanks):
         backward pass, for the head is walked in between.
         """
         assert isinstance(model, Decoder)
-        shape = self._mesh_shape()
-        names = ("machines", "parts")[-len(shape) :]
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=self.mesh)
         for module in _divided(model):
             # sums, not means; gloo knows no other way to leave the division out
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
-    def _mesh_shape(self) -> tuple[int, ...]:
-        """Return among how many ranks a model is divided, the last number, and copies before it."""
-        return (self.count,)
+    def _make_mesh(self) -> DeviceMesh:
+        """Return the ranks that a model is divided over, the last dimension, and its copies."""
+        if self.group is not None:
+            return DeviceMesh.from_group(self.group, self.device.type)
+        return init_device_mesh(self.device.type, (self.count,), mesh_dim_names=("parts",))
 
     def divide(self, value: Tensor, like: Tensor) -> Tensor:
         """Return a whole tensor, which every rank has, in parts."""
-        if not isinstance(like, DTensor):
+        if not isinstance(like, DTensor) or value.shape != like.shape:
             return value
         value = value.to(self.device)
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
@@ -66,37 +78,34 @@ class ShardedRanks(JoinedRanks):
         """Return the part of a divided tensor that this rank holds, which shares its memory."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def joint_norm(self, norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the norm of tensors, (), from that of the parts of them that this rank holds.
-
-        Of tensors that are divided, all of them, or held whole.
-        """
-        if not isinstance(tensors[0], DTensor):
-            return norm
-        square = norm.square()
-        mesh = tensors[0].device_mesh
-        dist.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))
-        return square.sqrt()
+    def joint_norm(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the norm of all tensors, (), from the (n,) of what this rank holds of each."""
+        squares = norms.square()
+        are_parts = torch.tensor([isinstance(each, DTensor) for each in tensors], dtype=torch.bool)
+        square = squares[are_parts].sum()
+        dist.all_reduce(square, group=self.mesh.get_group(self.mesh.ndim - 1))
+        return (square + squares[~are_parts].sum()).sqrt()
 
     def take_apart(self, model: nn.Module) -> None:
         """Let ``model`` have the optimizer's parameters, if it still holds whole ones."""
         for module in _divided(model):
             module.reshard()
 
-    def whole(self, tensor: Tensor) -> Tensor:
+    def whole(self, tensor: Tensor, name: str) -> Tensor:
         """Return a divided tensor whole, on the host of the first rank; others get nothing."""
         if not isinstance(tensor, DTensor):
             return tensor
         full: Tensor = tensor.full_tensor().detach()
-        return full.cpu() if self.is_first else full.new_empty(0)
+        return full.cpu() if self.rank == 0 else full.new_empty(0)
 
 
 class HybridRanks(ShardedRanks):
     """One of the processes of a machine, each of which holds a part of the machine's model."""
 
-    def _mesh_shape(self) -> tuple[int, ...]:
+    def _make_mesh(self) -> DeviceMesh:
         here = self.launch.local_count
-        return self.count // here, here
+        shape, names = (self.count // here, here), ("machines", "parts")
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
 
 def _divided(model: nn.Module) -> list[FSDPModule]:

@@ -53,6 +53,7 @@ _RANGES: dict[str, _Range] = {
     "reference_sync_share": ("in (0, 1]", lambda value: 0 < value <= 1),
     "momentum": _FRACTION,
     "ema_decay": ("in (0, 1)", lambda value: 0 < value < 1),
+    "tensor_ranks": _AT_LEAST_ONE,
     "threads": ("in [1, 1024]", lambda value: 1 <= value <= 1024),
     "seed": ("in [0, 2^63)", lambda value: 0 <= value < 2**63),
     "eval_every": _AT_LEAST_ONE,
@@ -164,6 +165,14 @@ class TrainConfig:
         "Of several processes of torchrun each holds the whole model; or a part of it, with its "
         "gradients and optimizer states (shard: FSDP); or each machine all parts (hybrid: HSDP).",
     ] = "data"
+    tensor_ranks: Annotated[
+        int,
+        "Neighbouring processes that share a model and its pairs, each with a part of every "
+        "matrix, >= 1 (tensor parallelism); --parallel is then of the others.",
+    ] = 1
+    rank_timeout: Annotated[
+        str | None, "How long a process waits for another, as 90s, 15m or 2h30m; none: an hour."
+    ] = None
     threads: Annotated[int | None, "CPU threads, in [1, 1024]; none leaves torch's choice."] = None
     compile: Annotated[bool, "Compile the model with torch.compile."] = False
     recompute: Annotated[
@@ -199,6 +208,11 @@ class TrainConfig:
     save_every: Annotated[
         int | None, "Write a checkpoint every so many steps, >= 1; none: when stopped or done."
     ] = None
+    save_in_background: Annotated[
+        bool,
+        "Copy the state that --save-every writes within the host's memory, and write it while "
+        "training goes on.",
+    ] = False
     max_time: Annotated[
         str | None,
         "Stop with a checkpoint before the run takes longer, as 90s, 15m or 2h30m; none: never.",
@@ -272,7 +286,7 @@ class TrainConfig:
         for name, choice in choices.items():
             if (value := getattr(self, name)) not in get_args(choice):
                 yield f"train.{name} must be one of {', '.join(get_args(choice))}, got {value!r}"
-        for name in ("max_time", "save_before_end"):
+        for name in ("max_time", "save_before_end", "rank_timeout"):
             if (span := getattr(self, name)) is not None:
                 try:
                     seconds_of(span)
@@ -297,6 +311,8 @@ class TrainConfig:
             yield "train.epochs and train.steps: give one, not both"
         if self.samples is not None and self.parallel != "data":
             yield f"train.samples needs train.parallel = data, which is {self.parallel}"
+        if self.samples is not None and self.tensor_ranks > 1:
+            yield f"train.samples needs train.tensor_ranks = 1, which is {self.tensor_ranks}"
         yield from self._contradictions_of_the_optimizer()
         if self.decay_share is not None and self.schedule != "wsd":
             yield f"train.decay_share is for train.schedule = wsd, which is {self.schedule}"
@@ -306,6 +322,8 @@ class TrainConfig:
             yield "train.early_stopping needs train.eval_every: it counts evaluations"
         if self.keep_best and self.eval_every is None:
             yield "train.keep_best needs train.eval_every: it compares evaluations"
+        if self.save_in_background and self.save_every is None and not self.keep_best:
+            yield "train.save_in_background needs train.save_every or train.keep_best"
         if self.group_prompts and not self.share_prefix:
             yield "train.group_prompts needs train.share_prefix: prompts are not shared without it"
         if self.dtype == "fp16-mixed" and self.device == "cpu":

@@ -235,7 +235,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.ranks.share_weights(p for p in policy.parameters() if p.requires_grad)
         self.callbacks = list(callbacks)
-        self._throughput = Throughput(policy, self.config, self.device, self.ranks.count)
+        self._throughput = Throughput(policy, self.config, self.device, self.ranks.processes)
         self.starts_at_reference = starts_at_reference
         if self.config.reference_sync_every is not None and not self.loss.needs_reference:
             raise InputError(f"train.reference_sync_every: {self.loss} has no reference to move")
@@ -711,11 +711,11 @@ class Trainer:
         self.ranks.take_apart(self.module)
         return {
             "model": {
-                name: self.ranks.whole(weight)
+                name: self.ranks.whole(weight, name)
                 for name, weight in trained_weights(self.module).items()
             },
             "optimizer": {
-                name: self.ranks.whole(state)
+                name: self.ranks.whole(state, name.rpartition("/")[0])
                 for name, state in optimizer_tensors(self.optimizer, self.module).items()
             },
             "random": {"cpu": torch.get_rng_state()},

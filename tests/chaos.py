@@ -74,8 +74,7 @@ def stop(choice: random.Random) -> None:
 
 def kill_in_a_write(choice: random.Random) -> None:
     """Let the kernel end the process in the middle of a write, when a file passes a size."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    fill_disk(choice)
+    fill_disk(choice)  # of whose signal ``Watch.call`` has taken Python's own handling away
 
 
 def fill_disk(choice: random.Random) -> None:
@@ -148,7 +147,7 @@ class Tally:
 class Chaos:
     """A run that is broken again and again, in a folder of its own."""
 
-    def __init__(self, place: Path, seed: int) -> None:
+    def __init__(self, place: Path, seed: int, more: str = "") -> None:
         self.place, self.run, self.cache = place, place / "RUN", place / "cache"
         self.choice = random.Random(seed)
         self.tally = Tally()
@@ -156,7 +155,7 @@ class Chaos:
         self.seconds = 0.0
         os.environ["XDG_CACHE_HOME"] = str(self.cache)
         self.arguments = (
-            f"--model {place / 'base'} --data {place / 'pairs.jsonl'} {OPTIONS}".split()
+            f"--model {place / 'base'} --data {place / 'pairs.jsonl'} {OPTIONS} {more}".split()
         )
         make_inputs(place)
         begun = time.monotonic()
@@ -310,6 +309,8 @@ class Watch:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         dpo.reference.FLUSH_TOKENS = 64  # several shards, though there are few pairs
         os.fsync = lambda fd: None  # a killed process needs no disk
+        if self.strike is kill_in_a_write:  # which may strike in a thread, where it cannot be set
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         sys.addaudithook(self.hear)
         try:
             command_line(arguments)
@@ -351,12 +352,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Break runs at random; see the file's first lines")
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", default="", help="further options of the runs")
     given = parser.parse_args()
     for number in STOPS:  # which are heeded only by those whose callers do not ignore them
         signal.signal(number, signal.SIG_DFL)
     begun, lost = time.monotonic(), list[str]()
     with tempfile.TemporaryDirectory() as folder:
-        chaos = Chaos(Path(folder), given.seed)
+        chaos = Chaos(Path(folder), given.seed, given.more)
         tally = chaos.tally
         while tally.struck.total() < given.faults and not lost:
             try:

@@ -11,7 +11,7 @@ import pytest
 CHAOS = Path(__file__).with_name("chaos.py")
 
 
-def run_chaos(faults: int, seed: int, *, before: str = "") -> dict[str, Any]:
+def run_chaos(faults: int, seed: int, *, before: str = "", more: str = "") -> dict[str, Any]:
     """Run the program, after some code of our own, and return what it tells."""
     start = "import sys, runpy; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
@@ -24,6 +24,7 @@ def run_chaos(faults: int, seed: int, *, before: str = "") -> dict[str, Any]:
             str(faults),
             "--seed",
             str(seed),
+            f"--more={more}",
         ],
         capture_output=True,
         text=True,
@@ -36,8 +37,9 @@ def run_chaos(faults: int, seed: int, *, before: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_to_faults_at_random() -> None:
-    told = run_chaos(60, seed=0)
+@pytest.mark.parametrize("more", ["", "--save-in-background"])
+def test_nothing_is_lost_to_faults_at_random(more: str) -> None:
+    told = run_chaos(60, seed=0, more=more)
     assert told["lost"] == []
     assert told["faults"] >= 60
     assert min(told["places"].values()) > 0

@@ -85,6 +85,9 @@ def test_flag_that_scripts_rely_on_is_there(flag: str) -> None:
 LISTS = {"columns", "data", "mix.weights", "train.rates"}
 
 
+SPANS = ("train.max_time", "train.save_before_end", "train.rank_timeout")  # of time
+
+
 @pytest.mark.parametrize("key", [key for key in known_options() if key not in LISTS])
 def test_flag_sets_its_key(key: str) -> None:
     """Give each flag a value other than the default and see it in the config."""
@@ -96,7 +99,7 @@ def test_flag_sets_its_key(key: str) -> None:
     else:
         others = [choice for choice in option.choices if choice != option.default]
         numbers = {int: "7", float: "0.25"}
-        texts = {"train.max_time": "90m", "train.save_before_end": "5m", "train.track": "wandb"}
+        texts = {**dict.fromkeys(SPANS, "90m"), "train.track": "wandb"}
         text = others[0] if others else texts.get(key, numbers.get(option.kind, "text"))
         arguments = [flag.opts[0], text]
         value = text if option.kind not in numbers else float(text)
@@ -105,6 +108,7 @@ def test_flag_sets_its_key(key: str) -> None:
         "train.early_stopping": ("--eval-split", "0.5", "--eval-every", "1"),
         "train.samples": ("--eval-split", "0.5"),
         "train.decay_share": ("--schedule", "wsd"),
+        "train.save_in_background": ("--save-every", "1"),
         "train.momentum": ("--optimizer", "muon"),
         "train.reference_sync_share": ("--reference-sync-every", "1"),
         "train.eval_every": ("--eval-split", "0.5"),

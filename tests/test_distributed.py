@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,11 +27,13 @@ from dpo.config import RunConfig
 from dpo.device import choose_device
 from dpo.distributed import BUCKET_BYTES, buckets
 from dpo.errors import InputError
+from dpo.inputs import find_models
 from dpo.launch import Launch
 from dpo.losses import LOSSES
-from dpo.parallel import kind_of_ranks
+from dpo.parallel import check_parts, kind_of_ranks
 from dpo.ranks import Ranks
 from dpo.scoring import MicroBatches
+from dpo.sharding import HybridRanks
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import TrainConfig
 
@@ -78,6 +82,39 @@ SLOW: dict[str, dict[str, Any]] = {
         for name in ("adamw8bit", "adafactor", "lion", "muon", "schedule-free")
     },
 }  # fmt: skip
+EVEN = {"vocab_size": 32}  # one entry more than there are tokens
+QWEN = {**EVEN, "model_type": "qwen2", "tie_word_embeddings": False}
+GEMMA = {
+    **EVEN, "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh", "head_dim": 8,
+    "final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0,
+}  # fmt: skip
+GPT = {
+    **EVEN, "model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128,
+    "n_inner": 24,
+}  # fmt: skip
+NEOX = {**EVEN, "model_type": "gpt_neox", "rotary_pct": 0.5, "tie_word_embeddings": False}
+TENSOR: dict[str, dict[str, Any]] = {
+    "llama": {"model": EVEN},
+    "whole steps of biases": {"model": QWEN, "loss": "kto"},
+    "statistics of tokens and norms of heads": {
+        "model": {**EVEN, "model_type": "qwen3", "head_dim": 8}, "loss": "wpo",
+    },
+    "bounded logits": {"model": GEMMA, "options": {"batch_size": 1}},
+    "biases behind a sum": {"model": GPT, "keeps_no_activations": True},
+    "adapters": {"model": EVEN, "lora": "q_proj,o_proj,lm_head,down_proj"},
+}  # fmt: skip
+OF_TENSOR: dict[str, dict[str, Any]] = {
+    "parallel blocks": {"model": NEOX, "loss": "bco"},
+    "rows that are not finite": {"model": EVEN, "is_poisoned": True},
+    "unpaired": {"model": QWEN, "loss": "kto", "unpaired": True},
+    "lion": {"model": EVEN, "options": {"optimizer": "lion", "max_grad_norm": None}},
+    "without sharing": {"model": EVEN, "options": {"share_prefix": False}},
+    "an average": {"model": EVEN, "options": {"ema_decay": 0.5}},
+    "averages of the optimizer": {"model": EVEN, "options": {"optimizer": "schedule-free"}},
+    "sharded": {"model": EVEN, "is_sharded": True},
+    "sharded with biases": {"model": GPT, "is_sharded": True, "loss": "bco"},
+    "sharded adapters": {"model": EVEN, "is_sharded": True, "lora": "q_proj,lm_head,down_proj"},
+}
 OF_WHOLE_DISTRIBUTIONS = ("tdpo1", "tdpo2")  # of the reference, which is then held in memory
 SHARDED: dict[str, dict[str, Any]] = {
     **{f"loss {name}": {"loss": name} for name in LOSSES if name not in OF_WHOLE_DISTRIBUTIONS},
@@ -124,13 +161,36 @@ def assert_equal(name: str, found: dict[str, Any], *, tolerance: float = 1e-10) 
 # --- a step -------------------------------------------------------------------------------------
 
 
-def test_steps_on_two_ranks_equal_those_of_one() -> None:
-    found = compared(2, QUICK)
+def with_matrices_in_two(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {f"matrices: {name}": {**case, "tensor_ranks": 2} for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks() -> dict[str, dict[str, Any]]:
+    return compared(2, QUICK | with_matrices_in_two(TENSOR))
+
+
+def test_steps_on_two_ranks_equal_those_of_one(on_two_ranks: dict[str, dict[str, Any]]) -> None:
+    found = {name: on_two_ranks[name] for name in QUICK}
     for name, case in found.items():
         assert_equal(name, case)
         assert (case["moved"] > 1e-3) == (name != "rows that are not finite"), name
     assert found["no memory on one rank"]["notes"] > 0
     assert found["rows that are not finite"]["rows"][0]
+
+
+def test_steps_with_matrices_in_parts_equal_those_of_one_rank(
+    on_two_ranks: dict[str, dict[str, Any]],
+) -> None:
+    for name in with_matrices_in_two(TENSOR):
+        assert_equal(name, on_two_ranks[name])
+        assert on_two_ranks[name]["moved"] > 1e-3, name
+
+
+@pytest.mark.slow
+def test_steps_of_two_models_with_matrices_in_two_equal_those_of_one_rank() -> None:
+    for name, case in compared(4, with_matrices_in_two(TENSOR | OF_TENSOR)).items():
+        assert_equal(name, case)
 
 
 @pytest.mark.slow
@@ -366,6 +426,39 @@ def test_run_with_a_model_in_parts_leaves_what_a_run_of_one_leaves(
     assert {n: s.shape for n, s in states[0].items()} == {n: s.shape for n, s in states[1].items()}
 
 
+def test_run_with_matrices_in_parts_leaves_what_a_run_of_one_leaves_and_goes_on_alone(
+    tmp_path: Path, make_model_folder: Callable[..., Path], arguments: Arguments, launch: Start
+) -> None:
+    model = make_model_folder(tmp_path / "even", vocab_size=258)
+    options = ("--steps", "4", "--save-every", "2", "--keep", "9", "--ema-decay", "0.5")
+    more = (*options, "--model", str(model))
+    codes, _, stderr = launch(
+        2, arguments(tmp_path / "PARTS", *more, "--tensor-ranks", "2")
+    ).ended()
+    assert codes == [0, 0], stderr
+    alone(arguments(tmp_path / "ONE", *more))
+    assert 0 < apart(tmp_path / "PARTS", tmp_path / "ONE") < 1e-5
+    files = [
+        {path.relative_to(folder) for path in folder.rglob("*")} - {Path(".lock")}
+        for folder in (tmp_path / "ONE", tmp_path / "PARTS")
+    ]
+    assert files[0] == files[1]
+    caches = tmp_path / "cache/dpo-engine/reference"
+    (shard,) = caches.glob("*/shard-*.safetensors")  # the second rank kept nothing of its own
+    assert len(load_file(shard)["keys"]) == 32
+
+    for path in (tmp_path / "PARTS/checkpoints").glob("step-000004"):
+        shutil.rmtree(path)
+    alone(arguments(tmp_path / "PARTS", *more, "--resume", "auto"))
+    assert 0 < apart(tmp_path / "PARTS", tmp_path / "ONE") < 1e-5
+    for found, expected in zip(lines(tmp_path / "PARTS"), lines(tmp_path / "ONE"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        if found["step"] <= 2:  # of the parts
+            assert found["perf/tflops_per_s"] * found["perf/step_s"] == pytest.approx(
+                expected["perf/tflops_per_s"] * expected["perf/step_s"]
+            )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["data", "shard"])
 def test_run_goes_on_with_any_number_of_ranks(
@@ -426,7 +519,8 @@ def test_rank_that_is_killed_ends_the_others_with_one_line(
     codes, _, stderr = launched.ended()
     assert codes == [1, -signal.SIGKILL, 1], stderr
     (line,) = errors_in(stderr)
-    assert "of 3 has lost the others" in line
+    # killed inside of the model it has come as far as the others
+    assert re.search(r"of 3 has lost the others: (behind is 1; )?one was ended from outside", line)
     assert line.endswith("Go on with --resume auto")
     assert "Traceback" not in stderr
 
@@ -524,7 +618,13 @@ except RunError as error:
 def test_rank_that_does_not_answer_ends_the_others_after_a_time(launch: Start) -> None:
     codes, stdout, _ = launch(2, [], LATE).ended()
     assert codes[0] == 1
-    assert stdout.startswith("rank 0 of 2 has lost the others")
+    assert stdout.startswith("rank 0 of 2 has lost the others: behind is 1; ")
+
+
+def test_waiting_has_no_meaning_for_one_process(arguments: Arguments, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, arguments(tmp_path / "RUN", "--rank-timeout", "5m"))
+    assert result.exit_code == 2
+    assert "train.rank_timeout is for several processes" in result.stderr
 
 
 # --- a model in parts ---------------------------------------------------------------------------
@@ -569,21 +669,148 @@ def test_experts_cannot_be_in_parts(
 
 
 @pytest.mark.parametrize(
+    ("count", "options", "named"),
+    [
+        (3, {}, "3 processes, which are no multiple"),
+        (4, {"parallel": "hybrid"}, "train.parallel = hybrid: take data or shard"),
+        (4, {"optimizer": "muon"}, "train.optimizer = muon"),
+        (4, {"compile": True}, "train.compile"),
+        (4, {"dtype": "bfloat16", "stochastic_rounding": True}, "train.stochastic_rounding"),
+        (4, {"offload_activations": True}, "train.offload_activations"),
+        (4, {"parallel": "shard", "ema_decay": 0.5}, "train.ema_decay"),
+        (4, {"optimizer": "adamw8bit"}, "take adamw or lion or schedule-free"),
+        (1, {}, "one process"),
+    ],
+)
+def test_what_does_not_go_with_matrices_in_parts_is_refused_by_name(
+    count: int, options: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_as(0, count, count, monkeypatch)
+    train = TrainConfig(tensor_ranks=2, **options)
+    with pytest.raises(InputError, match=rf"train\.tensor_ranks = 2 does not go with .*{named}"):
+        kind_of_ranks(RunConfig(model="M", data="D", out="R", train=train))
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "told"),
+    [
+        ({"vocab_size": 260}, 4, r"2 key heads, .* are divided by 1, 2 alone"),
+        ({"vocab_size": 259}, 2, r"259 tokens of the vocabulary, which are divided by 1 alone"),
+        ({"model_type": "olmo2", "vocab_size": 260}, 2, r"norms all heads of a token together"),
+    ],
+)
+def test_model_that_has_no_such_parts_is_refused(
+    changes: dict[str, Any],
+    size: int,
+    told: str,
+    tmp_path: Path,
+    make_model_folder: Callable[..., Path],
+) -> None:
+    folder = make_model_folder(tmp_path / "model", **changes)
+    train = TrainConfig(tensor_ranks=size)
+    config = RunConfig(model=str(folder), data="D", out="R", train=train)
+    with pytest.raises(InputError, match=rf"train\.tensor_ranks = {size}: .*{told}"):
+        check_parts(config, find_models(config))
+
+
+def start_as(rank: int, count: int, local_count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process be one of several."""
+    numbers = {
+        "RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": local_count,
+    }  # fmt: skip
+    for name, number in numbers.items():
+        monkeypatch.setenv(name, str(number))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
     ("count", "local_count", "is_refused"), [(4, 4, True), (5, 2, True), (4, 2, False)]
 )
 def test_copies_between_machines_need_several_equal_ones(
     count: int, local_count: int, is_refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    numbers = {"RANK": 0, "WORLD_SIZE": count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": local_count}
-    for name, number in numbers.items():
-        monkeypatch.setenv(name, str(number))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    start_as(0, count, local_count, monkeypatch)
     config = RunConfig(model="M", data="D", out="R", train=TrainConfig(parallel="hybrid"))
     if is_refused:
         with pytest.raises(InputError, match=r"hybrid does not go with one machine, or unequal"):
             kind_of_ranks(config)
     else:
-        assert kind_of_ranks(config).__name__ == "HybridRanks"
+        assert kind_of_ranks(config) is HybridRanks
+
+
+# --- what goes over the links -------------------------------------------------------------------
+
+
+def shape(layers: int, hidden: int, inner: int, heads: int, vocabulary: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "num_hidden_layers": layers, "hidden_size": hidden,
+        "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": 8,
+        "vocab_size": vocabulary, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+SHAPES = {
+    "8B": shape(32, 4096, 14336, 32, 128256),
+    "32B": shape(64, 5120, 27648, 40, 152064),
+    "70B": shape(80, 8192, 28672, 64, 128256),
+}
+VOLUMES = {
+    name: {"count": count, "parallel": parallel, "tensor_ranks": size, "shape": SHAPES[model]}
+    for name, model, count, parallel, size in (
+        ("8B on 8", "8B", 8, "shard", 1),
+        ("32B on 32", "32B", 32, "hybrid", 1),
+        ("70B on 64", "70B", 64, "shard", 1),
+        ("8B, 2 x 4", "8B", 8, "data", 4),
+        ("70B, 8 x 8", "70B", 64, "shard", 8),
+    )
+}
+MICRO_BATCH, ANSWERS = 2048, 512  # tokens
+
+
+@pytest.fixture(scope="module")
+def volumes(
+    launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, int]]:
+    """What a rank holds and exchanges."""
+    launched = Launched(launcher, tmp_path_factory.mktemp("volumes"), [])
+    code = (RANKS / "volumes.py").read_text(encoding="utf-8")
+    arguments, folder = [json.dumps(VOLUMES)], str(launched.folder)
+    launched.pids = launched.ask(
+        {"count": 1, "code": code, "arguments": arguments, "folder": folder}
+    )
+    codes, stdout, stderr = launched.ended()
+    assert codes == [0], stderr
+    found: dict[str, dict[str, int]] = json.loads(stdout)
+    return found
+
+
+def test_parts_of_a_model_are_put_together_twice_and_their_gradients_summed_once(
+    volumes: dict[str, dict[str, int]],
+) -> None:
+    """12 bytes for a parameter of a block and 8 for one outside, of each micro-batch."""
+    for name, parts, machines in (("8B on 8", 8, 1), ("32B on 32", 8, 4), ("70B on 64", 64, 1)):
+        found, model = volumes[name], SHAPES[name.partition(" ")[0].strip(",")]
+        outside = (2 * model["vocab_size"] + 1) * model["hidden_size"]
+        of_blocks = found["whole"] - outside
+        assert found["held"] == found["whole"] // parts
+        assert found["allgather_base"] == 8 * of_blocks + 4 * outside
+        assert found["reduce_scatter_base"] == 4 * found["whole"]
+        assert found.get("allreduce", 0) == (4 * found["held"] if machines > 1 else 0)
+
+
+def test_matrices_in_parts_sum_hidden_states_and_exchange_no_logits(
+    volumes: dict[str, dict[str, int]],
+) -> None:
+    """Four sums of hidden states a layer, one of embeddings, one of the answers' gradients."""
+    for name, size, parts in (("8B, 2 x 4", 4, 1), ("70B, 8 x 8", 8, 8)):
+        found, model = volumes[name], SHAPES[name.partition(" ")[0].strip(",")]
+        layers, hidden = model["num_hidden_layers"], model["hidden_size"]
+        whole_on_each = (2 * layers + 1) * hidden  # the norms
+        assert found["held"] * parts == (found["whole"] - whole_on_each) // size + whole_on_each
+        numbers = ANSWERS * (4 + 4 * 4 + 8)  # the top, four sums, and where the top is
+        sums = 4 * hidden * ((4 * layers + 1) * MICRO_BATCH + ANSWERS)
+        assert found["allreduce"] == sums + numbers
+        assert ("allgather_base" in found) == (parts > 1)
 
 
 LARGE = """

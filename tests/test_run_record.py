@@ -149,7 +149,7 @@ def test_samples_are_what_generate_writes_before_and_after(config: RunConfig) ->
 
 def test_samples_change_neither_weights_nor_metrics(config: RunConfig, tmp_path: Path) -> None:
     without = trained(config)
-    options = {"samples": 3, "activation_checkpointing": True}
+    options = {"samples": 3, "recompute": "layer"}
     with_samples = trained(changed(config, out=tmp_path / "other", **options))
     assert not (without / "samples.jsonl").exists()
     assert weights(with_samples) == weights(without)
@@ -184,3 +184,5 @@ def test_samples_need_held_out_pairs_and_whole_models(config: RunConfig) -> None
         replace(changed(config, samples=2, eval_every=None), eval_split=None)
     with pytest.raises(InputError, match=r"train\.samples needs train\.parallel = data, which is"):
         changed(config, samples=2, parallel="shard")
+    with pytest.raises(InputError, match=r"train\.samples needs train\.tensor_ranks = 1, which is"):
+        changed(config, samples=2, tensor_ranks=2)

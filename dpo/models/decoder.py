@@ -20,7 +20,7 @@ from dpo.models.experts import SparseMLP
 from dpo.models.gating import gated
 from dpo.models.norms import make_norm, make_query_key_norm
 from dpo.models.rope import Rotation, rotation
-from dpo.policy import OutputHead
+from dpo.policy import WHOLE, OutputHead
 from dpo.routing import RouterUse, total_use, use_of
 from dpo.segments import AttentionPlan, Segments, TokenStream
 
@@ -42,6 +42,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.vocabulary = WHOLE  # whose rows the output projection has
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -77,7 +78,10 @@ class Decoder(nn.Module):
         """Return the output projection."""
         config = self.config
         return OutputHead(
-            self.lm_head.weight, scale=config.logit_scale, softcap=config.logit_softcap
+            self.lm_head.weight,
+            scale=config.logit_scale,
+            softcap=config.logit_softcap,
+            vocabulary=self.vocabulary,
         )
 
 

@@ -231,19 +231,22 @@ def save_model(
     ranks = ranks or Ranks()
     ranks.take_apart(model)
     parameters = dict(model.named_parameters())
-    shards = _split(_stored(model).values(), parameters, max_shard_bytes)
+    with torch.device("meta"):  # ranks may hold parts of smaller shapes
+        shapes = Decoder(model.config).to(next(iter(parameters.values())).dtype)
+    whole_parameters = dict(shapes.named_parameters())
+    shards = _split(_stored(shapes).values(), whole_parameters, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else SINGLE
         here = dict.fromkeys(part.parameter for each in shard for part in each.parts)
-        whole = {parameter: ranks.whole(parameters[parameter]) for parameter in here}
+        whole = {name: ranks.whole(parameters[name], name) for name in here}
         if ranks.is_first:
             write_tensors(folder / name, {each.name: each.join(whole) for each in shard})
         weight_map |= dict.fromkeys([each.name for each in shard], name)
     if not ranks.is_first:
         return
     if len(shards) > 1:
-        size = sum(tensor.nbytes for tensor in parameters.values())
+        size = sum(tensor.nbytes for tensor in whole_parameters.values())
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     dtype = str(next(iter(parameters.values())).dtype).removeprefix("torch.")
     source = dict(model.config.source)

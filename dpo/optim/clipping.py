@@ -32,7 +32,7 @@ def clip_gradients(
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     # The public get_total_norm would round the norm of bfloat16 gradients to three digits.
     norms = torch._foreach_norm(gradients, 2, dtype)  # pyright: ignore[reportPrivateImportUsage]
-    norm = ranks.joint_norm(torch.linalg.vector_norm(torch.stack(norms)), with_gradient)
+    norm = ranks.joint_norm(torch.stack(norms), with_gradient)
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils does
         torch._foreach_mul_(gradients, scale)  # pyright: ignore[reportPrivateImportUsage]

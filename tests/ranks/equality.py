@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from dpo.models import Decoder, init_model, parse_config
 from dpo.models.transforms import recompute
 from dpo.ranks import Ranks
 from dpo.sharding import HybridRanks, ShardedRanks
+from dpo.tensor_parallel import TensorRanks
 from dpo.tokenized_pairs import TokenizedPair, TokenizedPairs, columns_of
 from dpo.train_config import TrainConfig
 from dpo.trainer import NonFiniteError, Trainer
@@ -55,6 +57,8 @@ class Case:
         experts: whether the model has some.
         is_sharded: whether each rank holds a part of the model.
         machines: that the ranks are on, each with all parts of it; 0 for one copy over all.
+        tensor_ranks: ranks that share a model and the pairs.
+        model: entries of its config.json, beside the usual ones.
         short_rank: the rank that finds no memory for more than 60 tokens; None for none.
         is_poisoned: whether some rows have a loss that is not finite.
     """
@@ -71,6 +75,8 @@ class Case:
     experts: bool = False
     is_sharded: bool = False
     machines: int = 0
+    tensor_ranks: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
     short_rank: int | None = None
     is_poisoned: bool = False
 
@@ -80,7 +86,7 @@ def make_model(case: Case, seed: int) -> Decoder:
         "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "max_position_embeddings": 128, "tie_word_embeddings": True,
-        **(EXPERTS if case.experts else {}),
+        **(EXPERTS if case.experts else {}), **case.model,
     }  # fmt: skip
     model = init_model(parse_config(config), seed=seed, dtype=getattr(torch, case.dtype))
     generator = torch.Generator().manual_seed(seed)
@@ -88,6 +94,8 @@ def make_model(case: Case, seed: int) -> Decoder:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.1, generator=generator)
+            else:
+                parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator))
     return model
 
 
@@ -159,8 +167,7 @@ def make_trainer(case: Case, ranks: Ranks) -> Trainer:
         reference = before.batches.reference
         mismatched = before.mismatched.reference if before.mismatched else None
     policy: Any = make_model(case, seed=0)
-    if case.is_sharded:
-        ranks.prepare(policy)
+    ranks.prepare(policy)
     if case.lora:
         add_adapter(policy, Adapter(4, 8.0), targets=case.lora, seed=0)
     if case.keeps_no_activations:
@@ -219,12 +226,15 @@ def difference(found: float, expected: float) -> float:
 
 def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
     """Run a case on all ranks and, on the first, alone; say how far apart they are."""
+    assert isinstance(ranks, JoinedRanks)
+    kind: Any = JoinedRanks
     if case.is_sharded:
-        assert isinstance(ranks, JoinedRanks)
-        launch = Launch.of_environment()
         kind = HybridRanks if case.machines else ShardedRanks
-        launch = replace(launch, local_count=launch.count // max(1, case.machines))
-        ranks = kind(launch, ranks._store, ranks.device)
+    if case.tensor_ranks > 1:
+        kind = partial(TensorRanks, size=case.tensor_ranks, kind=kind)
+    launch = Launch.of_environment()
+    launch = replace(launch, local_count=launch.count // max(1, case.machines))
+    ranks = kind(launch, ranks.store, ranks.device)
     found = run(case, ranks)
     notes, are_equal = (
         int(ranks.max(len(found.notes))),
@@ -233,7 +243,7 @@ def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
     if not ranks.is_first:
         return {}
     alone, before = run(case, Ranks()), make_trainer(case, Ranks()).module
-    missing = {"health/update_ratio"} if case.is_sharded else set()
+    missing = {"health/update_ratio"} if ranks.in_step else set()
     apart = [
         (difference(line[name], value), f"line {number}: {name}")
         for number, (line, expected) in enumerate(zip(found.lines, alone.lines, strict=True))
