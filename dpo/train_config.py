@@ -359,9 +359,8 @@ class TrainConfig:
             ("dtype", ("bfloat16",)),
             ("optimizer", ("adamw", "lion")),
             ("parallel", ("data",)),
+            ("tensor_ranks", (1,)),
         ):
             if (value := getattr(self, name)) not in ones:
-                yield (
-                    f"train.stochastic_rounding is for train.{name} = {' or '.join(ones)}, which "
-                    f"is {value}"
-                )
+                allowed = " or ".join(map(str, ones))
+                yield f"train.stochastic_rounding is for train.{name} = {allowed}, which is {value}"

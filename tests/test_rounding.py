@@ -164,6 +164,10 @@ def test_resumed_run_equals_unbroken_run_bit_for_bit(
             {"dtype": "bfloat16", "parallel": "shard"},
             r"train\.stochastic_rounding is for train\.parallel = data, which is shard",
         ),
+        (
+            {"dtype": "bfloat16", "tensor_ranks": 2},
+            r"train\.stochastic_rounding is for train\.tensor_ranks = 1, which is 2",
+        ),
     ],
 )
 def test_it_is_refused_where_it_would_be_ignored(options: Any, message: str) -> None:
