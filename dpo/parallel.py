@@ -55,7 +55,6 @@ def kind_of_ranks(config: RunConfig) -> KindOfRanks:
         "train.ema_decay": train.ema_decay is not None and train.parallel != "data",
         "train.dtype = fp16-mixed": train.dtype == "fp16-mixed",
         "train.compile": train.compile,
-        "train.stochastic_rounding": train.stochastic_rounding,
         "train.offload_activations": train.offload_activations,
         "adapter.kind = dora": config.adapter.kind == "dora",
         "adapter.quantize": config.adapter.quantize is not None,

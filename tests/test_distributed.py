@@ -675,7 +675,6 @@ def test_experts_cannot_be_in_parts(
         (4, {"parallel": "hybrid"}, "train.parallel = hybrid: take data or shard"),
         (4, {"optimizer": "muon"}, "train.optimizer = muon"),
         (4, {"compile": True}, "train.compile"),
-        (4, {"dtype": "bfloat16", "stochastic_rounding": True}, "train.stochastic_rounding"),
         (4, {"offload_activations": True}, "train.offload_activations"),
         (4, {"parallel": "shard", "ema_decay": 0.5}, "train.ema_decay"),
         (4, {"optimizer": "adamw8bit"}, "take adamw or lion or schedule-free"),
