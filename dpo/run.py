@@ -31,7 +31,7 @@ from dpo.checkpoint import (
     save_checkpoint,
 )
 from dpo.config import RunConfig
-from dpo.device import choose_device, explained_lack_of_memory
+from dpo.device import choose_device, describe_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
 from dpo.distributed import joined_ranks
 from dpo.duration import seconds_of
@@ -561,7 +561,10 @@ class _Run:
             atomic_directory(self.folder / "model", replace=True) as model_folder,
             self.trainer.averaged_weights(),
         ):
-            write_trained_model(model_folder, *known, self._evaluations(), ranks=self.ranks)
+            hardware = describe_device(self.trainer.device, count=self.ranks.count)
+            write_trained_model(
+                model_folder, *known, self._evaluations(), ranks=self.ranks, hardware=hardware
+            )
             if self.samples is not None:
                 self.samples.write_after(policy)
         write_report(self.folder)

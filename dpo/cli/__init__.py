@@ -71,6 +71,9 @@ COMMANDS = {
     "merge": Entry(
         "dpo.cli.merge:merge", "Write the plain model that an adapter makes of its base."
     ),
+    "push": Entry(
+        "dpo.cli.push:push", "Push the model of a run to the Hugging Face Hub, with its card."
+    ),
     "generate": Entry(
         "dpo.cli.generate:generate", "Continue a text or answer a message with a saved model."
     ),
