@@ -90,6 +90,10 @@ COMMANDS = {
         "dpo.eval.cli:compare",
         "Compare two POLICIES on the same decisions, or rank several; or compare two scored files.",
     ),
+    "convert-config": Entry(
+        "dpo.cli.convert_config:convert_config",
+        "Translate a DPO configuration of TRL or LLaMA-Factory, YAML or JSON, to our TOML.",
+    ),
     "doctor": Entry(
         "dpo.cli.doctor:doctor",
         "Say what is installed, which devices there are, and train for a moment on each.",
