@@ -1,7 +1,9 @@
 """``dpo doctor``: what is installed, and whether training is sound here."""
 
 import math
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -55,3 +57,8 @@ def test_unsound_training_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 1
     assert "NOT SOUND" in result.output
     assert result.stderr == "Error: training is not sound on cpu in float32\n"
+
+
+def test_every_extra_but_that_of_the_tests_is_told() -> None:
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    assert {*doctor.EXTRAS, "test"} == set(settings["project"]["optional-dependencies"])

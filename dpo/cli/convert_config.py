@@ -7,13 +7,7 @@ import click
 from dpo.convert_config import PEERS
 
 
-@click.command(
-    "convert-config",
-    epilog="""\b
-Examples:
-  dpo convert-config dpo.yaml > run.toml
-  dpo train --config run.toml --data pairs.jsonl --out run""",
-)
+@click.command("convert-config")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option(
     "--from", "peer", type=click.Choice(list(PEERS)), help="Whose it is  [default: by its options]."

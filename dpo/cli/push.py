@@ -5,12 +5,7 @@ from pathlib import Path
 import click
 
 
-@click.command(
-    epilog="""\b
-Examples:
-  dpo push run OWNER/NAME --private
-  dpo push run/model OWNER/NAME --revision seed-1"""
-)
+@click.command
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("hub_id")
 @click.option("--private", "is_private", is_flag=True, help="Make it for its owner alone.")
