@@ -3,12 +3,11 @@
 import json
 import os
 import resource
-import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import click
 import pytest
 from click.shell_completion import ShellComplete, get_completion_class
 from click.testing import CliRunner
@@ -38,19 +37,11 @@ def test_every_command_has_a_topic_and_examples_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_example_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_is_understood(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, understand: Callable[[str], None]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    words = shlex.split(line.split(" > ")[0].split("| ")[-1])
-    if words[0] == "torchrun":
-        words = words[words.index("dpo") :]
-    context: click.Context = click.Context(main)
-    command: click.Command = main
-    arguments = words[1:]
-    while isinstance(command, click.Group) and arguments and arguments[0][0] != "-":
-        _, found, arguments = command.resolve_command(context, arguments)
-        assert found is not None
-        command = found
-    command.make_context(words[-1], arguments)
+    understand(line)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
