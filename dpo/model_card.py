@@ -12,7 +12,7 @@ from typing import Final
 from dpo.adapter_files import AdapterFolder, is_adapter, read_adapter
 from dpo.config import RunConfig
 from dpo.files import atomic_write
-from dpo.hub import is_dataset_id
+from dpo.hub import PAIR_SUFFIXES, is_dataset_id
 from dpo.losses import LOSSES, Loss, Mixture
 from dpo.train_config import TrainConfig
 
@@ -134,7 +134,11 @@ def _front_matter(
     import yaml
 
     is_local = Path(base).exists() or Path(base).is_absolute()
-    sets = [name for name in config.sources if is_dataset_id(name) and not Path(name).exists()]
+    sets = [
+        name
+        for name in config.sources
+        if is_dataset_id(name) and not name.endswith(PAIR_SUFFIXES) and not Path(name).exists()
+    ]
     told: dict[str, object] = {"library_name": "transformers" if adapter is None else "peft"}
     if not is_local:
         told["base_model"] = base

@@ -101,7 +101,8 @@ def export_checkpoint(config: RunConfig, out: Path, *, step: int | None = None) 
         restore_optimizer(optimizer, policy, checkpoint.tensors["optimizer"])
         evaluations = read_evaluations(Path(config.out), up_to=checkpoint.step)
         with averaged_weights(optimizer):
-            write_trained_model(temporary, policy, config, models, evaluations)
+            hardware = checkpoint.state.get("hardware")
+            write_trained_model(temporary, policy, config, models, evaluations, hardware=hardware)
     return checkpoint.step
 
 
