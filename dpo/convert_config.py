@@ -65,7 +65,6 @@ class Cannot:
 
 Rule = To | Same | Joined | Cannot
 
-_TRACKERS = Cannot("metrics go to metrics.jsonl and report.html in the run folder")
 _TRAINING: Final[Mapping[str, Rule]] = {  # of transformers.TrainingArguments, which both build on
     "output_dir": To("out"),
     "learning_rate": To("train.learning_rate"),
@@ -108,8 +107,8 @@ _TRAINING: Final[Mapping[str, Rule]] = {  # of transformers.TrainingArguments, w
     "ddp_find_unused_parameters": Same(),
     "gradient_checkpointing_kwargs": Same(),
     "use_liger_kernel": Same(),
-    "report_to": _TRACKERS,
-    "run_name": _TRACKERS,
+    "report_to": Joined(),
+    "run_name": Cannot("a run is called by its folder, out"),
     "push_to_hub": Cannot("push afterwards: dpo push RUN OWNER/NAME"),
     "hub_model_id": Cannot("push afterwards: dpo push RUN OWNER/NAME"),
     "resume_from_checkpoint": Cannot("checkpoints of a peer are not read"),
@@ -382,6 +381,10 @@ def _join_training(given: Given, processes: int, made: _Translation) -> None:
         made.set("train.epochs", int(float(epochs)), "num_train_epochs")
     else:
         made.note("num_train_epochs", f"{epochs} is no whole number: give train.steps")
+    trackers = given.get("report_to") or "none"
+    if trackers not in ("none", "all", ["none"], ["all"]):
+        names = trackers if isinstance(trackers, str) else ",".join(map(str, _list(trackers)))
+        made.set("train.track", names, "report_to")
     _join_warmup(given, made)
     _join_saving(given, made)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +14,7 @@ from dpo.config import RunConfig
 from dpo.files import atomic_write
 from dpo.hub import PAIR_SUFFIXES, is_dataset_id
 from dpo.losses import LOSSES, Loss, Mixture
+from dpo.report import interval
 from dpo.train_config import TrainConfig
 
 CARD: Final = "README.md"
@@ -102,7 +103,17 @@ def write_model_card(
     ]
     if evaluations:
         shown = headline(evaluations[0], evaluations[-1])
-        rows = [(name, f"{before:.4f}", f"{after:.4f}") for name, before, after in shown]
+        told = evaluations[0], evaluations[-1]
+        rows = [
+            (
+                name,
+                *(
+                    f"{end[f'eval/{name}']:.4f} {interval(end, f'eval/{name}')}".strip()
+                    for end in told
+                ),
+            )
+            for name, _, _ in shown
+        ]
         lines += ["## Measured", "", *_table(("held-out pairs", "before", "after"), rows)]
     lines += ["## Method", "", "Direct Preference Optimization:", "", _DPO_CITATION, ""]
     atomic_write(folder / CARD, "\n".join(lines))
@@ -165,9 +176,7 @@ def _options(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"`{name}`", f"`{value}`"
 
 
-def _table(
-    head: Sequence[str], rows: Iterator[tuple[str, ...]] | list[tuple[str, str, str]]
-) -> list[str]:
+def _table(head: Sequence[str], rows: Iterable[tuple[str, ...]]) -> list[str]:
     lines = [head, ["---"] * len(head), *dict.fromkeys(rows)]
     return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
 

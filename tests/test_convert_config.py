@@ -58,6 +58,7 @@ def test_defaults_of_llama_factory_are_written_where_they_differ(tmp_path: Path)
         ({"learning_rate": "5e-7"}, {"train.learning_rate": 5e-7}),  # YAML takes it for a text
         ({"max_steps": 7}, {"train.steps": 7, "train.epochs": None}),
         ({"warmup_steps": 12}, {"train.warmup_steps": 12}),
+        ({"report_to": ["wandb", "tensorboard"]}, {"train.track": "wandb,tensorboard"}),
         ({"max_grad_norm": 0}, {"train.max_grad_norm": None}),
         ({"bf16": False}, {"train.dtype": "float32"}),
         ({"dtype": "bfloat16"}, {"train.dtype": "bfloat16"}),
@@ -133,7 +134,7 @@ def test_option_of_llama_factory_becomes_ours(
     ("options", "note"),
     [
         ({"learnig_rate": 1}, "learnig_rate: unknown to this converter"),
-        ({"report_to": "wandb"}, "report_to: 'wandb' is left out: "),
+        ({"run_name": "mine"}, "run_name: 'mine' is left out: a run is called by its folder"),
         ({"num_train_epochs": 0.5}, "num_train_epochs: 0.5 is no whole number: give train.steps"),
         ({"warmup_ratio": 0.1}, "warmup_ratio: give train.warmup_steps: 0.1 of the steps"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: polynomial has no counterpart"),

@@ -19,7 +19,7 @@ def test_it_tells_versions_devices_extras_and_trains() -> None:
     for said in (
         f"dpo-engine {metadata.version('dpo-engine')}, Python 3.",
         f"torch {metadata.version('torch')}",
-        f"parquet   pyarrow {metadata.version('pyarrow')} (Parquet files in and out)",
+        f"parquet     pyarrow {metadata.version('pyarrow')} (Parquet files in and out)",
         "caches  ",
     ):
         assert said in result.output
@@ -31,7 +31,7 @@ def test_it_tells_versions_devices_extras_and_trains() -> None:
 def test_a_missing_extra_tells_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "EXTRAS", {"sky": ("no-such-package", "clouds")})
     lines = list(doctor.describe_installation())
-    assert "  sky       missing: pip install 'dpo-engine[sky]' (clouds)" in lines
+    assert "  sky         missing: pip install 'dpo-engine[sky]' (clouds)" in lines
 
 
 @pytest.mark.parametrize(

@@ -149,3 +149,12 @@ def test_use_in_the_card_runs_as_it_stands(
     code = text.split("```python\n")[1].split("```")[0]
     exec(code.replace('"OWNER/NAME"', repr(str(model_folder))), {})
     assert capsys.readouterr().out.startswith("Hello")
+
+
+def test_card_shows_intervals_where_standard_errors_are_known(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    end = {"eval/loss": 0.5, "eval/loss_se": 0.1}
+    write_model_card(tmp_path, config, [{"eval/loss": 0.7}, end])
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| loss | 0.7000 | 0.5000 [0.304, 0.696] |\n" in text

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from dpo.cli import main
-from dpo.report import CHARTS
+from dpo.report.charts import CHARTS
 
 PAGE = (Path(__file__).parents[1] / "dpo/RECIPES.md").read_text(encoding="utf-8")
 RECIPES = {
@@ -94,6 +94,6 @@ def test_feedback_becomes_a_data_set(folder: Path) -> None:
 
 
 def test_every_chart_of_the_report_is_explained() -> None:
-    told = re.findall(r"^\| ([\w -]+) \|", PAGE, re.MULTILINE)
+    told = re.findall(r"^\| ([\w ,-]+) \|", PAGE.lower(), re.MULTILINE)
     titles = [chart.title.split(" (")[0].lower() for chart in CHARTS]
-    assert [title for title in titles if title not in told and title != "pairs per second"] == []
+    assert [title for title in titles if not any(title in each for each in told)] == []

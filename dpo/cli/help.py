@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 TOPICS: Mapping[str, tuple[str, ...]] = {
     "Begin": ("demo", "doctor", "plan"),
-    "Train": ("train", "resume", "checkpoint", "reference", "weigh"),
+    "Train": ("train", "resume", "checkpoint", "sweep", "reference", "weigh"),
     "Use": ("generate", "score", "merge", "push"),
     "From feedback to a policy": ("data", "train-policy"),
-    "Is it better, how fast": ("eval", "compare", "bench"),
+    "Is it better, how fast": ("eval", "compare", "report", "bench"),
     "Beside": ("convert-config", "completion"),
 }
 EXAMPLES: Mapping[str, tuple[str, ...]] = {
@@ -32,6 +32,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "dpo checkpoint verify run",
         "dpo checkpoint export run --step 100 --out model",
     ),
+    "sweep": (
+        "dpo sweep --config run.toml --beta 0.05,0.1,0.3 --learning-rate 1e-6,5e-6 --out grid",
+    ),
+    "report": ("dpo report run", "dpo report run-a run-b --out runs.html"),
     "plan": ("dpo plan --model Qwen/Qwen3-0.6B --data pairs.jsonl --batch-size 64",),
     "score": (
         "dpo score --model run/model --reference Qwen/Qwen3-0.6B --data held.jsonl --out s.jsonl",
