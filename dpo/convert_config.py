@@ -129,7 +129,7 @@ _TRL: Final[Mapping[str, Rule]] = {
     "max_length": To("tokenize.max_length"),
     "max_prompt_length": To("tokenize.max_prompt_length"),
     "truncation_mode": To("tokenize.truncation", _TRUNCATION),
-    "gradient_checkpointing": To("train.activation_checkpointing"),
+    "gradient_checkpointing": To("train.recompute", {"True": "layer", "False": "none"}),
     "router_aux_loss_coef": To("train.router_loss"),
     "dtype": Joined(),
     "torch_dtype": Joined(),
@@ -165,7 +165,7 @@ _TRL: Final[Mapping[str, Rule]] = {
     "attn_implementation": Same(),
     "pad_to_multiple_of": Same(),
     "dataset_streaming": Same(),
-    "activation_offloading": Cannot("train.activation_checkpointing keeps fewer of them"),
+    "activation_offloading": To("train.offload_activations"),
     "trust_remote_code": Cannot("no code of a model is run"),
     "model_init_kwargs": Cannot("give what it says by options of its own"),
     "dataset_config": Cannot("name its files by data_split, as in FOLDER/train"),
@@ -560,8 +560,8 @@ def _join_llama_factory(given: Given, processes: int, made: _Translation) -> Non
     _join_training(given, processes, made)
     _join_numerics(given, "bfloat16" if given.get("pure_bf16") else None, made)
     made.set(
-        "train.activation_checkpointing",
-        not given.get("disable_gradient_checkpointing"),
+        "train.recompute",
+        "none" if given.get("disable_gradient_checkpointing") else "layer",
         "disable_gradient_checkpointing",
     )
     made.set("tokenize.truncation", "keep-start", "cutoff_len")

@@ -35,7 +35,7 @@ def test_defaults_of_trl_are_written_where_they_differ(tmp_path: Path) -> None:
     config = loaded(tmp_path, TRL)
     assert (config.model, config.data, config.data_split) == ("owner/model", "owner/pairs", "train")
     assert (config.train.batch_size, config.train.epochs, config.train.seed) == (8, 3, 42)
-    assert (config.train.dtype, config.train.activation_checkpointing) == ("bf16-mixed", True)
+    assert (config.train.dtype, config.train.recompute) == ("bf16-mixed", "layer")
     assert (config.tokenize.max_length, config.tokenize.truncation) == (1024, "keep-start")
     assert (config.loss.name, config.loss.options["beta"]) == ("sigmoid", 0.1)
     assert (config.train.log_every, config.train.save_every) == (10, 500)
@@ -48,7 +48,7 @@ def test_defaults_of_llama_factory_are_written_where_they_differ(tmp_path: Path)
     assert (config.adapter.kind, config.adapter.rank, config.adapter.alpha) == ("lora", 8, 16)
     assert config.adapter.targets is None
     assert config.tokenize.max_length == 2048
-    assert config.train.activation_checkpointing
+    assert config.train.recompute == "layer"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_option_of_trl_becomes_ours(
         }),
         ({"pure_bf16": True}, {"train.dtype": "bfloat16"}),
         ({"ref_model": "owner/ref"}, {"reference": "owner/ref"}),
-        ({"disable_gradient_checkpointing": True}, {"train.activation_checkpointing": False}),
+        ({"disable_gradient_checkpointing": True}, {"train.recompute": None}),
     ],
 )  # fmt: skip
 def test_option_of_llama_factory_becomes_ours(
