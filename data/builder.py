@@ -47,21 +47,43 @@ FILTERS = tuple(FilterCounts.__dataclass_fields__)[:-1]  # all but max_examples,
 def build_extraction_dataset(
     feedback: Source, **options: Unpack[BuildKeywords]
 ) -> Dataset[ExtractionState, ExtractionAction]:
-    """Build the data set of the extraction policy; see `build_dataset`."""
+    """Build the data set of the extraction policy; see `build_dataset`.
+
+    Example:
+        >>> from dpo import build_extraction_dataset
+        >>> dataset = build_extraction_dataset("feedback.db", eval_split=0.2, split_by="group")
+        >>> dataset.stats.train_examples > dataset.stats.eval_examples > 0
+        True
+    """
     return build_dataset(feedback, EXTRACTION, _options(options))
 
 
 def build_retrieval_dataset(
     feedback: Source, **options: Unpack[BuildKeywords]
 ) -> Dataset[RetrievalState, RetrievalAction]:
-    """Build the data set of the retrieval policy; see `build_dataset`."""
+    """Build the data set of the retrieval policy; see `build_dataset`.
+
+    Example:
+        >>> from dpo import build_retrieval_dataset
+        >>> len(build_retrieval_dataset("feedback.db", split_by="group").train) > 0
+        True
+    """
     return build_dataset(feedback, RETRIEVAL, _options(options))
 
 
 def build_consolidation_dataset(
     feedback: Source, **options: Unpack[BuildKeywords]
 ) -> Dataset[ConsolidationState, ConsolidationAction]:
-    """Build the data set of the consolidation policy; see `build_dataset`."""
+    """Build the data set of the consolidation policy; see `build_dataset`.
+
+    Example:
+        >>> from dpo import build_consolidation_dataset
+        >>> dataset = build_consolidation_dataset(
+        ...     "feedback.db", split_by="group", remove_crossing="prompt"
+        ... )
+        >>> len(dataset.train) > 0
+        True
+    """
     return build_dataset(feedback, CONSOLIDATION, _options(options))
 
 

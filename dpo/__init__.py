@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dpo.preferences import read_pairs as read_pairs
     from dpo.preferences import write_pairs as write_pairs
     from dpo.reference import ReferenceCache as ReferenceCache
+    from dpo.score import reference_log_probs as reference_log_probs
     from dpo.score import score_pairs as score_pairs
     from dpo.tokenization import tokenize_pairs as tokenize_pairs
     from dpo.tokenizer import load_tokenizer as load_tokenizer
@@ -55,6 +56,7 @@ _HOMES = {
     "load_tokenizer": "dpo.tokenizer",
     "losses": "dpo",
     "read_pairs": "dpo.preferences",
+    "reference_log_probs": "dpo.score",
     "score_pairs": "dpo.score",
     "tokenize_pairs": "dpo.tokenization",
     "train_consolidation_policy": "dpo.eval.policy_training",

@@ -147,6 +147,13 @@ def collate(
             of once per answer; the result is the same.
         multiple_of: fill the stream with tokens nobody attends to up to a multiple of this, because
             matrix products of odd sizes are slow on tensor cores and AMX.
+
+    Example:
+        >>> from dpo import collate, load_tokenizer, read_pairs, tokenize_pairs
+        >>> pairs = tokenize_pairs(read_pairs("pairs.jsonl"), load_tokenizer("model")).pairs
+        >>> batch = collate([pairs[0], pairs[1]], multiple_of=1)
+        >>> batch.texts.stream.input_ids.shape  # two prompts of 7, each with answers of 3 and 4
+        torch.Size([28])
     """
     texts = collate_answers(
         [(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)) for pair in pairs],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,19 @@ def choose_device(config: TrainConfig) -> torch.device:
     # older names, which its compiler still does.
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     return device
+
+
+def describe_device(device: torch.device, *, count: int = 1) -> str:
+    """Say what a device is, without naming the machine.
+
+    Args:
+        device: one of ``count`` that train together.
+        count: processes, each with a device of its own.
+    """
+    name = f"a CPU ({platform.machine()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return name if count == 1 else f"{name}, {count} processes"
 
 
 def _own_gpu() -> torch.device:

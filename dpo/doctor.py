@@ -26,6 +26,9 @@ from dpo.trainer import Trainer
 PACKAGES = ("torch", "tokenizers", "safetensors", "huggingface-hub", "numpy", "jinja2", "click")
 EXTRAS = {  # extra: the package that it brings, and what for
     "parquet": ("pyarrow", "Parquet files in and out"),
+    "mlflow": ("mlflow-skinny", "metrics to MLflow"),
+    "tensorboard": ("tensorboard", "metrics to TensorBoard"),
+    "wandb": ("wandb", "metrics to Weights & Biases"),
     "postgres": ("psycopg", "feedback stores in PostgreSQL"),
 }
 STEPS = 10
@@ -80,7 +83,7 @@ def describe_installation() -> Iterator[str]:
     yield from _gpus()
     yield "extras"
     for extra, (package, use) in EXTRAS.items():
-        yield f"  {extra:<10}{_extra(extra, package)} ({use})"
+        yield f"  {extra:<12}{_extra(extra, package)} ({use})"
     yield f"caches  {cache_folder('reference').parent}"
 
 

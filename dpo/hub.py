@@ -1,4 +1,4 @@
-"""Models and data sets from the Hugging Face Hub, at a pinned revision, through its cache.
+"""Models and data sets from the Hugging Face Hub, at a pinned revision, and models to it.
 
 Only files that cannot run code are fetched: safetensors, JSON, chat templates; never a pickle. The
 environment is huggingface-hub's: ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``.
@@ -8,17 +8,33 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.errors import InputError, RunError
 
 PAIR_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
-_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja"]
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "README.md"]  # the card names the licence
 _NOT_MODEL_FILES = ["*/*", "consolidated*"]  # other formats, and a second copy of the weights
 _NOT_PAIR_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _SHARD = re.compile(r"-\d+-of-(\d+)(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where a model is pushed to.
+
+    Attributes:
+        name: ``owner/name``; made if it is not there.
+        is_private: whether it is made for its owner's eyes alone.
+        revision: a branch, which is made if it is not there; None: the main one.
+    """
+
+    name: str
+    is_private: bool = False
+    revision: str | None = None
 
 
 def is_dataset_id(name: str) -> bool:
@@ -168,6 +184,73 @@ def _refuse_missing_shards(names: list[str], what: str) -> None:
     counts = [int(found[1]) for found in map(_SHARD.search, names) if found]
     if counts and len(names) != max(counts):
         raise InputError(f"{what} has {len(names)} of {max(counts)} files")
+
+
+def push_files(folder: Path, destination: Destination) -> str:
+    """Upload the files of a folder as one commit, and return its address.
+
+    The token is that of huggingface-hub: ``HF_TOKEN``, or what ``hf auth login`` has stored.
+
+    Raises:
+        InputError: there is no token, it may not write there, the name is none of the Hub's, the
+            card is not valid, or a public repository was asked to be private.
+        RunError: the Hub cannot be reached, or answered with an error of its own.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    _refuse_links_out(folder)
+    if get_token() is None:
+        raise InputError("there is no token for the Hub: set HF_TOKEN, or call hf auth login")
+    name, api = destination.name, HfApi()
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    with _explained_push(name):
+        if not api.repo_exists(name):
+            api.create_repo(name, private=destination.is_private)
+        elif destination.is_private and not api.model_info(name).private:
+            raise InputError(f"{name} is there already and public: nothing was pushed")
+        if destination.revision is not None:
+            api.create_branch(name, branch=destination.revision, exist_ok=True)
+        commit = api.create_commit(
+            name,
+            [
+                CommitOperationAdd(path_in_repo=file, path_or_fileobj=path)
+                for file, path in files.items()
+                if not any(part.startswith(".") for part in file.split("/"))
+            ],
+            commit_message="Upload a model trained with dpo-engine",
+            revision=destination.revision,
+        )
+    return str(commit.commit_url)
+
+
+@contextmanager
+def _explained_push(name: str) -> Iterator[None]:
+    """Turn what huggingface-hub raises into errors that say what to do."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise InputError(
+                f"the Hub lets this token not write to {name} ({status}): give one that may"
+            ) from error
+        raise RunError(f"push to {name}: the Hub answered: {error}") from error
+    except InputError:
+        raise
+    except ValueError as error:  # of an id, or of the card's metadata
+        raise InputError(f"push to {name}: {error}") from error
+    except Exception as error:
+        # no answer: which class says so depends on the HTTP library beneath
+        if not isinstance(error, ConnectionError) and not _is_of_http(error):
+            raise
+        raise RunError(f"push to {name}: the Hub cannot be reached") from error
+
+
+def _is_of_http(error: Exception) -> bool:
+    return type(error).__module__.startswith(("httpx", "httpcore", "requests"))
 
 
 @contextmanager

@@ -66,6 +66,15 @@ def completion_log_probs(
     """Score the answer tokens of ``texts`` under ``policy``.
 
     Equals gathering the targets from the log-softmax of the full (N, V) logits.
+
+    Example:
+        >>> from dpo import collate, completion_log_probs, load_model, load_tokenizer
+        >>> from dpo import read_pairs, tokenize_pairs
+        >>> pairs = tokenize_pairs(read_pairs("pairs.jsonl"), load_tokenizer("model")).pairs
+        >>> batch = collate([pairs[0]])
+        >>> log_probs = completion_log_probs(load_model("model"), batch.texts).log_probs
+        >>> batch.texts.sum_per_answer(log_probs).shape  # of the chosen and of the rejected answer
+        torch.Size([2])
     """
     predicted = predict_answers(policy, texts)
     return token_log_probs(predicted.hidden, texts.targets, predicted.head, tile_bytes=tile_bytes)

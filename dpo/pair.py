@@ -57,6 +57,11 @@ class PreferencePair:
 
     Raises:
         InputError: fields are empty, of the wrong type or out of range; all of them are named.
+
+    Example:
+        >>> from dpo import PreferencePair
+        >>> PreferencePair("2 + 2 =", chosen=" 4", rejected=" 5", weight=2.0).chosen
+        ' 4'
     """
 
     prompt: Content

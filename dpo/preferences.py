@@ -156,7 +156,13 @@ class ReadKeywords(TypedDict, total=False):
 
 
 def read_pairs(source: str | Path, **options: Unpack[ReadKeywords]) -> list[PreferencePair]:
-    """Return the pairs of ``load_pairs``, which takes the same arguments."""
+    """Return the pairs of ``load_pairs``, which takes the same arguments.
+
+    Example:
+        >>> from dpo import read_pairs
+        >>> read_pairs("pairs.jsonl")[0].prompt
+        '0 + 1 ='
+    """
     return load_pairs(source, **options).pairs
 
 
@@ -227,6 +233,12 @@ def write_pairs(pairs: Iterable[PreferencePair], path: str | Path) -> None:
 
     Raises:
         InputError: the name does not end in ``.jsonl`` or ``.jsonl.gz``.
+
+    Example:
+        >>> from dpo import PreferencePair, read_pairs, write_pairs
+        >>> write_pairs([PreferencePair("2 + 2 =", " 4", " 5")], "two.jsonl")
+        >>> len(read_pairs("two.jsonl"))
+        1
     """
     path = Path(path)
     if not path.name.lower().endswith((".jsonl", ".jsonl.gz")):

@@ -110,6 +110,23 @@ class ReferenceCache:
     Attributes:
         folder: the part of ``directory`` that belongs to this model and numerics.
         damaged: what was wrong with shards that are not used, and now called ``<name>.damaged``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from dpo import ReferenceCache, load_model, load_tokenizer, read_pairs
+        >>> from dpo import reference_log_probs, tokenize_pairs
+        >>> from dpo.fingerprint import weights_fingerprint
+        >>> from dpo.reference import numerics
+        >>> pairs = tokenize_pairs(read_pairs("pairs.jsonl"), load_tokenizer("model")).pairs
+        >>> cache = ReferenceCache(
+        ...     Path("cache"),
+        ...     model="model",
+        ...     fingerprint=weights_fingerprint(Path("model")),
+        ...     numerics=numerics(precision="float32", device="cpu"),
+        ... )
+        >>> reference = reference_log_probs(load_model("model"), pairs, cache)
+        >>> cache.missing(pairs)
+        []
     """
 
     def __init__(

@@ -31,7 +31,7 @@ from dpo.checkpoint import (
     save_checkpoint,
 )
 from dpo.config import RunConfig
-from dpo.device import choose_device, explained_lack_of_memory
+from dpo.device import choose_device, describe_device, explained_lack_of_memory
 from dpo.displacement import ADVICE
 from dpo.distributed import joined_ranks
 from dpo.duration import seconds_of
@@ -521,7 +521,8 @@ class _Run:
         tensors, self.saved_step = trainer.tensors(), trainer.step
         if not self.ranks.is_first:
             return
-        state = {**trainer.state(), **models_identity(self.config, self.models)}
+        identity = models_identity(self.config, self.models)
+        state = {**trainer.state(), **identity, "hardware": self._hardware()}
         step, keep, best = trainer.step, self.config.train.keep, self._best_step()
 
         def write(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -533,6 +534,9 @@ class _Run:
             self.background.begin(partial(write, copied(tensors)))
         else:
             write(tensors)
+
+    def _hardware(self) -> str:
+        return describe_device(self.trainer.device, count=self.ranks.count)
 
     def _best_step(self) -> int | None:
         return self.trainer.best_step if self.config.train.keep_best else None
@@ -561,7 +565,13 @@ class _Run:
             atomic_directory(self.folder / "model", replace=True) as model_folder,
             self.trainer.averaged_weights(),
         ):
-            write_trained_model(model_folder, *known, self._evaluations(), ranks=self.ranks)
+            write_trained_model(
+                model_folder,
+                *known,
+                self._evaluations(),
+                ranks=self.ranks,
+                hardware=self._hardware(),
+            )
             if self.samples is not None:
                 self.samples.write_after(policy)
         write_report(self.folder)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,9 +25,15 @@ from dpo.losses import Loss, TokenLoss, make_loss
 from dpo.policy import Policy
 from dpo.precision import PRECISIONS, Precision, precision_of
 from dpo.progress import Console
-from dpo.reference import ReferenceLogProbs
+from dpo.reference import (
+    AnswerLogProbs,
+    ReferenceCache,
+    ReferenceLogProbs,
+    compute_reference,
+    reference_in_memory,
+)
 from dpo.reference_pass import References, obtain_references
-from dpo.scoring import MicroBatches, score_rows
+from dpo.scoring import MicroBatches, answer_log_probs, score_rows
 from dpo.tokenization import TokenizedPairs
 
 
@@ -78,24 +85,88 @@ def score_pairs(
         InputError: the policy lacks the protocol, the loss its reference, or a row an answer that
             the loss compares with the other one, token by token.
         RunError: a log-prob is not finite.
+
+    Example:
+        >>> from dpo import load_model, load_tokenizer, read_pairs, reference_log_probs
+        >>> from dpo import score_pairs, tokenize_pairs
+        >>> pairs = tokenize_pairs(read_pairs("pairs.jsonl"), load_tokenizer("model")).pairs
+        >>> policy = load_model("model")
+        >>> scores = score_pairs(policy, pairs, reference_log_probs(policy, pairs))
+        >>> scores[0].id, abs(scores[0].margin) < 1e-5  # at the reference there is no margin
+        ('row-1', True)
+    """
+    loss = make_loss(loss)
+    with _evaluating(policy) as scorer:
+        _refuse_unpaired(pairs, loss)
+        if loss.needs_reference and reference is None:
+            raise InputError(f"the loss {loss} needs the reference log-probs of the pairs")
+        batches = MicroBatches(
+            pairs,
+            reference,
+            tokens_per_micro_batch=tokens_per_micro_batch,
+            draw_seed=0 if loss.draws else None,
+        )
+        device = next(policy.parameters()).device
+        return _score(scorer, batches, loss, PRECISIONS[precision], device)
+
+
+def reference_log_probs(
+    policy: nn.Module,
+    pairs: TokenizedPairs,
+    cache: ReferenceCache | None = None,
+    *,
+    precision: str = "float32",
+    tokens_per_micro_batch: int = 8192,
+) -> ReferenceLogProbs:
+    """Compute what ``policy``, as it is now, says about ``pairs``: the reference of a training.
+
+    Args:
+        policy: follows the ``Policy`` protocol; its dropout is off meanwhile.
+        pairs: what to score.
+        cache: of this very policy; what it has is not computed again. None keeps no file.
+        precision: a name in ``PRECISIONS``.
+        tokens_per_micro_batch: tokens in a forward pass.
+
+    Raises:
+        InputError: the policy lacks the protocol.
+        RunError: a log-prob is not finite.
+
+    Example:
+        >>> from dpo import load_model, load_tokenizer, read_pairs
+        >>> from dpo import reference_log_probs, tokenize_pairs
+        >>> pairs = tokenize_pairs(read_pairs("pairs.jsonl"), load_tokenizer("model")).pairs
+        >>> reference = reference_log_probs(load_model("model"), pairs)
+        >>> len(reference), [len(log_probs) for log_probs in reference[0]]
+        (16, [3, 4])
+    """
+    batches = MicroBatches(pairs, tokens_per_micro_batch=tokens_per_micro_batch)
+    device = next(policy.parameters()).device
+    with _evaluating(policy) as scorer:
+
+        def score(rows: Sequence[int]) -> list[AnswerLogProbs]:
+            scored = score_rows(
+                scorer, batches, rows, precision=PRECISIONS[precision], device=device
+            )
+            return answer_log_probs(scored)
+
+        if cache is None:
+            return reference_in_memory(score, pairs, batches=batches.split_sorted)
+        return compute_reference(score, pairs, cache, batches=batches.split_sorted)
+
+
+@contextmanager
+def _evaluating(policy: nn.Module) -> Iterator[Policy]:
+    """Switch dropout off for a while.
+
+    Raises:
+        InputError: the module is no policy.
     """
     if not isinstance(policy, Policy):
         raise InputError(f"{type(policy).__name__} is no policy: it has no output_head()")
-    loss = make_loss(loss)
-    _refuse_unpaired(pairs, loss)
-    if loss.needs_reference and reference is None:
-        raise InputError(f"the loss {loss} needs the reference log-probs of the pairs")
-    batches = MicroBatches(
-        pairs,
-        reference,
-        tokens_per_micro_batch=tokens_per_micro_batch,
-        draw_seed=0 if loss.draws else None,
-    )
     was_training = policy.training
     policy.eval()
     try:
-        device = next(policy.parameters()).device
-        return _score(policy, batches, loss, PRECISIONS[precision], device)
+        yield policy
     finally:
         policy.train(was_training)
 

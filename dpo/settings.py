@@ -259,6 +259,7 @@ def _checked(setting: Setting) -> object:
     if not _fits(value, option):
         raise InputError(
             f"{setting.origin}: {setting.key} must be {_expected(option)}, got {_in_words(value)}"
+            f"{_nearest(value, option)}"
         )
     if option.kind is float and isinstance(value, int):
         return float(value) if abs(value) < 2**1023 else (math.inf if value > 0 else -math.inf)
@@ -329,6 +330,11 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:  # bytes of the command line that are not text
         return False
     return True
+
+
+def _nearest(value: object, option: Option) -> str:
+    near = difflib.get_close_matches(str(value), [*option.choices, *option.words], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _expected(option: Option) -> str:

@@ -90,6 +90,12 @@ def tokenize_pairs(
 
     Raises:
         InputError: rows are refused, or none is left; the first 20 are listed with the reason.
+
+    Example:
+        >>> from dpo import load_tokenizer, read_pairs, tokenize_pairs
+        >>> tokenized = tokenize_pairs(read_pairs("pairs.jsonl"), load_tokenizer("model"))
+        >>> len(tokenized.pairs), len(tokenized.pairs[0].prompt_ids)
+        (16, 7)
     """
     options = options or TokenizeOptions()
     if on_bad_row not in ("error", "skip"):

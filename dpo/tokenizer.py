@@ -159,6 +159,12 @@ def load_tokenizer(path_or_id: str | Path, revision: str | None = None) -> Token
     Raises:
         InputError: there is none, or its files are damaged.
         RunError: the Hub answered with an error of its own.
+
+    Example:
+        >>> from dpo import load_tokenizer
+        >>> tokenizer = load_tokenizer("model")
+        >>> tokenizer.decode(tokenizer.encode("2 + 2"))
+        '2 + 2'
     """
     folder = fetch_model(path_or_id, revision)
     paths = [folder / file for file in (*_OWN_FILES, *_MODEL_FILES)]

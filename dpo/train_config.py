@@ -93,6 +93,12 @@ class TrainConfig:
 
     Raises:
         InputError: values are out of range or options contradict each other; names all faults.
+
+    Example:
+        >>> from dpo import TrainConfig
+        >>> config = TrainConfig(batch_size=8, steps=100, warmup_steps=10)
+        >>> config.learning_rate, config.schedule
+        (1e-06, 'linear')
     """
 
     batch_size: Annotated[int, "Preference pairs per optimizer step, >= 1."] = 32

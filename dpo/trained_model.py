@@ -46,6 +46,7 @@ def write_trained_model(
     evaluations: Sequence[Mapping[str, float]] = (),
     *,
     ranks: Ranks | None = None,
+    hardware: str | None = None,
 ) -> None:
     """Write everything that a model folder holds into an existing, empty ``folder``.
 
@@ -58,6 +59,7 @@ def write_trained_model(
         models: of the run.
         evaluations: from the first one to that of these weights; maybe none.
         ranks: that hold the policy; None for a process that is alone.
+        hardware: what it was trained on, in words, if that is known.
     """
     ranks = ranks or Ranks()
     _save_policy(policy, folder, config, models, ranks)
@@ -66,7 +68,7 @@ def write_trained_model(
     models.tokenizer.save(folder)
     if (source := models.policy.path / GENERATION_CONFIG).exists():
         shutil.copyfile(source, folder / GENERATION_CONFIG)
-    write_model_card(folder, config, evaluations)
+    write_model_card(folder, config, evaluations, base_folder=models.policy.path, hardware=hardware)
 
 
 def export_checkpoint(config: RunConfig, out: Path, *, step: int | None = None) -> int:
@@ -99,7 +101,8 @@ def export_checkpoint(config: RunConfig, out: Path, *, step: int | None = None) 
         restore_optimizer(optimizer, policy, checkpoint.tensors["optimizer"])
         evaluations = read_evaluations(Path(config.out), up_to=checkpoint.step)
         with averaged_weights(optimizer):
-            write_trained_model(temporary, policy, config, models, evaluations)
+            hardware = checkpoint.state.get("hardware")
+            write_trained_model(temporary, policy, config, models, evaluations, hardware=hardware)
     return checkpoint.step
 
 

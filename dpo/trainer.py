@@ -170,6 +170,14 @@ class Trainer:
         notes: what a person should hear of the steps done; who tells it takes it out.
         watch: told how many held-out pairs there are, gives what is told how many are evaluated.
         evaluated: the window of the last evaluation, with all of its pairs; None before one.
+
+    Example:
+        >>> from dpo import TrainConfig, Trainer, load_model, load_tokenizer
+        >>> from dpo import read_pairs, tokenize_pairs
+        >>> pairs = tokenize_pairs(read_pairs("pairs.jsonl"), load_tokenizer("model")).pairs
+        >>> trainer = Trainer(load_model("model"), pairs, TrainConfig(batch_size=8, steps=2))
+        >>> [step.number for step in trainer]
+        [1, 2]
     """
 
     def __init__(

@@ -121,6 +121,12 @@ def compute_confidence_interval(
     Raises:
         InputError: values that are not finite numbers, fewer than two values or groups, an option
             out of its range, keys of another length, a group in two strata, a stratum of one unit.
+
+    Example:
+        >>> from dpo import compute_confidence_interval
+        >>> interval = compute_confidence_interval([0.1, 0.4, 0.2, 0.9, 0.5, 0.3])
+        >>> f"{interval.mean:.2f}", interval.lower < interval.mean < interval.upper
+        ('0.40', True)
     """
     options = BootstrapOptions(confidence, method, resamples, seed)
     column = np.asarray(values, dtype=np.float64)

@@ -123,6 +123,15 @@ def compare_policies(
 
     Raises:
         InputError: another metric, policies of different kinds, or as ``evaluate_policy``.
+
+    Example:
+        >>> from dpo import build_extraction_dataset, compare_policies
+        >>> from dpo.data.kinds.extraction import EXTRACTION
+        >>> from dpo.eval.policies import RulesPolicy, UniformPolicy
+        >>> dataset = build_extraction_dataset("feedback.db", split_by="group")
+        >>> chance, rules = UniformPolicy(EXTRACTION), RulesPolicy(EXTRACTION)
+        >>> compare_policies(chance, rules, dataset.eval).winner
+        'B'
     """
     check_metric(metric)
     options = options or EvaluationOptions()

@@ -144,6 +144,15 @@ def evaluate_policy(
     Raises:
         InputError: no examples, examples of another kind or out of range, fewer than two sessions,
             a policy that fails in every state.
+
+    Example:
+        >>> from dpo import build_extraction_dataset, evaluate_policy
+        >>> from dpo.data.kinds.extraction import EXTRACTION
+        >>> from dpo.eval.policies import RulesPolicy
+        >>> dataset = build_extraction_dataset("feedback.db", split_by="group")
+        >>> result = evaluate_policy(RulesPolicy(EXTRACTION), dataset.eval)
+        >>> result.examples == len(dataset.eval)
+        True
     """
     options = options or EvaluationOptions()
     examples = as_examples(test_data, policy.kind)

@@ -57,6 +57,15 @@ class LanguageModelPolicy:
             nothing.
         tokens_per_batch: tokens of prompts and actions in one pass, which bounds the memory; the
             chances do not depend on it.
+
+    Example:
+        >>> from dpo import LanguageModelPolicy, build_extraction_dataset
+        >>> from dpo import load_model, load_tokenizer
+        >>> from dpo.data.kinds.extraction import EXTRACTION
+        >>> policy = LanguageModelPolicy(load_model("model"), load_tokenizer("model"), EXTRACTION)
+        >>> example = build_extraction_dataset("feedback.db", split_by="group").eval[0]
+        >>> policy.decide(example.state).action.decision in ("store", "skip", "defer")
+        True
     """
 
     def __init__(

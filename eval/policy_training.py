@@ -70,6 +70,11 @@ class PolicyTrainingConfig:
 
     Raises:
         InputError: values are out of range; names all of them.
+
+    Example:
+        >>> from dpo import PolicyTrainingConfig
+        >>> PolicyTrainingConfig(output_path="out", epochs=3, learning_rate=1e-3).has_warm_start
+        True
     """
 
     output_path: str
@@ -196,21 +201,54 @@ class PolicyTrainingResult:
 def train_extraction_policy(
     dataset: Dataset[ExtractionState, ExtractionAction], config: PolicyTrainingConfig
 ) -> PolicyTrainingResult:
-    """Train the policy that decides what to store; what is wrong is in the result."""
+    """Train the policy that decides what to store; what is wrong is in the result.
+
+    Example:
+        >>> from dpo import PolicyTrainingConfig, build_extraction_dataset, train_extraction_policy
+        >>> dataset = build_extraction_dataset("feedback.db", split_by="group")
+        >>> config = PolicyTrainingConfig(
+        ...     output_path="extraction", epochs=1, sft_epochs=1, min_pairs=1
+        ... )
+        >>> train_extraction_policy(dataset, config).success
+        True
+    """
     return _train_kind("extraction", dataset, config)
 
 
 def train_retrieval_policy(
     dataset: Dataset[RetrievalState, RetrievalAction], config: PolicyTrainingConfig
 ) -> PolicyTrainingResult:
-    """Train the policy that decides what to recall; what is wrong is in the result."""
+    """Train the policy that decides what to recall; what is wrong is in the result.
+
+    Example:
+        >>> from dpo import PolicyTrainingConfig, build_retrieval_dataset, train_retrieval_policy
+        >>> dataset = build_retrieval_dataset("feedback.db", split_by="group")
+        >>> config = PolicyTrainingConfig(
+        ...     output_path="retrieval", epochs=1, sft_epochs=1, min_pairs=1
+        ... )
+        >>> train_retrieval_policy(dataset, config).success
+        True
+    """
     return _train_kind("retrieval", dataset, config)
 
 
 def train_consolidation_policy(
     dataset: Dataset[ConsolidationState, ConsolidationAction], config: PolicyTrainingConfig
 ) -> PolicyTrainingResult:
-    """Train the policy that decides what to merge; what is wrong is in the result."""
+    """Train the policy that decides what to merge; what is wrong is in the result.
+
+    Example:
+        >>> from dpo import PolicyTrainingConfig, train_consolidation_policy
+        >>> from dpo import build_consolidation_dataset
+        >>> dataset = build_consolidation_dataset(
+        ...     "feedback.db", split_by="group", remove_crossing="prompt"
+        ... )
+        >>> config = PolicyTrainingConfig(
+        ...     output_path="consolidation", epochs=1, sft_epochs=1, min_pairs=1
+        ... )
+        >>> train_consolidation_policy(dataset, config).success
+        True
+    """
     return _train_kind("consolidation", dataset, config)
 
 

@@ -36,7 +36,17 @@ TITLES = {
 
 
 def format_evaluation_report(result: EvaluationResult) -> str:
-    """Describe one policy; ends with a newline."""
+    """Describe one policy; ends with a newline.
+
+    Example:
+        >>> from dpo import build_extraction_dataset, evaluate_policy, format_evaluation_report
+        >>> from dpo.data.kinds.extraction import EXTRACTION
+        >>> from dpo.eval.policies import RulesPolicy
+        >>> dataset = build_extraction_dataset("feedback.db", split_by="group")
+        >>> result = evaluate_policy(RulesPolicy(EXTRACTION), dataset.eval)
+        >>> "Confusion Matrix:" in format_evaluation_report(result)
+        True
+    """
     averages = result.classification.averages
     agreement, calibration = result.agreement, result.calibration
     sections = [
@@ -76,7 +86,18 @@ def format_evaluation_report(result: EvaluationResult) -> str:
 def format_comparison_report(
     comparison: PolicyComparison, name_a: str | None = None, name_b: str | None = None
 ) -> str:
-    """Describe two policies on the same examples; names default to the policies' own."""
+    """Describe two policies on the same examples; names default to the policies' own.
+
+    Example:
+        >>> from dpo import build_extraction_dataset, compare_policies, format_comparison_report
+        >>> from dpo.data.kinds.extraction import EXTRACTION
+        >>> from dpo.eval.policies import RulesPolicy, UniformPolicy
+        >>> dataset = build_extraction_dataset("feedback.db", split_by="group")
+        >>> chance, rules = UniformPolicy(EXTRACTION), RulesPolicy(EXTRACTION)
+        >>> found = compare_policies(chance, rules, dataset.eval)
+        >>> "Winner:" in format_comparison_report(found, "chance", "rules")
+        True
+    """
     a, b = comparison.policy_a, comparison.policy_b
     names = {"A": name_a or a.policy, "B": name_b or b.policy, "tie": "Tie"}
     improvements = comparison.improvements

@@ -1,7 +1,9 @@
 """``dpo doctor``: what is installed, and whether training is sound here."""
 
 import math
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -17,7 +19,7 @@ def test_it_tells_versions_devices_extras_and_trains() -> None:
     for said in (
         f"dpo-engine {metadata.version('dpo-engine')}, Python 3.",
         f"torch {metadata.version('torch')}",
-        f"parquet   pyarrow {metadata.version('pyarrow')} (Parquet files in and out)",
+        f"parquet     pyarrow {metadata.version('pyarrow')} (Parquet files in and out)",
         "caches  ",
     ):
         assert said in result.output
@@ -29,7 +31,7 @@ def test_it_tells_versions_devices_extras_and_trains() -> None:
 def test_a_missing_extra_tells_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "EXTRAS", {"sky": ("no-such-package", "clouds")})
     lines = list(doctor.describe_installation())
-    assert "  sky       missing: pip install 'dpo-engine[sky]' (clouds)" in lines
+    assert "  sky         missing: pip install 'dpo-engine[sky]' (clouds)" in lines
 
 
 @pytest.mark.parametrize(
@@ -55,3 +57,8 @@ def test_unsound_training_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 1
     assert "NOT SOUND" in result.output
     assert result.stderr == "Error: training is not sound on cpu in float32\n"
+
+
+def test_every_extra_but_that_of_the_tests_is_told() -> None:
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))
+    assert {*doctor.EXTRAS, "test"} == set(settings["project"]["optional-dependencies"])

@@ -25,6 +25,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "config.json": b"{}",
         "model.safetensors": b"weights",
         "chat_template.jinja": b"x",
+        "README.md": b"about",
         "pytorch_model.bin": b"pickle",
         "consolidated.safetensors": b"weights again",
         "onnx/config.json": b"{}",
@@ -192,7 +193,7 @@ def unreachable(client: Client, home: Path) -> Iterator[Client]:
 def test_model_is_fetched_without_code_or_pickles(client: Client) -> None:
     (folder,) = client.paths("fetch_model", name="org/tiny")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", "chat_template.jinja"}
+    assert files == {"config.json", "model.safetensors", "chat_template.jinja", "README.md"}
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert commit_of(folder) == COMMIT
 

@@ -157,7 +157,7 @@ def test_best_model_is_kept_saved_and_reported(contrary: RunConfig) -> None:
     assert all(torch.equal(best[name], saved[name]) for name in best)
     assert result.last is not None
     assert result.last["step"] == 1
-    assert f"| {result.last['eval/loss']:.4f} |" in (result.model / "README.md").read_text("utf-8")
+    assert f"| {result.last['eval/loss']:.4f} " in (result.model / "README.md").read_text("utf-8")
 
 
 def test_last_model_is_saved_unless_the_best_is_to_be_kept(contrary: RunConfig) -> None:

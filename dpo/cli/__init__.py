@@ -10,7 +10,9 @@ import importlib
 from dataclasses import dataclass
 
 import click
+from click.shell_completion import CompletionItem
 
+from dpo.cli.help import TOPICS, examples_of
 from dpo.errors import InputError, RunError
 from dpo.launch import Launch
 
@@ -71,6 +73,9 @@ COMMANDS = {
     "merge": Entry(
         "dpo.cli.merge:merge", "Write the plain model that an adapter makes of its base."
     ),
+    "push": Entry(
+        "dpo.cli.push:push", "Push the model of a run to the Hugging Face Hub, with its card."
+    ),
     "generate": Entry(
         "dpo.cli.generate:generate", "Continue a text or answer a message with a saved model."
     ),
@@ -86,6 +91,14 @@ COMMANDS = {
     "compare": Entry(
         "dpo.eval.cli:compare",
         "Compare two POLICIES on the same decisions, or rank several; or compare two scored files.",
+    ),
+    "convert-config": Entry(
+        "dpo.cli.convert_config:convert_config",
+        "Translate a DPO configuration of TRL or LLaMA-Factory, YAML or JSON, to our TOML.",
+    ),
+    "completion": Entry(
+        "dpo.cli.completion:completion",
+        "Print what makes a shell complete the commands, options and values of dpo.",
     ),
     "doctor": Entry(
         "dpo.cli.doctor:doctor",
@@ -123,6 +136,7 @@ class CommandTable(click.Group):
         module, _, attribute = COMMANDS[cmd_name].target.partition(":")
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
+        _add_examples(command, cmd_name)
         return command
 
     def resolve_command(
@@ -137,8 +151,18 @@ class CommandTable(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+        for topic, names in TOPICS.items():
+            with formatter.section(topic):
+                formatter.write_dl([(name, COMMANDS[name].help) for name in names])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command without importing it, or an option."""
+        named = [
+            CompletionItem(name, help=entry.help)
+            for name, entry in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return named + click.Command.shell_complete(self, ctx, incomplete)
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a command; an error that a user is meant to see becomes a message and an exit code.
@@ -161,11 +185,18 @@ class CommandTable(click.Group):
             ctx.exit(130)
 
 
+def _add_examples(command: click.Command, name: str) -> None:
+    """Add the examples of a command to its help, once."""
+    examples = examples_of(name)
+    if examples not in (command.epilog or ""):
+        command.epilog = "\n\n".join(filter(None, [command.epilog, examples]))
+
+
 @click.command(
     cls=CommandTable,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Exit codes: 0 done; 1 the run failed; 2 the input is wrong; 124 its time is over; "
-    "128+n stopped by signal n.",
+    epilog=f"{examples_of('')}\n\nExit codes: 0 done; 1 the run failed; 2 the input is wrong; 124 "
+    "its time is over; 128+n stopped by signal n.",
 )
 @click.version_option(package_name="dpo-engine", prog_name="dpo")
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +16,9 @@ from dpo.settings import (
     read_settings,
     resolve,
 )
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -63,6 +66,12 @@ class ConfigFlag(click.Option):
     def __init__(self, declarations: Sequence[str], *, key: str, **attributes: Any) -> None:
         super().__init__(declarations, **attributes)
         self.key = key
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        """Complete a value."""
+        from dpo.cli.completion import complete_value
+
+        return complete_value(self.key, incomplete)
 
     def setting(self, value: object) -> Setting:
         """Return the setting that a value of this flag makes, or all values if it is repeated."""
@@ -159,6 +168,14 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
+def _complete_assignment(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> "list[CompletionItem]":
+    from dpo.cli.completion import complete_assignment
+
+    return complete_assignment(context, parameter, incomplete)
+
+
 _COMMON_FLAGS: Sequence[Callable[[Any], Any]] = (
     click.option(
         "--config",
@@ -171,6 +188,7 @@ _COMMON_FLAGS: Sequence[Callable[[Any], Any]] = (
         "assignments",
         multiple=True,
         metavar="KEY=VALUE",
+        shell_complete=_complete_assignment,
         help="Set any key of the config, as in --set loss.beta=0.2; may be repeated.",
     ),
     click.option(

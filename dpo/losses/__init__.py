@@ -13,6 +13,13 @@ that it reads, and ``Loss.check`` refuses a column that it would ignore.
 
 To add a loss: a frozen dataclass whose fields are its options, a line in ``LOSSES``, and its golden
 values in ``tests/test_losses.py``, whose other tests then cover it by name.
+
+Example:
+    >>> from dpo import losses
+    >>> losses.make_loss("ipo", beta=0.2)
+    Ipo(beta=0.2)
+    >>> "simpo" in losses.LOSSES
+    True
 """
 
 import difflib

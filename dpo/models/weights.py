@@ -55,6 +55,11 @@ def load_model(
     Raises:
         InputError: a file is missing, damaged, or does not fit config.json, all faults of one kind
         together; or there is no such scheme.
+
+    Example:
+        >>> from dpo import load_model
+        >>> sum(parameter.numel() for parameter in load_model("model").parameters()) > 0
+        True
     """
     folder = Path(folder)
     config = read_config(folder)
