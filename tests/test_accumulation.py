@@ -605,7 +605,9 @@ def test_evaluated_terms_are_means_over_the_rows_by_their_weights(
     seen = trainer._score(range(8), trainer.eval_batches).loss_pairs
     values = trainer.loss.with_terms(replace(seen, running=trainer.running))
     expected = (values * seen.weight).sum(dim=1) / seen.weight.sum()
-    found = [value for name, value in trainer.evaluate().items() if name.startswith("eval/loss")]
+    evaluated = trainer.evaluate()
+    terms = [value for name, value in evaluated.items() if name.startswith("eval/loss/")]
+    found = [evaluated["eval/loss"], *terms]
     assert found == pytest.approx(expected.tolist())
 
 
