@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from dpo.cli import main
 from dpo.report.charts import CHARTS
 
-PAGE = (Path(__file__).parents[1] / "dpo/RECIPES.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "dpo/RECIPES.md").read_text(encoding="utf-8")
 RECIPES = {
     title: block.replace("\\\n", "").splitlines()
     for title, block in re.findall(r"## ([^\n]*)\n\n```sh\n(.*?)\n```", PAGE, re.DOTALL)
@@ -94,6 +95,7 @@ def test_feedback_becomes_a_data_set(folder: Path) -> None:
 
 
 def test_every_chart_of_the_report_is_explained() -> None:
-    told = re.findall(r"^\| ([\w ,-]+) \|", PAGE.lower(), re.MULTILINE)
+    page = (ROOT / "dpo/REPORT.md").read_text(encoding="utf-8").lower()
+    told = re.findall(r"^\| ([\w ,-]+) \|", page, re.MULTILINE)
     titles = [chart.title.split(" (")[0].lower() for chart in CHARTS]
     assert [title for title in titles if not any(title in each for each in told)] == []
