@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -263,3 +264,14 @@ def test_nothing_evaluates_text_as_code() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) in {"eval", "exec", "compile"}
     ]
     assert found == []
+
+
+def test_pages_hold_neither_tracebacks_nor_paths_of_a_machine() -> None:
+    folders = ("dpo", "data", "eval", "bench", "tests")
+    pages = [
+        *ROOT.glob("*.md"),
+        *(page for name in folders for page in (ROOT / name).rglob("*.md")),
+    ]
+    assert len(pages) > 10
+    unwanted = re.compile(r"Traceback \(most recent call last\)|(?<![\w.])/(?:tmp|home|root|work)/")
+    assert [page for page in pages if unwanted.search(page.read_text(encoding="utf-8"))] == []
