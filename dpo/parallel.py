@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,22 +34,49 @@ def kind_of_ranks(config: RunConfig) -> KindOfRanks:
     Raises:
         InputError: an option does not go with that, or there is one process.
     """
-    train, loss, launch = config.train, config.loss.build(), Launch.of_environment()
+    train, launch = config.train, Launch.of_environment()
     if train.rank_timeout is not None and launch.count == 1:
         raise InputError("train.rank_timeout is for several processes: start them with torchrun")
     if not is_in_parts(train):
         return JoinedRanks
     is_hybrid, size = train.parallel == "hybrid", train.tensor_ranks
+    _refuse(
+        train,
+        {
+            "one process: start it with torchrun": launch.count == 1,
+            f"{launch.count} processes, which are no multiple": launch.count % size > 0,
+            f"machines of {launch.local_count} processes": launch.local_count % size > 0,
+            "train.parallel = hybrid: take data or shard": is_hybrid and size > 1,
+            "one machine, or unequal ones: take shard": is_hybrid
+            and (launch.count == launch.local_count or launch.count % launch.local_count > 0),
+            **_unfit_options(config),
+        },
+    )
+    # half a second, which other runs do without
+    from dpo.sharding import HybridRanks, ShardedRanks
+    from dpo.tensor_parallel import TensorRanks
+
+    kinds = {"data": JoinedRanks, "shard": ShardedRanks, "hybrid": HybridRanks}
+    kind = kinds[train.parallel]
+    return kind if size == 1 else partial(TensorRanks, size=size, kind=kind)
+
+
+def check_options(config: RunConfig) -> None:
+    """Refuse options that do not go with a model in parts.
+
+    Raises:
+        InputError: there are some.
+    """
+    _refuse(config.train, _unfit_options(config))
+
+
+def _unfit_options(config: RunConfig) -> dict[str, bool]:
+    """Say of each option that does not go with a model in parts whether it is there."""
+    train = config.train
     by_number = ["adamw", "lion"]  # optimizers that look at each number of a parameter by itself
     if train.parallel == "data":  # averages take the place of whole parameters
         by_number.append("schedule-free")
-    unfit = {
-        "one process: start it with torchrun": launch.count == 1,
-        f"{launch.count} processes, which are no multiple": launch.count % size > 0,
-        f"machines of {launch.local_count} processes": launch.local_count % size > 0,
-        "train.parallel = hybrid: take data or shard": is_hybrid and size > 1,
-        "one machine, or unequal ones: take shard": is_hybrid
-        and (launch.count == launch.local_count or launch.count % launch.local_count > 0),
+    return {
         f"train.optimizer = {train.optimizer}, which looks at whole matrices or blocks, or "
         f"averages: take {' or '.join(by_number)}": train.optimizer not in by_number,
         "train.ema_decay": train.ema_decay is not None and train.parallel != "data",
@@ -58,19 +85,16 @@ def kind_of_ranks(config: RunConfig) -> KindOfRanks:
         "train.offload_activations": train.offload_activations,
         "adapter.kind = dora": config.adapter.kind == "dora",
         "adapter.quantize": config.adapter.quantize is not None,
-        "a reference that is held in memory": uses_live_reference(loss, train),
+        "a reference that is held in memory": uses_live_reference(config.loss.build(), train),
     }
+
+
+def _refuse(train: TrainConfig, unfit: Mapping[str, bool]) -> None:
     found = [what for what, is_so in unfit.items() if is_so]
     if found:
+        size = train.tensor_ranks
         what = f"parallel = {train.parallel}" if size == 1 else f"tensor_ranks = {size}"
         raise InputError(f"train.{what} does not go with {'; '.join(found)}")
-    # half a second, which other runs do without
-    from dpo.sharding import HybridRanks, ShardedRanks
-    from dpo.tensor_parallel import TensorRanks
-
-    kinds = {"data": JoinedRanks, "shard": ShardedRanks, "hybrid": HybridRanks}
-    kind = kinds[train.parallel]
-    return kind if size == 1 else partial(TensorRanks, size=size, kind=kind)
 
 
 def check_parts(config: RunConfig, models: Models) -> None:

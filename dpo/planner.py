@@ -7,7 +7,7 @@ of the data, cut as the run would cut them; time and cost are estimates (``dpo.a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -22,6 +22,8 @@ from dpo.inputs import Models
 from dpo.memory_tracker import KINDS, Bytes
 from dpo.models import Decoder, ModelConfig
 from dpo.models.transforms import RECOMPUTED
+from dpo.parallel import check_options
+from dpo.plan_of_parts import COUNTS, bytes_in_parts
 from dpo.prepare import prepare_policy
 from dpo.rehearsal import NoHost, Rows, hollow_policy, peak, rehearse_reference
 from dpo.scoring import MicroBatches
@@ -87,6 +89,7 @@ class Plan:
         reference_peak: bytes by kind at the peak of the reference pass; None if there is none.
         flops: of the run, its reference pass included.
         devices: where it could run, the one at hand first.
+        in_parts: bytes on each rank by the number of ranks, with ``train.parallel`` = shard.
     """
 
     model: ModelPlan
@@ -96,6 +99,7 @@ class Plan:
     reference_peak: Bytes | None
     flops: float
     devices: tuple[DevicePlan, ...]
+    in_parts: Mapping[int, float]
 
 
 def make_plan(
@@ -114,7 +118,13 @@ def make_plan(
         pairs: what is trained on.
         device: the one at hand.
         flops_per_s: its rate of matrix products in the run's numerics.
+
+    Raises:
+        InputError: an option does not go with a model in parts, and it is to be.
     """
+    is_divided = config.train.parallel == "shard"
+    if is_divided:
+        check_options(config)
     model = models.policy.config
     if config.train.tokens_per_micro_batch == AUTO:
         config = with_budget(config, choose_budget(config, model, pairs, device=device).tokens)
@@ -124,6 +134,8 @@ def make_plan(
         policy = hollow_policy(model, config)
         prepare_policy(policy, _recomputing(config, None), NoHost())
     flops = _flops(config, policy, pairs, data)
+    chosen = memory[POLICIES.index(config.train.recompute)]
+    in_parts = {count: bytes_in_parts(chosen, policy, count) for count in COUNTS}
     return Plan(
         model=_model_plan(policy),
         data=data,
@@ -134,6 +146,7 @@ def make_plan(
         devices=tuple(
             _devices(config, memory, data, flops, device=device, flops_per_s=flops_per_s)
         ),
+        in_parts=in_parts if is_divided else {},
     )
 
 
@@ -201,6 +214,9 @@ def describe(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _describe_memory(plan)
     yield ""
+    if plan.in_parts:
+        yield from _describe_parts(plan)
+        yield ""
     yield from _describe_devices(plan)
 
 
@@ -241,6 +257,12 @@ def _describe_memory(plan: Plan) -> Iterator[str]:
     yield note
 
 
+def _describe_parts(plan: Plan) -> Iterator[str]:
+    yield f"{'--parallel shard over':<26}" + "".join(f"{count:>10}" for count in plan.in_parts)
+    held = "".join(f"{_mib(nbytes):>10}" for nbytes in plan.in_parts.values())
+    yield f"{'MiB on each rank, at most':<26}{held}"
+
+
 def _describe_devices(plan: Plan) -> Iterator[str]:
     columns = "".join(f"{part or 'tokens':>10}" for part in POLICIES)
     yield f"{'estimates':<12}{'MiB free':>10}{'fits':>6}{columns}{'time':>10}{'USD':>10}"
@@ -256,7 +278,7 @@ def _describe_devices(plan: Plan) -> Iterator[str]:
     yield "MiB free: for tensors. Tokens: the largest --tokens-per-micro-batch that fits a step,"
     yield "with --recompute mlp and layer behind it."
     yield f"Time: {MFU:.0%} of a datasheet's rate, {MEASURED_MFU:.0%} of the rate measured here."
-    yield f"USD: typical rent of {PRICES_OF}. A plan is of one device that holds the whole model."
+    yield f"USD: typical rent of {PRICES_OF}. The devices hold the whole model."
 
 
 def _duration(seconds: float) -> str:

@@ -19,12 +19,14 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from dpo import device as device_module
 from dpo import rehearsal, run, token_budget
 from dpo.accelerators import ACCELERATORS
 from dpo.adapter_config import AdapterConfig
+from dpo.adapters import Adapter, add_adapter
 from dpo.bench.memory import predicted_mib
 from dpo.bench.scenarios import SCENARIOS
 from dpo.cli import main
@@ -35,6 +37,7 @@ from dpo.errors import InputError
 from dpo.flops import training_flops, visible_tokens
 from dpo.losses import LOSSES, TokenLoss
 from dpo.memory_tracker import (
+    ACTIVATIONS,
     COPIES,
     GRADIENTS,
     HEAD,
@@ -47,6 +50,7 @@ from dpo.memory_tracker import (
 from dpo.models import ARCHITECTURES, Decoder, ModelConfig, parse_config
 from dpo.models.transforms import RECOMPUTED
 from dpo.optim import OPTIMIZERS
+from dpo.plan_of_parts import bytes_in_parts
 from dpo.prepare import prepare_policy
 from dpo.progress import Console
 from dpo.quantization import SCHEMES, quantize_linears
@@ -537,6 +541,40 @@ def test_plan_takes_the_options_of_a_run_and_prints_json(
     assert found["model"]["parameters"] == found["model"]["trained"]
     assert [device["name"] for device in found["devices"][1:]] == list(ACCELERATORS)
     assert found["memory"][0]["peak"][WEIGHTS] == 4 * found["model"]["parameters"]
+
+
+def test_rank_of_a_model_in_parts_holds_its_part_and_what_is_put_together(
+    make_model: Callable[..., Decoder],
+) -> None:
+    policy = make_model(num_hidden_layers=3)
+    weights = nbytes(policy)
+    outside = weights - sum(map(nbytes, policy.model.layers))
+    layer = nbytes(policy.model.layers[0])
+    step = {WEIGHTS: weights, GRADIENTS: 0.0, OPTIMIZER: 2.0 * weights, ACTIVATIONS: 1000.0}
+    found = bytes_in_parts(MemoryPlan(None, step, {}), policy, 8)
+    assert found == 4 * weights / 8 + 2 * (outside + 2 * layer) + 1000
+
+    add_adapter(policy, Adapter(rank=2, alpha=2.0), targets="q_proj")
+    adapters = nbytes(policy) - weights
+    step = {WEIGHTS: weights + adapters, GRADIENTS: adapters, OPTIMIZER: 2.0 * adapters}
+    found = bytes_in_parts(MemoryPlan(None, step, {}), policy, 8)
+    assert found == weights / 8 + 4 * adapters + outside + 2 * layer
+
+
+def nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def test_plan_of_a_model_in_parts_tells_what_each_rank_holds(
+    model_folder: Path, data: Path
+) -> None:
+    words = ("--model", model_folder, "--data", data, "--parallel", "shard", "--batch-size", "2")
+    told = dpo("plan", *words, "--quiet")
+    assert told.exit_code == 0, told.output
+    assert re.search(r"--parallel shard over +2 +4 +8 +16 +32 +64\n", told.stdout)
+    refused = dpo("plan", *words, "--optimizer", "muon")
+    assert refused.exit_code == 2
+    assert "train.parallel = shard does not go with train.optimizer = muon" in refused.stderr
 
 
 def test_plan_prints_its_config(model_folder: Path, data: Path) -> None:
