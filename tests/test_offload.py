@@ -137,6 +137,7 @@ def test_what_goes_are_activations_of_all_blocks_but_the_last_each_once(
     assert copied[0] == kept[1] - kept[0]
 
 
+@pytest.mark.slow
 def test_memory_of_the_device_does_not_grow_with_the_layers(
     make_model: MakeModel, make_pairs: MakePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

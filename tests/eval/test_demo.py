@@ -92,6 +92,7 @@ def test_the_result_is_on_disk_too(found: DemoResult) -> None:
     assert set(result["loggedRewards"]) == {"SFT", "rules", "DPO"}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(found: DemoResult, tmp_path: Path) -> None:
     kind, console = KINDS["consolidation"], Console(quiet=True)
     again = run_demo(tmp_path, kind, seed=3, decisions=DECISIONS, console=console)
