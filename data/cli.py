@@ -222,7 +222,11 @@ def check(
         atomic_write(html, doctor_page(report))
     click.echo(text.doctor_text(report))
     if failed := report.failed():
-        raise InputError(f"rows that training would refuse or that are errors: {', '.join(failed)}")
+        drops = " ".join(f"--policy {check}=drop" for check in failed)
+        raise InputError(
+            f"rows that training would refuse or that are errors: {', '.join(failed)}; "
+            f"{drops} --clean FOLDER writes the file without them"
+        )
     if clean is not None:
         click.echo(text.cleaned_text(write_cleaned(report, clean)))
 

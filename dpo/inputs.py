@@ -29,7 +29,7 @@ from dpo.models import Decoder, ModelConfig, load_model, read_config
 from dpo.models.weights import weight_files
 from dpo.pair_rows import RANKED_LAYOUT, RankedPairs
 from dpo.pair_view import PairNotes, PairView, Part
-from dpo.preferences import PairSource, PreferencePair, stream_pairs
+from dpo.preferences import FaultyRowsError, PairSource, PreferencePair, stream_pairs
 from dpo.progress import Console
 from dpo.ranks import Ranks
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
@@ -38,6 +38,10 @@ from dpo.tokenizer import Tokenizer, load_tokenizer
 GENERATION_CONFIG = "generation_config.json"
 
 _NAMED_ROWS = 20
+_ADVICE = (
+    "--on-bad-row skip leaves them out and counts them; dpo data check FILE --policy CHECK=drop "
+    "--clean FOLDER writes a file without them"
+)
 _NAME_BASE = "name it by adapter.base (of dpo merge: --model)"
 
 
@@ -368,16 +372,19 @@ def _read(
         if config.eval_split is not None:
             prompts.extend(seeded_digest(pair.prompt, config.train.seed))
 
-    stream = stream_pairs(
-        source,
-        columns=config.columns,
-        revision=revision,
-        split=split,
-        on_bad_row=config.on_bad_row,
-        ranked=_ranked(config),
-        answer_turns=config.answer_turns,
-        visit=visit,
-    )
+    try:
+        stream = stream_pairs(
+            source,
+            columns=config.columns,
+            revision=revision,
+            split=split,
+            on_bad_row=config.on_bad_row,
+            ranked=_ranked(config),
+            answer_turns=config.answer_turns,
+            visit=visit,
+        )
+    except FaultyRowsError as error:
+        raise InputError(f"{error}\n{_ADVICE}") from error
     _tell(console, source, notes, stream)
     part = Part(lambda rows: map(rename, stream.read(rows)), notes, np.arange(len(notes)))
     is_local = Path(source).exists()

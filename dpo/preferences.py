@@ -271,6 +271,10 @@ def file_rows(files: Iterable[Path]) -> Iterator[FileRow]:
             ) from error
 
 
+class FaultyRowsError(InputError):
+    """Rows of a source are no pairs; the message lists them."""
+
+
 def list_faults(source: str, faults: Sequence[str]) -> str:
     """Return the message that lists faulty rows, no more than the first 20 of them."""
     title = f"{source}: {len(faults)} faulty row{'s' * (len(faults) > 1)}"
@@ -327,7 +331,7 @@ class _Reading:
     def result(self, source: str, on_bad_row: str) -> PairStream:
         """Return what was read, or refuse it."""
         if self.faults and (on_bad_row == "error" or not any(self.counts)):
-            raise InputError(list_faults(source, self.faults))
+            raise FaultyRowsError(list_faults(source, self.faults))
         if self.layout is None:
             raise InputError(f"{source}: no rows; expected at least one preference pair")
         used = {*self.fields, *OPTIONAL, *self.columns.values()}

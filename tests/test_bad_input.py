@@ -103,7 +103,7 @@ def test_faulty_row_is_refused_by_line_or_skipped_and_counted(
 ) -> None:
     data = write_lines(tmp_path / "pairs.jsonl", *OTHERS, row)
     result = dpo_train(model_folder, data, tmp_path / "RUN")
-    assert_refused(result, f"{data}:7: ", message)
+    assert_refused(result, f"{data}:7: ", message, "--on-bad-row skip")
 
     result = dpo_train(model_folder, data, tmp_path / "RUN", "--on-bad-row", "skip")
     assert result.exit_code == 0, result.output

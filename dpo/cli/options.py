@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-TRAIN_KEYS = (  # of dpo train and dpo sweep
+TRAIN_KEYS = (  # of dpo train, dpo sweep and dpo plan
     "model", "revision", "data", "mix.", "data_split", "data_revision",
     "eval_data", "eval_data_split", "eval_data_revision", "eval_split",
     "columns", "ranked", "answer_turns", "on_bad_row", "out",

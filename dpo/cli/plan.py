@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import click
 
-from dpo.cli.options import config_flags, resolve_flags
+from dpo.cli.options import TRAIN_KEYS, config_flags, resolve_flags
 from dpo.progress import Console
 from dpo.settings import Setting
 
@@ -14,12 +14,7 @@ _PRODUCTS = (1024, 2048)  # sizes of the products by which the device at hand is
 
 
 @click.command
-@config_flags(
-    "model", "revision", "data", "data_split", "data_revision",
-    "eval_data", "eval_data_split", "eval_data_revision", "eval_split", "columns", "ranked",
-    "on_bad_row", "out", "reference", "reference_revision", "reference_cache.", "tokenize.",
-    "loss.", "train.",
-)  # fmt: skip
+@config_flags(*TRAIN_KEYS)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def plan(
