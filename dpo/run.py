@@ -99,11 +99,16 @@ class RunResult:
     seconds: float
 
 
-def train(config: RunConfig, *, console: Console) -> RunResult:
+def train(config: RunConfig, *, console: Console, go_on: str | None = None) -> RunResult:
     """Train a model on preference pairs and write the run folder ``config.out``.
 
     Under torchrun the processes train one model together (``dpo.distributed``), and the first of
     them writes the folder.
+
+    Args:
+        config: of the run.
+        console: is told what happens.
+        go_on: what goes on with the run if it is stopped, in words; None: ``dpo resume``.
 
     Raises:
         InputError: the model, the data or the folder cannot be used.
@@ -144,6 +149,7 @@ def train(config: RunConfig, *, console: Console) -> RunResult:
             write_data(folder, inputs, told_of_data)
         trainer = _make_trainer(config, models, inputs, device, ranks, console)
         run = _Run(config, models, trainer, console, own_console, limit)
+        run.go_on = go_on or run.go_on
         run.begin_samples()
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -382,6 +388,7 @@ class _Run:
         self.limit, self.background = limit, Background()
         self.started = time.monotonic()
         self.folder = Path(config.out)
+        self.go_on = f"dpo resume {self.folder}"
         self.saved_step = 0
         self.has_warned = False  # of displacement
         self.is_out_of_time = False
@@ -454,9 +461,7 @@ class _Run:
                 raise RunError(f"{error}. The rows as the model saw them are in {path}") from error
             number = int(self.ranks.max(received[0] if received else 0))
             if number or self.ranks.any(self.is_out_of_time):
-                self.console.warn(
-                    f"stopped at step {self.trainer.step}; go on with dpo resume {self.folder}"
-                )
+                self.console.warn(f"stopped at step {self.trainer.step}; go on with {self.go_on}")
                 self.ranks.wait()
                 raise SystemExit(128 + number if number else OUT_OF_TIME)
         self._write_model()

@@ -164,7 +164,7 @@ def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
 def _do(each: GridRun, console: Console) -> str:
     resumed = replace(each.config, train=replace(each.config.train, resume="auto"))
     try:
-        run.train(resumed, console=console)
+        run.train(resumed, console=console, go_on="the same dpo sweep")
     except (InputError, RunError, OSError) as error:
         console.warn(f"{each.name} failed: {error}")
         return "failed"

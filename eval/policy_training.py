@@ -410,7 +410,7 @@ def _texts(pair: PreferencePair) -> list[str]:
 
 def _run(run: RunConfig, kind: PolicyKind, console: Console) -> RunResult:
     """Do a run, and make its model a policy's."""
-    result = train_run(run, console=console)
+    result = train_run(run, console=console, go_on="the same dpo train-policy and --resume")
     write_json(result.model / f"{kind.name}_metadata.json", {"policy": kind.name})
     return result
 

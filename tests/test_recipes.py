@@ -88,10 +88,11 @@ def test_training_on_a_cpu_is_scored(folder: Path) -> None:
 
 
 def test_feedback_becomes_a_data_set(folder: Path) -> None:
-    simulate, build, _, _ = RECIPES["From feedback logs"]
+    simulate, build, _, compare = RECIPES["From feedback logs"]
     do(simulate, "--decisions", "1200")
     do(build)
     assert (folder / "dataset/extraction_dpo_train.jsonl").exists()
+    assert (folder / re.findall(r"--data (\S+)", compare)[0]).is_file()
 
 
 def test_every_chart_of_the_report_is_explained() -> None:

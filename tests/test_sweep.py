@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from dpo import reference, reference_pass, tokenization
 from dpo.cli import main
+from dpo.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +99,21 @@ def test_done_runs_are_left_alone_and_stopped_ones_go_on(needed: list[str], tmp_
     assert weights(second) == wanted
     (row,) = [line for line in again.stdout.splitlines() if line.startswith("beta-0.1 ")]
     assert row.endswith("was done")
+
+
+def test_stopped_sweep_says_that_it_goes_on_itself(
+    needed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def slow_step(trainer: Trainer) -> None:
+        step(trainer)
+        time.sleep(1.1)
+
+    monkeypatch.setattr(Trainer, "train_step", slow_step)
+    result = dpo("sweep", *needed, "--beta", "0.1,0.3", "--max-time", "1s")
+    assert result.exit_code == 124
+    assert result.stderr.endswith("stopped at step 1; go on with the same dpo sweep\n")
 
 
 def test_failed_run_is_told_and_the_others_are_done(needed: list[str], tmp_path: Path) -> None:

@@ -56,9 +56,12 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "train-policy": (
         "dpo train-policy extraction --dataset dataset --out policy --learning-rate 1e-3",
     ),
-    "eval": ("dpo eval policy/dpo/model --data dataset", "dpo eval scores.jsonl"),
+    "eval": (
+        "dpo eval policy/dpo/model --data dataset/extraction_examples_eval.jsonl",
+        "dpo eval scores.jsonl",
+    ),
     "compare": (
-        "dpo compare rules policy/dpo/model --data dataset",
+        "dpo compare rules policy/dpo/model --data dataset/extraction_examples_eval.jsonl",
         "dpo compare before.jsonl after.jsonl",
     ),
     "convert-config": (

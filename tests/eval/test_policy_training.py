@@ -318,6 +318,21 @@ def test_a_stopped_training_goes_on_to_the_same_weights(
     assert result.metrics == trained[1].metrics
 
 
+def test_a_stopped_training_says_how_it_goes_on(
+    pairs: PolicyPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def stopped(*_: Any, go_on: str, **__: Any) -> RunResult:
+        told.append(go_on)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(policy_training, "train_run", stopped)
+    with pytest.raises(SystemExit):
+        train_policy(pairs, _config(tmp_path))
+    assert told == ["the same dpo train-policy and --resume"]
+
+
 def test_a_training_is_not_resumed_on_other_pairs(
     trained: tuple[Path, PolicyTrainingResult], pairs: PolicyPairs
 ) -> None:
