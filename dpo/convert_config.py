@@ -283,13 +283,13 @@ class Peer:
         rules: what becomes of each option.
         defaults: of the options that decide something which ours decide otherwise.
         join: translates the options that are ``Joined``.
-        marks: options that this peer alone has.
+        marks: options by which it is known; none of the peer that is meant otherwise.
     """
 
     rules: Mapping[str, Rule]
     defaults: Given
     join: Callable[[Given, int, _Translation], None]
-    marks: frozenset[str]
+    marks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +318,8 @@ def convert_config(path: Path, peer: str | None = None, *, processes: int = 1) -
     """
     document = _read(path)
     if peer is None:
-        is_marked = not PEERS["llama-factory"].marks.isdisjoint(document)
-        peer = "llama-factory" if is_marked else "trl"
+        marked = (name for name, each in PEERS.items() if not each.marks.isdisjoint(document))
+        peer = next(marked, "trl")
     table = PEERS[peer]
     given, made = {**table.defaults, **document}, _Translation(path.name)
     for name, value in given.items():
@@ -615,7 +615,7 @@ def _join_llama_factory_loss(given: Given, made: _Translation) -> None:
 
 
 PEERS: Final[Mapping[str, Peer]] = {
-    "trl": Peer(_TRL, _TRL_DEFAULTS, _join_trl, frozenset({"loss_type", "dataset_name"})),
+    "trl": Peer(_TRL, _TRL_DEFAULTS, _join_trl),
     "llama-factory": Peer(
         _LLAMA_FACTORY,
         _LLAMA_FACTORY_DEFAULTS,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, Protocol
 
 import torch
@@ -49,11 +49,16 @@ class CudaLane:
     """Copies from and to pinned memory in a stream of their own.
 
     What is fetched is allocated in that stream, and each copy waits for the computing before it, so
-    memory that is let go early is not written to while it is something else.
+    memory that is let go early is not written to while it is something else. The stream is made
+    with the first copy: a model that is only looked at or saved is prepared without a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._device = device
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self._device)
 
     def follow(self) -> None:
         """Begin no further copy before what the device was told to compute so far is done."""

@@ -135,7 +135,7 @@ def make_plan(
         prepare_policy(policy, _recomputing(config, None), NoHost())
     flops = _flops(config, policy, pairs, data)
     chosen = memory[POLICIES.index(config.train.recompute)]
-    in_parts = {count: bytes_in_parts(chosen, policy, count) for count in COUNTS}
+    counts = COUNTS if is_divided else ()
     return Plan(
         model=_model_plan(policy),
         data=data,
@@ -146,7 +146,7 @@ def make_plan(
         devices=tuple(
             _devices(config, memory, data, flops, device=device, flops_per_s=flops_per_s)
         ),
-        in_parts=in_parts if is_divided else {},
+        in_parts={count: bytes_in_parts(chosen, policy, count) for count in counts},
     )
 
 

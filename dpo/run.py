@@ -148,8 +148,8 @@ def train(config: RunConfig, *, console: Console, go_on: str | None = None) -> R
             atomic_write(folder / CONFIG, whole.to_toml())
             write_data(folder, inputs, told_of_data)
         trainer = _make_trainer(config, models, inputs, device, ranks, console)
-        run = _Run(config, models, trainer, console, own_console, limit)
-        run.go_on = go_on or run.go_on
+        advice = go_on or f"dpo resume {folder}"
+        run = _Run(config, models, trainer, console, own_console, limit, advice)
         run.begin_samples()
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -382,13 +382,14 @@ class _Run:
         console: Console,
         own_console: Console,
         limit: TimeLimit,
+        go_on: str,
     ) -> None:
         self.config, self.models, self.trainer = config, models, trainer
         self.console, self.own_console, self.ranks = console, own_console, trainer.ranks
         self.limit, self.background = limit, Background()
         self.started = time.monotonic()
         self.folder = Path(config.out)
-        self.go_on = f"dpo resume {self.folder}"
+        self.go_on = go_on
         self.saved_step = 0
         self.has_warned = False  # of displacement
         self.is_out_of_time = False

@@ -288,3 +288,10 @@ def test_gradients_on_cuda_are_equal_and_memory_is_less(
     for one, other in zip(*found, strict=True):  # the sums of some kernels are in any order
         torch.testing.assert_close(one, other, rtol=0, atol=0.01 * other.abs().max().item())
     assert peaks[1] < peaks[0]
+
+
+def test_policy_is_prepared_without_a_gpu_where_nothing_is_run(make_model: MakeModel) -> None:
+    """As an export does, and the check of names before a run."""
+    train = TrainConfig(offload_activations=True)
+    config = RunConfig(model="M", data="D", out="O", train=train)
+    prepare_policy(make_model(), config)

@@ -1,5 +1,6 @@
 """The page of one run."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -83,7 +84,7 @@ def _overview(history: History) -> str:
         return "No optimizer step is recorded."
     first, last = min(history.steps), max(history.steps)
     words = [f"Optimizer steps {first} to {last}, {len(history.steps)} recorded."]
-    gaps = sum(abs(value) == float("inf") or value != value for value in _losses(history))
+    gaps = sum(not math.isfinite(value) for value in history.series.get("loss", {}).values())
     if gaps:
         words.append(f"Steps whose loss is not finite: {gaps}.")
     if len(history.steps) > MAX_POINTS:
@@ -91,10 +92,6 @@ def _overview(history: History) -> str:
     if history.unreadable_lines:
         words.append(f"Lines of metrics.jsonl that cannot be read: {history.unreadable_lines}.")
     return " ".join(words)
-
-
-def _losses(history: History) -> Sequence[float]:
-    return list(history.series.get("loss", {}).values())
 
 
 def _headline(record: Record) -> list[str]:
