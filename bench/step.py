@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -25,6 +25,7 @@ from dpo.device import choose_device
 from dpo.losses import make_loss
 from dpo.models import Decoder, load_model
 from dpo.models.transforms import compile_blocks, recompute
+from dpo.policy import Policy
 from dpo.precision import PRECISIONS
 from dpo.preferences import read_pairs
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, Score, reference_in_memory
@@ -36,6 +37,7 @@ from dpo.scoring import (
     score_batch,
     score_rows,
 )
+from dpo.step_scoring import StepScorer
 from dpo.throughput import peak_memory_mib
 from dpo.tokenization import TokenizedPairs, tokenize_pairs
 from dpo.tokenizer import load_tokenizer
@@ -53,18 +55,18 @@ class FileOrder(StepSampler):
         return list(range(first, min(first + self.batch_size, self.pairs)))
 
 
-class LiveReferenceTrainer(Trainer):
+@dataclass
+class LiveReferenceScorer(StepScorer):
     """Runs the reference model beside the policy in each step: what the cache saves.
 
     Attributes:
-        reference_model: set it before the first step.
+        reference_model: of the same tokens.
     """
 
-    reference_model: Decoder | None = None
+    reference_model: Policy = field(kw_only=True)
 
-    def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
-        if self.reference_model is None:
-            return super()._score(rows, batches, step)
+    def __call__(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
+        """Score ``rows`` by both models."""
         batch = batches.collate(rows, step=step).to(self.device)
         with self.precision.context(self.device):
             with torch.no_grad():
@@ -91,10 +93,13 @@ def make_trainer(
         live_reference: keep a copy of the policy and run it in each step.
         beta: of the sigmoid loss.
     """
-    kind = LiveReferenceTrainer if live_reference else Trainer
-    trainer = kind(policy, pairs, config, loss=make_loss("sigmoid", beta=beta), reference=reference)
-    if isinstance(trainer, LiveReferenceTrainer):
-        trainer.reference_model = copy.deepcopy(policy).requires_grad_(False)
+    loss = make_loss("sigmoid", beta=beta)
+    trainer = Trainer(policy, pairs, config, loss=loss, reference=reference)
+    if live_reference:
+        score, model = trainer.score, copy.deepcopy(policy).requires_grad_(False)
+        trainer.score = LiveReferenceScorer(
+            policy, loss, score.precision, score.device, score.throughput, reference_model=model
+        )
     trainer.sampler = FileOrder(len(pairs), config.batch_size, config.seed)
     return trainer
 

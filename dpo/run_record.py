@@ -93,7 +93,7 @@ class EvalPairsLog:
         """Replace the file, if this is an evaluation; the margins of the first one are kept."""
         if "eval/loss" not in metrics or trainer.evaluated is None or trainer.eval_batches is None:
             return
-        if trainer.config.keep_best and trainer.step and trainer.best_step != trainer.step:
+        if trainer.config.keep_best and trainer.step and trainer.best.step != trainer.step:
             return
         first: dict[str, float | None] = {}
         if trainer.step:

@@ -186,34 +186,6 @@ class MicroBatches:
 
 
 @dataclass(frozen=True)
-class Collated:
-    """A micro-batch on the device that is not yet run.
-
-    Attributes:
-        batch: the micro-batch.
-        rows: of which it is.
-        batches: of whose data.
-        step: that its random numbers are of.
-    """
-
-    batch: PairBatch
-    rows: Sequence[int]
-    batches: MicroBatches
-    step: int
-
-    @classmethod
-    def of(
-        cls, rows: Sequence[int], batches: MicroBatches, step: int, device: torch.device
-    ) -> Collated:
-        """Collate ``rows``."""
-        return cls(batches.collate(rows, step=step).to(device), rows, batches, step)
-
-    def holds(self, rows: Sequence[int], batches: MicroBatches, step: int) -> bool:
-        """Say whether it is that of these rows."""
-        return (self.rows, self.step) == (rows, step) and self.batches is batches
-
-
-@dataclass(frozen=True)
 class ScoredPairs:
     """A micro-batch under a policy.
 

@@ -30,7 +30,7 @@ from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.ranks import Ranks
 from dpo.run_folder import CHECKPOINTS, read_evaluations
-from dpo.trainer import make_run_optimizer
+from dpo.run_optimizer import make_run_optimizer
 
 
 def models_identity(config: RunConfig, models: Models) -> Identity:

@@ -27,7 +27,8 @@ from dpo.accumulation import (
     evaluate,
     mean_log_ratio,
 )
-from dpo.averaging import averaged_weights, keep_moving_average
+from dpo.averaging import averaged_weights
+from dpo.best import BestEvaluation
 from dpo.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
@@ -43,30 +44,24 @@ from dpo.losses import Loss, PairLogProbs, make_loss
 from dpo.metrics import ALWAYS_LOGGED, MetricSums
 from dpo.mismatch import mismatched_rows
 from dpo.optim import (
-    StochasticRounding,
     clip_gradients,
-    make_optimizer,
     make_schedule,
-    parameter_groups,
-    rate_scales,
     set_learning_rate,
-    trained_names,
 )
 from dpo.policy import Policy
 from dpo.precision import precision_of
 from dpo.ranks import Ranks
 from dpo.reference import AnswerLogProbs, ReferenceLogProbs, reference_in_memory
 from dpo.routing import Routed
+from dpo.run_optimizer import make_run_optimizer
 from dpo.sampling import make_sampler
 from dpo.scoring import (
-    Collated,
     MicroBatches,
     ScoredPairs,
     answer_log_probs,
-    run_reference,
-    score_batch,
 )
 from dpo.sources import sources_of
+from dpo.step_scoring import StepScorer
 from dpo.throughput import Throughput, peak_memory_mib
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import EVALUATION_OPTIONS, TrainConfig
@@ -79,34 +74,6 @@ Watch = Callable[[int], AbstractContextManager[Callable[[int], object]]]
 def uses_live_reference(loss: Loss, config: TrainConfig) -> bool:
     """Say whether the reference is held in memory: it moves, or the loss reads all of it."""
     return loss.token_statistic == "reference_kl" or config.reference_sync_every is not None
-
-
-def make_run_optimizer(
-    policy: nn.Module, config: TrainConfig, rate_factors: Mapping[str, float] = {}
-) -> torch.optim.Optimizer:
-    """Make the optimizer of a run.
-
-    Args:
-        policy: whose parameters are trained.
-        config: options of the run.
-        rate_factors: on the learning rate by parameter name, besides those of ``config.rates``.
-    """
-    scales = rate_scales(trained_names(policy), config.rates)
-    for name, factor in rate_factors.items():
-        scales[name] = scales.get(name, 1.0) * factor
-    optimizer = make_optimizer(
-        config.optimizer,
-        parameter_groups(policy, config.weight_decay, scales),
-        learning_rate=config.learning_rate,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        epsilon=config.epsilon,
-        momentum=config.momentum,
-        rounding=StochasticRounding(config.seed) if config.stochastic_rounding else None,
-    )
-    if config.ema_decay is not None:
-        keep_moving_average(optimizer, config.ema_decay)
-    return optimizer
 
 
 def _told(score: Score, tell: Callable[[int], object]) -> Score:
@@ -166,6 +133,7 @@ class Trainer:
     Attributes:
         step: optimizer steps done.
         total_steps: optimizer steps of the whole run.
+        best: the evaluation of the lowest loss.
         should_stop: set it to end the run after the current step.
         notes: what a person should hear of the steps done; who tells it takes it out.
         watch: told how many held-out pairs there are, gives what is told how many are evaluated.
@@ -256,7 +224,15 @@ class Trainer:
             if uses_live_reference(self.loss, self.config)
             else None
         )
-        self._ahead: Collated | None = None
+        self.score = StepScorer(
+            self.policy,
+            self.loss,
+            self.precision,
+            self.device,
+            self._throughput,
+            self.live_reference,
+            with_router=self.config.router_loss is not None,
+        )
         self.running = torch.tensor(self.loss.running_start, device=self.device)  # (S,)
         self.batches = self._batches(pairs, reference)
         self.mismatched = self._mismatched(pairs, mismatched_reference)
@@ -273,9 +249,7 @@ class Trainer:
         self.step = 0
         self.skipped_steps = 0
         self.tokens_seen = 0
-        self.best_loss = math.inf
-        self.best_step: int | None = None
-        self.evaluations_since_best = 0
+        self.best = BestEvaluation(self.config.early_stopping)
         self.should_stop = False
         self._sources = sources_of(pairs)
         self._eval_sources = None if eval_pairs is None else sources_of(eval_pairs)
@@ -315,7 +289,7 @@ class Trainer:
         """Score the pairs with the policy as it is before the first step."""
 
         def score(rows: Sequence[int]) -> list[AnswerLogProbs]:
-            return answer_log_probs(self._score(rows, batches))
+            return answer_log_probs(self.score(rows, batches))
 
         return reference_in_memory(score, batches.pairs, batches=batches.split_sorted)
 
@@ -351,7 +325,8 @@ class Trainer:
         every = self.config.eval_every
         if self.eval_batches is not None and (is_last or (every and self.step % every == 0)):
             evaluation = self.evaluate()
-            self._note_evaluation(evaluation["eval/loss"])
+            self.best.hears(evaluation["eval/loss"], self.step)
+            self.should_stop |= self.best.is_out_of_patience
             self._emit(evaluation)
         return Step(self.step, metrics, evaluation)
 
@@ -441,7 +416,7 @@ class Trainer:
     ) -> StepResult:
         step = LossInputs(
             self.loss.at_progress(self.step / self.total_steps),
-            partial(self._score, batches=self.batches, step=self.step + 1),
+            partial(self.score, batches=self.batches, step=self.step + 1),
             self.batches.split(own),
             rows,
             sums=MetricSums.of_loss(self.loss, self._sources),
@@ -464,7 +439,7 @@ class Trainer:
             return torch.zeros((), device=self.device)
         ranks = ranks or self.ranks
         own = batches.split_sorted(batches.divide(rows, ranks.count)[ranks.rank])
-        score = partial(self._score, batches=batches)
+        score = partial(self.score, batches=batches)
         return mean_log_ratio(score, own, rows=rows, ranks=ranks).to(self.device)
 
     def _look_ahead(self) -> None:
@@ -472,34 +447,10 @@ class Trainer:
 
         The host would wait for it next, to see whether the step is finite.
         """
-        self._ahead = None
         if self.step + 1 < self.total_steps:
             own = self._own(self.sampler.rows(self.step + 1), self.ranks)
             for rows in self.batches.split(own)[:1]:
-                self._ahead = Collated.of(rows, self.batches, self.step + 2, self.device)
-
-    def _score(self, rows: Sequence[int], batches: MicroBatches, step: int = 0) -> ScoredPairs:
-        clock, of_reference = self._throughput.clock, None
-        clock.begin("data")
-        if self._ahead is not None and self._ahead.holds(rows, batches, step):
-            batch = self._ahead.batch
-        else:
-            batch = batches.collate(rows, step=step).to(self.device)
-        self._throughput.add_stream(batch.texts, batches.pairs.lengths()[list(rows)])
-        with self.precision.context(self.device):
-            if self.live_reference is not None:
-                clock.begin("reference")
-                batch, of_reference = run_reference(self.policy, batch, self.live_reference)
-            clock.begin("forward")
-            scored = score_batch(
-                self.policy,
-                batch,
-                self.loss,
-                of_reference,
-                with_router=self.config.router_loss is not None,
-            )
-        clock.begin("backward")
-        return scored
+                self.score.look_ahead(rows, self.batches, self.step + 2)
 
     def _total_weight(self, rows: Sequence[int]) -> float:
         """Sum of the loss's pair weights over a whole step, known before the first forward pass."""
@@ -607,7 +558,7 @@ class Trainer:
         """
         if self.batches.reference is None or not self.starts_at_reference:
             return
-        pairs = self._score(self.batches.split(self.sampler.rows(0))[0], self.batches).loss_pairs
+        pairs = self.score(self.batches.split(self.sampler.rows(0))[0], self.batches).loss_pairs
         tokens = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens])
         gaps = torch.stack([pairs.chosen_log_ratio, pairs.rejected_log_ratio]).abs()
         if bool((gaps <= self.precision.noise * tokens.sqrt()).all()):
@@ -639,7 +590,7 @@ class Trainer:
         own = self.eval_batches.divide(rows, self.ranks.count)[self.ranks.rank]
         self.module.eval()
         sums = MetricSums.of_loss(self.loss, self._eval_sources)
-        score = partial(self._score, batches=self.eval_batches)
+        score = partial(self.score, batches=self.eval_batches)
         with self.averaged_weights(), self.watch(len(own)) as tell:
             data = LossInputs(
                 self.loss.at_progress(1.0),  # the same at each step, so that evaluations compare
@@ -656,18 +607,6 @@ class Trainer:
         self.evaluated = sums.of_all(self.ranks)
         metrics = self.evaluated.result()
         return {"step": self.step} | {f"eval/{name}": value for name, value in metrics.items()}
-
-    def _note_evaluation(self, loss: float) -> None:
-        """Keep count for early stopping and for the best model."""
-        if loss < self.best_loss:
-            self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
-            return
-        self.evaluations_since_best += 1
-        self.should_stop |= self._is_out_of_patience()
-
-    def _is_out_of_patience(self) -> bool:
-        patience = self.config.early_stopping
-        return patience is not None and self.evaluations_since_best >= patience
 
     def close_window(self) -> dict[str, float]:
         """Turn what was gathered since the last line of metrics into one.
@@ -705,9 +644,7 @@ class Trainer:
             "step": self.step,
             "skipped_steps": self.skipped_steps,
             "tokens_seen": self.tokens_seen,
-            "best_loss": self.best_loss if self.best_step is not None else None,
-            "best_step": self.best_step,
-            "evaluations_since_best": self.evaluations_since_best,
+            **self.best.state(),
             "displaced_windows": self._alarm.windows,
             "displaced_margin": self._alarm.first_margin,
             "loss_scale": float(self.scaler.get_scale()),
@@ -748,10 +685,8 @@ class Trainer:
         self.step = int(state["step"])
         self.skipped_steps = int(state["skipped_steps"])
         self.tokens_seen = int(state["tokens_seen"])
-        self.best_step = state["best_step"]
-        self.best_loss = math.inf if self.best_step is None else float(state["best_loss"])
-        self.evaluations_since_best = int(state["evaluations_since_best"])
-        self.should_stop = self._is_out_of_patience()
+        self.best.restore(state)
+        self.should_stop = self.best.is_out_of_patience
         self._alarm = DisplacementAlarm(
             int(state.get("displaced_windows", 0)), float(state.get("displaced_margin", 0.0))
         )

@@ -43,9 +43,9 @@ from dpo.models.tiny import make_tiny_model
 from dpo.preferences import PreferencePair, write_pairs
 from dpo.progress import Console
 from dpo.report import write_report
-from dpo.run import RunResult
 from dpo.run import train as train_run
 from dpo.run_folder import read_metrics
+from dpo.run_loop import RunResult
 from dpo.score import score_file
 from dpo.settings import Setting, parse_assignment, resolve
 from dpo.tokenizer import load_tokenizer

@@ -168,7 +168,7 @@ def test_gradient_of_a_whole_step_is_that_of_one_graph(
     found = [p.grad.clone() for p in trainer.module.parameters() if p.grad is not None]
 
     trainer.optimizer.zero_grad()
-    seen = trainer._score(rows, trainer.batches, step=1).loss_pairs
+    seen = trainer.score(rows, trainer.batches, step=1).loss_pairs
     seen = replace(seen, running=trainer.running)
     seen = replace(seen, running=trainer.loss.update(seen))
     weights = trainer.loss.pair_weights(seen)
@@ -215,7 +215,7 @@ def test_each_step_has_the_loss_of_its_share_of_the_run(
     """Lambda is 1, 0.9, ... 0.6 in the five steps."""
     trainer = shifting(make_model, make_pairs(8))
     for step in range(5):
-        seen = trainer._score(trainer.sampler.rows(step), trainer.batches).loss_pairs
+        seen = trainer.score(trainer.sampler.rows(step), trainer.batches).loss_pairs
         values = make_loss("dpo_shift", rejected_weight=1 - 0.1 * step)(seen)
         trainer.train_step()
         expected = (seen.weight * values.detach()).sum() / seen.weight.sum()
@@ -270,7 +270,7 @@ def test_bco_measures_from_the_mean_of_all_rewards_so_far(
     trainer = make_trainer(make_model, make_pairs(8), "bco", micro_batch_size=2)
     rewards = []
     for _ in range(2):
-        pairs = trainer._score(trainer.sampler.rows(trainer.step), trainer.batches).pairs
+        pairs = trainer.score(trainer.sampler.rows(trainer.step), trainer.batches).pairs
         rewards += [reward.detach() for reward in trainer.loss.rewards(pairs)]
         trainer.train_step()
     total, count = trainer.running.tolist()
@@ -602,7 +602,7 @@ def test_evaluated_terms_are_means_over_the_rows_by_their_weights(
     trainer = make_trainer(make_model, make_pairs(8), loss, micro_batch_size=3)
     trainer.train_step()
     assert trainer.eval_batches is not None
-    seen = trainer._score(range(8), trainer.eval_batches).loss_pairs
+    seen = trainer.score(range(8), trainer.eval_batches).loss_pairs
     values = trainer.loss.with_terms(replace(seen, running=trainer.running))
     expected = (values * seen.weight).sum(dim=1) / seen.weight.sum()
     evaluated = trainer.evaluate()

@@ -21,6 +21,7 @@ from dpo.config import LossConfig, RunConfig
 from dpo.errors import InputError
 from dpo.files import read_json
 from dpo.progress import Console
+from dpo.run_loop import RunResult
 from dpo.train_config import TrainConfig
 
 LORA = AdapterConfig(kind="lora", rank=4, alpha=8.0)
@@ -60,7 +61,7 @@ def changed(config: RunConfig, **options: Any) -> RunConfig:
     return replace(config, **sections, **options)
 
 
-def started(config: RunConfig) -> run.RunResult:
+def started(config: RunConfig) -> RunResult:
     return run.train(config, console=silent())
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import dpo.run
+import dpo.run_loop
 from dpo.background import Background
 from dpo.checkpoint import copied, load_checkpoint, save_checkpoint
 from dpo.cli import main
@@ -121,7 +121,7 @@ def test_checkpoint_that_cannot_be_written_ends_the_run(
             fail()
         return save_checkpoint(folder, step, *rest)
 
-    monkeypatch.setattr(dpo.run, "save_checkpoint", save)
+    monkeypatch.setattr(dpo.run_loop, "save_checkpoint", save)
     result = CliRunner().invoke(main, arguments("RUN", "--save-in-background"))
     assert result.exit_code == 1
     assert "the disk is full" in result.stderr

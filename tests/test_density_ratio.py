@@ -188,7 +188,7 @@ def test_loss_of_a_step_is_weighted_by_them(tmp_path: Path, data: str, model_fol
     config = TrainConfig(batch_size=64, steps=2, learning_rate=1e-3, schedule="constant")
     trainer = Trainer(load_model(model_folder), pairs, config, loss="bco")
     trainer.train_step()  # which takes the policy away from its reference
-    seen = trainer._score(trainer.sampler.rows(1), trainer.batches).loss_pairs
+    seen = trainer.score(trainer.sampler.rows(1), trainer.batches).loss_pairs
     loss = make_loss("bco")
     seen = replace(seen, running=loss.update(replace(seen, running=trainer.running)))
     expected = (seen.weight * loss(seen).detach()).sum() / seen.weight.sum()

@@ -473,7 +473,9 @@ class TestFiles:
             read_pairs(tmp_path / "pairs.parquet")
 
     @pytest.mark.parametrize(
-        "content", [gzip.compress(json.dumps(ROW).encode() + b"\n")[:-12], b"no gzip"]
+        "content",
+        [gzip.compress(json.dumps(ROW).encode() + b"\n")[:-12], b"no gzip"],
+        ids=["cut off", "no gzip"],
     )
     def test_damaged_gzip(self, tmp_path: Path, content: bytes) -> None:
         path = tmp_path / "pairs.jsonl.gz"

@@ -54,7 +54,7 @@ def test_balance_is_that_of_transformers(
 
     model, pairs = sparse_model(make_model), make_pairs(8)
     trainer = Trainer(model, pairs, CONFIG)
-    use = trainer._score(range(8), trainer.batches).router
+    use = trainer.score(range(8), trainer.batches).router
     assert use is not None
     save_model(model, tmp_path)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -102,7 +102,7 @@ def test_gradient_is_that_of_the_loss_and_the_weighed_balance(
     trainer._differentiate(rows, trainer._total_weight(rows))
     found = {n: p.grad.clone() for n, p in trainer.module.named_parameters() if p.grad is not None}
     trainer.optimizer.zero_grad()
-    scored = trainer._score(rows, trainer.batches)
+    scored = trainer.score(rows, trainer.batches)
     assert scored.router is not None
     weight = scored.loss_pairs.weight
     objective = (weight * trainer.loss(scored.loss_pairs)).sum() / weight.sum()

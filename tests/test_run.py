@@ -25,6 +25,7 @@ from dpo.inputs import find_models, load_inputs
 from dpo.progress import Console
 from dpo.reference import ReferenceCache, numerics
 from dpo.reference_pass import obtain_references
+from dpo.run_loop import RunResult
 from dpo.settings import read_settings, resolve
 from dpo.train_config import TrainConfig
 
@@ -63,7 +64,7 @@ def changed(config: RunConfig, **options: Any) -> RunConfig:
     return replace(config, train=train, **options)
 
 
-def started(config: RunConfig) -> run.RunResult:
+def started(config: RunConfig) -> RunResult:
     return run.train(config, console=Console(io.StringIO()))
 
 
@@ -482,7 +483,7 @@ def test_full_memory_is_explained_in_one_line(
 
 def test_run_works_in_a_thread_and_leaves_signals_alone(config: RunConfig) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    results: list[run.RunResult] = []
+    results: list[RunResult] = []
     thread = threading.Thread(target=lambda: results.append(started(config)))
     thread.start()
     thread.join()

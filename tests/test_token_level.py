@@ -73,7 +73,7 @@ def scored(
         starts_at_reference=False,
     )
     with torch.no_grad():
-        return trainer._score(range(len(pairs)), trainer.batches, step=step).loss_pairs
+        return trainer.score(range(len(pairs)), trainer.batches, step=step).loss_pairs
 
 
 def equally_long(pairs: TokenizedPairs) -> TokenizedPairs:
@@ -130,7 +130,7 @@ def test_wpo_weighs_a_uniform_policy_by_one(make_model: MakeModel, make_pairs: M
         for parameter in model.parameters():
             parameter.zero_()
     trainer = Trainer(model, make_pairs(8), PLAIN, loss="wpo")
-    seen = trainer._score(range(8), trainer.batches).loss_pairs
+    seen = trainer.score(range(8), trainer.batches).loss_pairs
     assert seen.chosen_statistic.abs().max() < 1e-5
     assert trainer.loss(seen).tolist() == pytest.approx([math.log(2)] * 8)
 
@@ -192,7 +192,7 @@ def test_tdpo_sees_the_divergence_over_each_answer(
     )  # fmt: skip
     with torch.no_grad():
         batch = trainer.batches.collate(range(4))
-        found = trainer._score(range(4), trainer.batches).loss_pairs
+        found = trainer.score(range(4), trainer.batches).loss_pairs
         of_policy, of_reference = (
             (model(batch.texts.stream) @ model.lm_head.weight.T).log_softmax(-1)
             for model in (policy, other)

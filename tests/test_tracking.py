@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dpo import run, tracking
+from dpo import run, run_loop, tracking
 from dpo.config import LossConfig, RunConfig
 from dpo.errors import InputError
 from dpo.progress import Console
@@ -124,7 +124,7 @@ def test_run_that_fails_ends_its_tracker_as_not_done(
     def stop(*_: object, **_options: object) -> None:
         raise SystemExit(143)
 
-    monkeypatch.setattr(run, "write_trained_model", stop)
+    monkeypatch.setattr(run_loop, "write_trained_model", stop)
     with pytest.raises(SystemExit):
         trained(config)
     assert [tracker.ended for tracker in made] == [({}, False)]

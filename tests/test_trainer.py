@@ -571,7 +571,7 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss(
     losses = [step.evaluation["eval/loss"] for step in trainer if step.evaluation is not None]
     best = losses.index(min(losses))
     assert len(losses) == best + 3 < 50
-    assert trainer.best_step == best + 1
+    assert trainer.best.step == best + 1
 
 
 def test_callback_can_stop_the_run(make_model: MakeModel, make_pairs: MakePairs) -> None:

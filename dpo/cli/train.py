@@ -10,7 +10,7 @@ from dpo.launch import Launch
 from dpo.progress import Console
 
 if TYPE_CHECKING:
-    from dpo.run import RunResult
+    from dpo.run_loop import RunResult
 
 
 @click.command

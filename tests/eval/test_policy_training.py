@@ -40,7 +40,8 @@ from dpo.eval.policy_training import (
     train_retrieval_policy,
 )
 from dpo.preferences import read_pairs
-from dpo.run import RunResult, train
+from dpo.run import train
+from dpo.run_loop import RunResult
 
 TRAIN: dict[str, Callable[[Any, PolicyTrainingConfig], PolicyTrainingResult]] = {
     "extraction": train_extraction_policy,
