@@ -23,6 +23,10 @@ from dpo.models import Decoder, init_model, parse_config, save_model
 from dpo.tokenization import TokenizedPair, TokenizedPairs, columns_of
 from dpo.tokenizer import byte_tokenizer
 
+# a worker for each core, and one thread for each of the processes that its tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 VOCAB = 31
 PEERS = Path(__file__).parents[1] / "bench/peers/requirements.txt"
 

@@ -45,7 +45,7 @@ def test_example_runs_as_it_stands(example: str) -> None:
 def test_the_first_two_commands_are_one_line_each_and_need_only_python_and_git() -> None:
     make = "python3 -m venv .venv && .venv/bin/pip install "
     assert COMMANDS[0] == f"{make}. && .venv/bin/dpo demo"
-    assert COMMANDS[1] == f"{make}-e '.[test]' && .venv/bin/python -m pytest"
+    assert COMMANDS[1] == f"{make}-e '.[test]' && .venv/bin/python -m pytest -n auto"
 
 
 def test_check_runs_the_second_command_as_it_stands() -> None:
