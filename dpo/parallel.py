@@ -13,6 +13,7 @@ from dpo.errors import InputError
 from dpo.inputs import Models
 from dpo.launch import Launch
 from dpo.models import ModelConfig
+from dpo.precision import precision_of
 from dpo.train_config import TrainConfig
 from dpo.trainer import uses_live_reference
 
@@ -56,8 +57,10 @@ def kind_of_ranks(config: RunConfig) -> KindOfRanks:
     from dpo.sharding import HybridRanks, ShardedRanks
     from dpo.tensor_parallel import TensorRanks
 
-    kinds = {"data": JoinedRanks, "shard": ShardedRanks, "hybrid": HybridRanks}
-    kind = kinds[train.parallel]
+    kinds = {"shard": ShardedRanks, "hybrid": HybridRanks}
+    kind: Callable[..., JoinedRanks] = JoinedRanks
+    if train.parallel != "data":
+        kind = partial(kinds[train.parallel], products=precision_of(train).autocast)
     return kind if size == 1 else partial(TensorRanks, size=size, kind=kind)
 
 

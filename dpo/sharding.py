@@ -14,16 +14,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import Store
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dpo.distributed import JoinedRanks
 from dpo.launch import Launch
 from dpo.models import Decoder
+from dpo.models.norms import Norm
 
 
 class ShardedRanks(JoinedRanks):
-    """One of several processes that hold a part of the model each."""
+    """One of several processes that hold a part of the model each.
+
+    Args:
+        launch: which process.
+        store: as of ``JoinedRanks``.
+        device: of the process.
+        group: those that divide the pairs and the model; None for all.
+        products: what autocast rounds the matrices of blocks to, in which they then travel; None:
+            they are multiplied and travel as they are.
+    """
 
     in_step = True
 
@@ -33,9 +43,11 @@ class ShardedRanks(JoinedRanks):
         store: Store,
         device: torch.device,
         group: dist.ProcessGroup | None = None,
+        *,
+        products: torch.dtype | None = None,
     ) -> None:
         super().__init__(launch, store, device, group)
-        self.mesh = self._make_mesh()
+        self.mesh, self.products = self._make_mesh(), products
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum those of parameters that ranks hold whole, as adapters are.
@@ -51,11 +63,20 @@ class ShardedRanks(JoinedRanks):
         """Divide the parameters of ``model``, which may have no numbers yet, over the ranks.
 
         Embedding, last norm and output projection stay whole from a forward pass to the end of its
-        backward pass, for the head is walked in between.
+        backward pass, for the head is walked in between. Norms, which autocast does not round,
+        travel by themselves where matrices are rounded before they do.
         """
         assert isinstance(model, Decoder)
-        for module in (*model.model.layers, model):
-            fully_shard(module, mesh=self.mesh)
+        for block in model.model.layers:
+            rounded = MixedPrecisionPolicy()
+            if self.products is not None:
+                fully_shard([m for m in block.modules() if isinstance(m, Norm)], mesh=self.mesh)
+                # summed as autocast's way back gives them to float32 weights
+                rounded = MixedPrecisionPolicy(
+                    self.products, torch.float32, cast_forward_inputs=False
+                )
+            fully_shard(block, mesh=self.mesh, mp_policy=rounded)
+        fully_shard(model, mesh=self.mesh)
         for module in _divided(model):
             # sums, not means; gloo knows no other way to leave the division out
             module.set_gradient_divide_factor(1.0)

@@ -14,7 +14,7 @@ Shapes: N tokens, D hidden size, V vocabulary, K answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -104,7 +104,7 @@ class TensorRanks(JoinedRanks):
         device: torch.device,
         *,
         size: int,
-        kind: type[JoinedRanks] = JoinedRanks,
+        kind: Callable[..., JoinedRanks] = JoinedRanks,
     ) -> None:
         ranks = range(launch.count)
         models = [ranks[first : first + size] for first in ranks[::size]]

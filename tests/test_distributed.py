@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -736,7 +737,9 @@ def test_copies_between_machines_need_several_equal_ones(
         with pytest.raises(InputError, match=r"hybrid does not go with one machine, or unequal"):
             kind_of_ranks(config)
     else:
-        assert kind_of_ranks(config) is HybridRanks
+        kind = kind_of_ranks(config)
+        assert isinstance(kind, partial)
+        assert kind.func is HybridRanks
 
 
 # --- what goes over the links -------------------------------------------------------------------
@@ -756,13 +759,18 @@ SHAPES = {
     "70B": shape(80, 8192, 28672, 64, 128256),
 }
 VOLUMES = {
-    name: {"count": count, "parallel": parallel, "tensor_ranks": size, "shape": SHAPES[model]}
-    for name, model, count, parallel, size in (
-        ("8B on 8", "8B", 8, "shard", 1),
-        ("32B on 32", "32B", 32, "hybrid", 1),
-        ("70B on 64", "70B", 64, "shard", 1),
-        ("8B, 2 x 4", "8B", 8, "data", 4),
-        ("70B, 8 x 8", "70B", 64, "shard", 8),
+    name: {
+        "count": count,
+        "shape": SHAPES[model],
+        "options": {"parallel": parallel, "tensor_ranks": size, "dtype": dtype},
+    }
+    for name, model, count, parallel, size, dtype in (
+        ("8B on 8", "8B", 8, "shard", 1, "float32"),
+        ("32B on 32", "32B", 32, "hybrid", 1, "float32"),
+        ("70B on 64", "70B", 64, "shard", 1, "float32"),
+        ("70B on 64, rounded", "70B", 64, "shard", 1, "bf16-mixed"),
+        ("8B, 2 x 4", "8B", 8, "data", 4, "float32"),
+        ("70B, 8 x 8", "70B", 64, "shard", 8, "float32"),
     )
 }
 MICRO_BATCH, ANSWERS = 2048, 512  # tokens
@@ -797,6 +805,18 @@ def test_parts_of_a_model_are_put_together_twice_and_their_gradients_summed_once
         assert found["allgather_base"] == 8 * of_blocks + 4 * outside
         assert found["reduce_scatter_base"] == 4 * found["whole"]
         assert found.get("allreduce", 0) == (4 * found["held"] if machines > 1 else 0)
+
+
+def test_rounded_matrices_travel_in_two_bytes_and_their_gradients_in_four(
+    volumes: dict[str, dict[str, int]],
+) -> None:
+    """Norms, and what is outside of blocks, travel as they are."""
+    found, model = volumes["70B on 64, rounded"], SHAPES["70B"]
+    layers, hidden = model["num_hidden_layers"], model["hidden_size"]
+    outside, norms = (2 * model["vocab_size"] + 1) * hidden, 2 * layers * hidden
+    matrices = found["whole"] - outside - norms
+    assert found["allgather_base"] == 4 * matrices + 8 * norms + 4 * outside
+    assert found["reduce_scatter_base"] == 4 * found["whole"]
 
 
 def test_matrices_in_parts_sum_hidden_states_and_exchange_no_logits(
@@ -846,6 +866,53 @@ with joined_ranks(torch.device("cpu"), ShardedRanks) as ranks:
     local = [p.to_local() for p in model.parameters()]
     print(sum(part.untyped_storage().nbytes() for part in local), flush=True)
 """
+
+
+ROUNDED = """
+import sys, json, torch
+from dpo.distributed import joined_ranks
+from dpo.log_probs import token_log_probs
+from dpo.models import init_model, parse_config
+from dpo.models.transforms import recompute
+from dpo.segments import Segments, TokenStream, plan_attention
+from dpo.sharding import ShardedRanks
+
+def gradients(joined, config, products, part=None):
+    ranks = ShardedRanks(joined.launch, joined.store, joined.device, products=products)
+    model = init_model(parse_config(config), seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # gains and biases that bfloat16 does not hold
+            parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view_as(parameter))
+    ranks.prepare(model)
+    if part:
+        recompute(model, part)
+    ids = (torch.arange(20) * 7 + joined.rank) % 31
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(TokenStream(ids, torch.arange(20), plan_attention(Segments((20,), (None,)))))
+        token_log_probs(hidden[:-1], ids[1:], model.output_head()).log_probs.sum().backward()
+    return {name: p.grad.to_local() for name, p in model.named_parameters()}
+
+with joined_ranks(torch.device("cpu")) as ranks:
+    for config in json.loads(sys.argv[1]):
+        plain = gradients(ranks, config, None)
+        for part in (None, "mlp", "layer"):
+            rounded = gradients(ranks, config, torch.bfloat16, part)
+            differ = [name for name in plain if not torch.equal(plain[name], rounded[name])]
+            assert not differ, (config["model_type"], part, differ)
+        assert any(gradient.any() for gradient in plain.values())
+"""
+
+
+def test_matrices_rounded_before_they_travel_give_the_same_gradients(launch: Start) -> None:
+    usual = {
+        "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    llama = {**usual, "model_type": "llama", "tie_word_embeddings": True}
+    norms_of_heads = {**usual, "model_type": "qwen3", "head_dim": 8}
+    models = [llama, norms_of_heads, usual | QWEN, usual | GEMMA, usual | GPT, usual | NEOX]
+    codes, _, stderr = launch(2, [json.dumps(models)], ROUNDED).ended()
+    assert codes == [0, 0], stderr
 
 
 def test_rank_keeps_nothing_but_its_part_of_what_it_reads(

@@ -1,8 +1,8 @@
 """Prints what a rank of many holds and exchanges in a micro-batch, without numbers or other ranks.
 
-Usage: volumes.py CASES, with CASES in JSON: by name the entries of a config.json, ``parallel``,
-``count`` and ``tensor_ranks``. The process group is one of torch's that only counts, tensors have
-no memory, and of all layers two and three are run: the rest follows.
+Usage: volumes.py CASES, with CASES in JSON: by name the ``count`` of ranks, the ``shape`` of a
+config.json and the ``options`` of the training. The process group is one of torch's that only
+counts, tensors have no memory, and of all layers two and three are run: the rest follows.
 
 Shapes: N tokens, K answer tokens.
 """
@@ -31,6 +31,7 @@ from dpo.launch import Launch
 from dpo.log_probs import token_log_probs
 from dpo.models import Decoder, ModelConfig, parse_config
 from dpo.parallel import kind_of_ranks
+from dpo.precision import precision_of
 from dpo.segments import Segments, TokenStream, plan_attention
 from dpo.train_config import TrainConfig
 
@@ -80,17 +81,18 @@ def measure(model: ModelConfig, ranks: Any) -> Counter[str]:
     return found
 
 
-def case(count: int, parallel: str, tensor_ranks: int, shape: dict[str, Any]) -> dict[str, int]:
+def case(count: int, shape: dict[str, Any], options: dict[str, Any]) -> dict[str, int]:
     launch = Launch(count=count, local_count=A_MACHINE)
     kinds = {"MASTER_ADDR": "", "RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": A_MACHINE}
     os.environ.update({name: str(value) for name, value in kinds.items()})
     store = FakeStore()
     dist.init_process_group("fake", store=store, rank=0, world_size=count)
-    train = TrainConfig(parallel=parallel, tensor_ranks=tensor_ranks)  # type: ignore[arg-type]
+    train = TrainConfig(**options)
     kind = kind_of_ranks(RunConfig(model="M", data="D", out="R", train=train))
     ranks = kind(launch, store, torch.device("cpu"))
     model = parse_config(shape)
-    two, three = (measure(with_layers(model, layers), ranks) for layers in (2, 3))
+    with precision_of(train).context(ranks.device):
+        two, three = (measure(with_layers(model, layers), ranks) for layers in (2, 3))
     dist.destroy_process_group()
     return {name: two[name] + (model.layers - 2) * (three[name] - two[name]) for name in three}
 
