@@ -71,6 +71,13 @@ COUNTERPARTS = {
     "test_cuda.py::test_tf32_rounds_float32_products_on_cuda": (
         "test_device.py::test_tf32_is_switched_on_and_off",
     ),
+    "test_distributed.py::test_steps_over_nccl_equal_those_of_one_gpu": (
+        "test_distributed.py::test_steps_on_two_ranks_equal_those_of_one",
+        "test_distributed.py::test_steps_of_a_model_in_parts_equal_those_of_one_rank",
+    ),
+    "test_distributed.py::test_run_on_two_gpus_goes_on_on_one": (
+        "test_distributed.py::test_run_goes_on_with_any_number_of_ranks",
+    ),
     "test_metrics.py::test_metrics_on_cuda_equal_the_cpu": (
         "test_metrics.py::test_adding_never_waits_for_the_device",
     ),

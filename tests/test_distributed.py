@@ -140,10 +140,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def compared(count: int, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def compared(
+    count: int, cases: dict[str, dict[str, Any]], device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
     """Run cases on so many ranks and alone."""
     done = subprocess.run(
-        [sys.executable, str(RANKS / "equality.py"), str(count), json.dumps(cases)],
+        [sys.executable, str(RANKS / "equality.py"), device, str(count), json.dumps(cases)],
         stdout=subprocess.PIPE, text=True, check=True, env=os.environ | ONE_THREAD,
     )  # fmt: skip
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
@@ -157,6 +159,11 @@ def assert_equal(name: str, found: dict[str, Any], *, tolerance: float = 1e-10) 
     assert found["metrics"][0] < tolerance, (name, found["metrics"])
     rows, rows_alone = found["rows"]
     assert rows == rows_alone, name
+
+
+def need_two_gpus() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL gives each process a GPU of its own: this needs two")
 
 
 # --- a step -------------------------------------------------------------------------------------
@@ -215,6 +222,15 @@ def test_steps_of_a_model_on_each_of_two_machines_equal_those_of_one_rank() -> N
     cases = {name: {**SHARDED[name], "is_sharded": True, "machines": 2} for name in names}
     for name, case in compared(4, cases).items():
         assert_equal(name, case)
+
+
+@pytest.mark.gpu
+def test_steps_over_nccl_equal_those_of_one_gpu() -> None:
+    need_two_gpus()
+    cases = QUICK | with_matrices_in_two(TENSOR)
+    cases |= {name: {**case, "is_sharded": True} for name, case in SHARDED.items()}
+    for name, case in compared(2, cases, "cuda").items():
+        assert_equal(name, case, tolerance=1e-8)  # a GPU adds in any order
 
 
 @pytest.mark.slow
@@ -478,6 +494,21 @@ def test_run_goes_on_with_any_number_of_ranks(
     losses = [[line["loss"] for line in lines(tmp_path / folder)] for folder in ("MIXED", "SAME")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert len(losses[0]) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parallel", ["data", "shard"])
+def test_run_on_two_gpus_goes_on_on_one(
+    parallel: str, tmp_path: Path, arguments: Arguments, launch: Start
+) -> None:
+    need_two_gpus()
+    for folder, device, counts in (("GPUS", "cuda", (2, 1, 2)), ("CPU", "cpu", (1,))):
+        for number, count in enumerate(counts, start=1):
+            more = ["--steps", str(6 * number // len(counts)), "--device", device]
+            more += ["--resume", "auto", "--parallel", parallel if count > 1 else "data"]
+            codes, _, stderr = launch(count, arguments(tmp_path / folder, *more)).ended()
+            assert codes == [0] * count, stderr
+    assert apart(tmp_path / "GPUS", tmp_path / "CPU") < 1e-3
 
 
 def wait_for_a_step(folder: Path) -> None:

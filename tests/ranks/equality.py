@@ -1,7 +1,8 @@
 """Runs cases on several ranks and alone, and prints how far apart the two are.
 
-Usage: equality.py COUNT CASES, with CASES in JSON: options of ``Case`` by name. The ranks are
-processes that are forked when torch is loaded, and join over gloo.
+Usage: equality.py DEVICE COUNT CASES, with CASES in JSON: options of ``Case`` by name. The ranks
+are processes that are forked when torch is loaded; on the CPU they join over gloo, on GPUs, of
+which each takes its own, over NCCL.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from dpo.adapters import Adapter, add_adapter
+from dpo.device import choose_device
 from dpo.distributed import JoinedRanks, joined_ranks
 from dpo.launch import Launch
 from dpo.losses import LOSSES
@@ -155,9 +157,15 @@ def limit_memory(model: nn.Module) -> None:
     model.register_forward_pre_hook(before)
 
 
+def own_device(ranks: Ranks) -> torch.device:
+    """Return the device of a rank; the first one's is also that of what runs alone."""
+    return ranks.device if isinstance(ranks, JoinedRanks) else torch.device(sys.argv[1])
+
+
 def make_trainer(case: Case, ranks: Ranks) -> Trainer:
     """Make a trainer whose policy is not its reference."""
-    pairs, other = make_pairs(case), make_model(case, seed=1)
+    device = own_device(ranks)
+    pairs, other = make_pairs(case), make_model(case, seed=1).to(device)
     kind, reference, mismatched = LOSSES[case.loss], None, None
     if kind.needs_reference and kind.token_statistic != "reference_kl":
         plain = columns_of([replace(pair, margin=0.0) for pair in pairs])
@@ -166,7 +174,7 @@ def make_trainer(case: Case, ranks: Ranks) -> Trainer:
         )
         reference = before.batches.reference
         mismatched = before.mismatched.reference if before.mismatched else None
-    policy: Any = make_model(case, seed=0)
+    policy: Any = make_model(case, seed=0).to(device)
     ranks.prepare(policy)
     if case.lora:
         add_adapter(policy, Adapter(4, 8.0), targets=case.lora, seed=0)
@@ -214,7 +222,7 @@ def run(case: Case, ranks: Ranks) -> Outcome:
     except NonFiniteError as error:
         rows = error.rows
     lines.append(trainer.evaluate())
-    weights = trainer.tensors()["model"]
+    weights = {name: weight.cpu() for name, weight in trainer.tensors()["model"].items()}
     return Outcome(weights, lines, trainer.notes, rows)
 
 
@@ -260,7 +268,7 @@ def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
         "names_are_equal": all(of_names),
         "ranks_are_equal": are_equal,
         "moved": max(
-            float((found.weights[name] - parameter.detach()).abs().max())
+            float((found.weights[name] - parameter.detach().cpu()).abs().max())
             for name, parameter in before.named_parameters()
             if parameter.requires_grad
         ),
@@ -273,12 +281,15 @@ def is_of_first(outcome: Outcome, ranks: Ranks) -> bool:
     """Say whether the weights of this rank are those of the first, bit for bit."""
     if ranks.in_step:
         return True
-    of_first = [weight.clone() for weight in outcome.weights.values()]
+    device = own_device(ranks)
+    of_first = [weight.to(device, copy=True) for weight in outcome.weights.values()]
     ranks.share_weights(of_first)
-    return all(map(torch.equal, of_first, outcome.weights.values()))
+    return all(
+        torch.equal(a.cpu(), b) for a, b in zip(of_first, outcome.weights.values(), strict=True)
+    )
 
 
-def forked(count: int, work: Callable[[Ranks], None]) -> list[int]:
+def forked(count: int, device: Any, work: Callable[[Ranks], None]) -> list[int]:
     """Do ``work`` in so many processes that have joined; return their exit codes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -293,7 +304,7 @@ def forked(count: int, work: Callable[[Ranks], None]) -> list[int]:
             }  # fmt: skip
             code = 1
             try:
-                with joined_ranks(torch.device("cpu")) as ranks:
+                with joined_ranks(choose_device(TrainConfig(device=device))) as ranks:
                     work(ranks)
                 code = 0
             except Exception:
@@ -307,7 +318,7 @@ def forked(count: int, work: Callable[[Ranks], None]) -> list[int]:
 
 
 def main() -> None:
-    count, cases = int(sys.argv[1]), json.loads(sys.argv[2])
+    count, cases = int(sys.argv[2]), json.loads(sys.argv[3])
 
     def work(ranks: Ranks) -> None:
         found = {name: compare(Case(**options), ranks) for name, options in cases.items()}
@@ -315,7 +326,7 @@ def main() -> None:
             print(json.dumps(found))
 
     torch.set_num_threads(1)
-    sys.exit(max(forked(count, work)))
+    sys.exit(max(forked(count, sys.argv[1], work)))
 
 
 if __name__ == "__main__":
