@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dpo.adapters import AdaptedLinear, Adapter, adapt, adapted_layers, matching
 from dpo.errors import InputError
-from dpo.files import JSON, read_json, write_json
+from dpo.files import JSON, OTHER_SHAPE, read_json, write_json
 from dpo.models.architectures import ARCHITECTURES
 from dpo.models.decoder import Decoder
 from dpo.quantization import is_linear
@@ -205,7 +205,7 @@ class _Weights:
 def _read_weights(path: Path) -> _Weights:
     try:
         tensors = read_tensors(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, *OTHER_SHAPE) as error:
         raise InputError(f"{path}: damaged or cut off: {error}") from error
     updates: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}

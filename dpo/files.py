@@ -14,7 +14,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from dpo.errors import InputError
 
 JSON: TypeAlias = "Mapping[str, JSON] | Sequence[JSON] | str | int | float | bool | None"
 MANIFEST = "manifest.json"
+Entry: TypeAlias = "dict[str, str | int]"  # of a manifest: a file's sha256 and bytes
 OTHER_SHAPE = (  # what reading decoded JSON raises that does not look as it should
     ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
@@ -114,26 +115,43 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Write ``manifest.json``: the SHA-256 and the size of every other file under ``folder``."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    write_json(
-        folder / MANIFEST,
-        {
-            path.relative_to(folder).as_posix(): {
-                "sha256": sha256_file(path),
-                "bytes": path.stat().st_size,
-            }
-            for path in files
-            if path != folder / MANIFEST
-        },
-    )
+def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> Entry:
+    """Write a file a chunk at a time, force it to the disk, and return its entry of a manifest."""
+    digest, size = hashlib.sha256(), 0
+    with _named(path), path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def verify_manifest(folder: Path) -> list[str]:
+def write_manifest(folder: Path, known: Mapping[str, Entry] | None = None) -> None:
+    """Write ``manifest.json``: the SHA-256 and the size of every other file under ``folder``.
+
+    Args:
+        folder: of the files.
+        known: entries of files that are not read for it, by their paths in ``folder``.
+    """
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    entries: dict[str, Entry] = dict(known or {})
+    for name in sorted({*names} - {MANIFEST} - entries.keys()):
+        path = folder / name
+        entries[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    write_json(folder / MANIFEST, entries)
+
+
+def verify_manifest(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     """Return the faults of ``manifest.json`` and of the files it lists; none if all are sound.
 
     Any changed byte of them is a fault. Files that the manifest does not list are not looked at.
+
+    Args:
+        folder: of the manifest.
+        part: which part of the files is looked at.
+        parts: how many there are, of about as many files each.
     """
     path = folder / MANIFEST
     try:
@@ -147,7 +165,8 @@ def verify_manifest(folder: Path) -> list[str]:
         listed = {str(name): (str(e["sha256"]), int(e["bytes"])) for name, e in entries.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         return [f"{path}: damaged: {error}"]
-    faults = (_file_fault(folder / name, *expected) for name, expected in listed.items())
+    own = [*listed.items()][part::parts]
+    faults = (_file_fault(folder / name, *expected) for name, expected in own)
     return [fault for fault in faults if fault]
 
 

@@ -9,6 +9,7 @@ Shapes: n rows of a rank, any number of them, also none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -17,17 +18,46 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a piece of a tensor lies in it: from ``starts`` on, in a whole of ``shape``."""
+
+    starts: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank holds of a tensor.
+
+    Attributes:
+        part: these numbers, which share its memory; maybe none.
+        place: of the part in the tensor.
+        is_divided: whether others hold other parts; else every rank holds all of it.
+        copy: which of the ranks that hold the same part this is, from 0.
+        copies: how many ranks those are.
+    """
+
+    part: Tensor
+    place: Place
+    is_divided: bool = False
+    copy: int = 0
+    copies: int = 1
+
+
 class Ranks:
     """A process that is alone: the first rank, and the last.
 
     Attributes:
         rank: which part of the pairs this process has, from 0.
         count: of these parts.
+        process: which of all processes this is, from 0.
         processes: that there are in all.
     """
 
     rank = 0
     count = 1
+    process = 0
     processes = 1
     in_step = False  # whether all ranks must run the model equally often
 
@@ -79,6 +109,15 @@ class Ranks:
         """Return the part of a divided tensor that this rank holds, which shares its memory."""
         return tensor
 
+    def piece(self, tensor: Tensor, name: str) -> Piece:
+        """Return what this rank holds of a tensor, and where in it that lies.
+
+        Args:
+            tensor: a parameter or a state of an optimizer.
+            name: of the parameter.
+        """
+        return Piece(tensor, Place((0,) * tensor.dim(), tuple(tensor.shape)))
+
     def joint_norm(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the norm of all ``tensors``, (), from the (n,) of what this rank holds of each."""
         norm: Tensor = norms.norm()
@@ -103,6 +142,10 @@ class Ranks:
     def first_text(self, text: str) -> str:
         """Return the text that the first rank has."""
         return bytes(self.first(list(text.encode()))).decode()
+
+    def texts(self, text: str) -> list[str]:
+        """Return the text of each process, in their order."""
+        return [text]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradient of each parameter over the ranks, in place.
