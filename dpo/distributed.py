@@ -9,10 +9,12 @@ Shapes: n rows of a rank, any number of them, also none.
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Final, TypeVar
 
@@ -24,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dpo.errors import InputError, RunError
 from dpo.launch import Launch
-from dpo.ranks import Ranks
+from dpo.ranks import Piece, Ranks
 
 TIMEOUT: Final = timedelta(hours=1)  # a first rank may tokenize or write a model meanwhile
 BUCKET_BYTES: Final = 2**25  # of gradients that are summed at once
@@ -56,7 +58,7 @@ class JoinedRanks(Ranks):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
-        self.launch, self.processes = launch, launch.count
+        self.launch, self.process, self.processes = launch, launch.rank, launch.count
         self.store, self.device, self.group = store, device, group
         self._exchanges = 0
 
@@ -84,6 +86,14 @@ class JoinedRanks(Ranks):
             found = _gathered(own, None)
         assert found is not None
         return found.tolist()
+
+    def texts(self, text: str) -> list[str]:
+        """Return the text of each process, in their order."""
+        own = torch.tensor([*json.dumps(text).encode(), ord("\n")], dtype=torch.int64)
+        with self._exchanging():
+            found = _gathered(own, None)
+        assert found is not None
+        return [json.loads(line) for line in bytes(found.tolist()).splitlines()]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradient of each parameter over the ranks, in place, a bucket at a time."""
@@ -116,6 +126,11 @@ class JoinedRanks(Ranks):
         with self._exchanging():
             for weight in weights:
                 dist.broadcast(weight.detach(), group=self.group, group_src=0)
+
+    def piece(self, tensor: Tensor, name: str) -> Piece:
+        """Return a tensor, which the ranks that divide the pairs have all of."""
+        found = super().piece(tensor, name)
+        return replace(found, copy=self.rank, copies=self.count)
 
     def check_same(self, what: str, text: str) -> None:
         """Compare a text with that of the first rank."""

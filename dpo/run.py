@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from dpo.adapters import adapted_layers, rate_scales
-from dpo.checkpoint import Checkpoint, load_checkpoint
+from dpo.checkpoint import Checkpoint
 from dpo.config import RunConfig
 from dpo.device import choose_device, explained_lack_of_memory
 from dpo.distributed import joined_ranks
 from dpo.duration import seconds_of
-from dpo.errors import InputError
+from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_write, remove_leftovers
 from dpo.inputs import Inputs, ModelFolder, Models, find_models, load_inputs, pin_revisions
 from dpo.models import Decoder
@@ -134,13 +134,13 @@ def _held(folder: Path, ranks: Ranks) -> Iterator[None]:
 def _find_checkpoint(
     folder: Path, config: RunConfig, ranks: Ranks, console: Console
 ) -> Checkpoint | None:
-    """Find what ``train.resume`` asks for; the other ranks read what the first has chosen."""
-    if not ranks.is_first:
-        path = ranks.first_text("")
-        return load_checkpoint(Path(path)) if path else None
-    checkpoint = find_checkpoint(folder, config.train.resume, console)
-    ranks.first_text(str(checkpoint.path.resolve()) if checkpoint else "")
-    return checkpoint
+    """Find what ``train.resume`` asks for; where nothing can be found the first rank says so."""
+    try:
+        return find_checkpoint(folder, config.train.resume, console, ranks)
+    except (InputError, RunError):
+        if not ranks.is_first:
+            ranks.wait()  # for the first, which ends
+        raise
 
 
 def _load(

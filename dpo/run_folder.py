@@ -23,14 +23,17 @@ from dpo.checkpoint import (
 from dpo.errors import InputError, RunError
 from dpo.files import OTHER_SHAPE, append_jsonl, atomic_write, read_json
 from dpo.progress import Console
+from dpo.ranks import Ranks
 from dpo.report.record import EVAL_PAIRS, METRICS
 from dpo.trainer import NonFiniteError, Trainer
 
 CHECKPOINTS = "checkpoints"
 
 
-def find_checkpoint(folder: Path, resume: str | None, console: Console) -> Checkpoint | None:
-    """Find what ``--resume`` asks for; nothing is changed.
+def find_checkpoint(
+    folder: Path, resume: str | None, console: Console, ranks: Ranks
+) -> Checkpoint | None:
+    """Find what ``--resume`` asks for; nothing is changed. All ranks find the same.
 
     Returns:
         The checkpoint; None to begin at the first step.
@@ -40,11 +43,11 @@ def find_checkpoint(folder: Path, resume: str | None, console: Console) -> Check
         RunError: the checkpoint is damaged, or none is sound.
     """
     if resume == "auto":
-        checkpoint = _newest(folder / CHECKPOINTS, console)
+        checkpoint = _newest(folder / CHECKPOINTS, console, ranks)
     else:
-        checkpoint = None if resume is None else load_checkpoint(Path(resume))
+        checkpoint = None if resume is None else load_checkpoint(Path(resume), ranks)
         has_run = (folder / METRICS).exists() or (folder / CHECKPOINTS).exists()
-        if has_run and not (checkpoint and _is_in(folder, checkpoint)):
+        if ranks.any(has_run) and not (checkpoint and _is_in(folder, checkpoint)):
             raise InputError(
                 f"{folder} holds a run: go on with --resume auto, or choose another --out"
             )
@@ -99,8 +102,8 @@ def _is_in(folder: Path, checkpoint: Checkpoint) -> bool:
     return checkpoint.path.resolve().parent == (folder / CHECKPOINTS).resolve()
 
 
-def _newest(checkpoints: Path, console: Console) -> Checkpoint | None:
-    newest = latest_checkpoint(checkpoints)
+def _newest(checkpoints: Path, console: Console, ranks: Ranks) -> Checkpoint | None:
+    newest = latest_checkpoint(checkpoints, ranks)
     for fault in newest.damaged:
         console.warn(f"passed over: {fault}")
     if newest.checkpoint is None and newest.damaged:

@@ -7,23 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from dpo.background import Background
-from dpo.checkpoint import (
-    Checkpoint,
-    checkpoint_path,
-    copied,
-    load_checkpoint,
-    prune,
-    save_checkpoint,
-)
+from dpo.checkpoint import Checkpoint, checkpoint_path, load_checkpoint
 from dpo.config import RunConfig
 from dpo.device import describe_device
 from dpo.displacement import ADVICE
@@ -35,6 +24,7 @@ from dpo.progress import Console
 from dpo.report import REPORT, write_report
 from dpo.run_folder import CHECKPOINTS, RunLog, go_on_from, read_evaluations, write_reproduction
 from dpo.run_record import EvalPairsLog, Samples
+from dpo.saving import Saver
 from dpo.stopping import OUT_OF_TIME, TimeLimit, heeding_signals
 from dpo.tracking import Tracking
 from dpo.trained_model import models_identity, write_trained_model
@@ -84,9 +74,15 @@ class RunLoop:
     ) -> None:
         self.config, self.models, self.trainer = config, models, trainer
         self.console, self.own_console, self.ranks = console, own_console, trainer.ranks
-        self.limit, self.background = limit, Background()
+        self.limit = limit
         self.started = time.monotonic()
         self.folder = Path(config.out)
+        self.saver = Saver(
+            self.folder / CHECKPOINTS,
+            self.ranks,
+            keep=config.train.keep,
+            beside_steps=config.train.save_in_background,
+        )
         self.go_on = go_on
         self.saved_step = 0
         self.has_warned = False  # of displacement
@@ -145,14 +141,14 @@ class RunLoop:
             ]
         is_alone = self.ranks.processes == 1
         with (
-            self.background,
+            self.saver,
             heeding_signals(self._stop, self.console, is_alone=is_alone) as received,
         ):
             try:
                 self._train_steps()
             except NonFiniteError as error:
                 self._save()
-                self.background.finish()
+                self.saver.finish()
                 self.ranks.wait()  # a rank that ends is the end of all
                 if not self.ranks.is_first:
                     raise SystemExit(1) from error  # the first has the same to tell
@@ -185,10 +181,10 @@ class RunLoop:
                 self._tell_evaluation(step.evaluation)
                 if self._best_step() == step.number or (every and step.number % every == 0):
                     self._save()
-                self.background.check()
+                self.saver.check()
                 self._heed_time()
         self._save()
-        self.background.finish()
+        self.saver.finish()
 
     def _stop(self) -> None:
         self.trainer.should_stop = True
@@ -219,25 +215,16 @@ class RunLoop:
 
     def _save(self) -> None:
         """Write a checkpoint, unless that of this step is written, and remove old ones."""
-        trainer, checkpoints = self.trainer, self.folder / CHECKPOINTS
+        trainer = self.trainer
         if trainer.step == self.saved_step:
             return
-        tensors, self.saved_step = trainer.tensors(), trainer.step
-        if not self.ranks.is_first:
-            return
+        self.saved_step = trainer.step
+        state = self._state() if self.ranks.is_first else {}
+        self.saver.save(trainer.step, trainer.tensors(), state, best=self._best_step())
+
+    def _state(self) -> dict[str, float | int | str | None]:
         identity = models_identity(self.config, self.models)
-        state = {**trainer.state(), **identity, "hardware": self._hardware()}
-        step, keep, best = trainer.step, self.config.train.keep, self._best_step()
-
-        def write(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-            save_checkpoint(checkpoints, step, tensors, state)
-            prune(checkpoints, keep=keep, best=best)
-
-        if self.config.train.save_in_background:
-            self.background.finish()  # before another copy is made
-            self.background.begin(partial(write, copied(tensors)))
-        else:
-            write(tensors)
+        return {**self.trainer.state(), **identity, "hardware": self._hardware()}
 
     def _hardware(self) -> str:
         return describe_device(self.trainer.device, count=self.ranks.count)
@@ -257,7 +244,8 @@ class RunLoop:
         policy = self._policy()
         step = self._model_step()
         if step != self.trainer.step:
-            best = load_checkpoint(checkpoint_path(self.folder / CHECKPOINTS, step))
+            path = checkpoint_path(self.folder / CHECKPOINTS, step)
+            best = load_checkpoint(path, self.ranks)
             self.trainer.restore_weights(best.tensors)
             self.console.say(f"the model is that of step {step}, of the lowest evaluation loss")
         known = (policy, self.config, self.models)

@@ -21,6 +21,7 @@ from dpo.distributed import JoinedRanks
 from dpo.launch import Launch
 from dpo.models import Decoder
 from dpo.models.norms import Norm
+from dpo.ranks import Piece, Place
 
 
 class ShardedRanks(JoinedRanks):
@@ -98,6 +99,22 @@ class ShardedRanks(JoinedRanks):
     def part_of(self, tensor: Tensor) -> Tensor:
         """Return the part of a divided tensor that this rank holds, which shares its memory."""
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def piece(self, tensor: Tensor, name: str) -> Piece:
+        """Return what this rank holds of a tensor: some of its rows, if it is divided."""
+        if not isinstance(tensor, DTensor):
+            return super().piece(tensor, name)
+        rows, dimension = len(tensor), self.mesh.ndim - 1
+        parts, machines = self.mesh.size(dimension), self.mesh.size() // self.mesh.size(dimension)
+        start = self.mesh.get_local_rank(dimension) * -(-rows // parts)  # as torch.chunk divides
+        machine = self.mesh.get_local_rank(0) if machines > 1 else 0
+        return Piece(
+            tensor.to_local().detach(),
+            Place((min(start, rows), *(0,) * (tensor.dim() - 1)), tuple(tensor.shape)),
+            is_divided=True,
+            copy=machine,
+            copies=machines,
+        )
 
     def joint_norm(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the norm of all tensors, (), from the (n,) of what this rank holds of each."""

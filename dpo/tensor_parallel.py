@@ -15,7 +15,7 @@ Shapes: N tokens, D hidden size, V vocabulary, K answer tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from dpo.distributed import JoinedRanks
 from dpo.launch import Launch
 from dpo.models import Decoder
 from dpo.policy import Vocabulary
+from dpo.ranks import Piece, Place
 
 _BY_ROWS: Final = (
     "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head",
@@ -137,6 +138,23 @@ class TensorRanks(JoinedRanks):
     def part_of(self, tensor: Tensor) -> Tensor:
         """Return the part of a tensor that this rank holds, which shares its memory."""
         return self.same_part.part_of(tensor)
+
+    def piece(self, tensor: Tensor, name: str) -> Piece:
+        """Return what this rank holds of a tensor: some of its rows or columns, if it is divided.
+
+        Of several parts of rows it may have one, or rows of its columns.
+        """
+        found, size = self.same_part.piece(tensor, name), self.part.count
+        dimension = divided_dimension(name)
+        if dimension is None or tensor.dim() <= dimension:
+            if not found.is_divided:
+                return found
+            copy = found.copy * size + self.part.number
+            return replace(found, copy=copy, copies=found.copies * size)
+        starts, shape = [*found.place.starts], [*found.place.shape]
+        starts[dimension] += self.part.number * shape[dimension]
+        shape[dimension] *= size
+        return replace(found, place=Place(tuple(starts), tuple(shape)), is_divided=True)
 
     def take_apart(self, model: nn.Module) -> None:
         """Let ``model`` have the optimizer's parameters, and note which of them are parts."""

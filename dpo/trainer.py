@@ -652,17 +652,14 @@ class Trainer:
         }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the trained weights, the optimizer state by parameter name, the random state."""
+        """Return the trained weights, the optimizer state by parameter name, the random state.
+
+        Of what the ranks divide it is this rank's part.
+        """
         self.ranks.take_apart(self.module)
         return {
-            "model": {
-                name: self.ranks.whole(weight, name)
-                for name, weight in trained_weights(self.module).items()
-            },
-            "optimizer": {
-                name: self.ranks.whole(state, name.rpartition("/")[0])
-                for name, state in optimizer_tensors(self.optimizer, self.module).items()
-            },
+            "model": trained_weights(self.module),
+            "optimizer": optimizer_tensors(self.optimizer, self.module),
             "random": {"cpu": torch.get_rng_state()},
             "loss": {"running": self.running},
             **({"reference": self.live_reference.weights} if self.live_reference else {}),

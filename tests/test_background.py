@@ -11,11 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import dpo.run_loop
+import dpo.checkpoint
 from dpo.background import Background
-from dpo.checkpoint import copied, load_checkpoint, save_checkpoint
+from dpo.checkpoint import copied, load_checkpoint, own_share
 from dpo.cli import main
 from dpo.errors import InputError
+from dpo.ranks import Ranks
+from dpo.tensor_files import write_tensors
 from dpo.train_config import TrainConfig
 
 
@@ -70,11 +72,12 @@ def test_error_of_the_block_is_raised_after_the_work_is_done() -> None:
 
 def test_copy_does_not_change_with_the_weights_and_keeps_what_is_one() -> None:
     weight = torch.ones(3)
-    found = copied({"model": {"a": weight, "b": weight}, "loss": {"c": torch.zeros(1)}})
+    tensors = {"model": {"a": weight, "b": weight}, "loss": {"c": torch.zeros(1)}}
+    found = copied(own_share(tensors, Ranks()))
     weight += 1
-    assert found["model"]["a"].tolist() == [1, 1, 1]
-    assert found["model"]["a"] is found["model"]["b"]
-    assert found["loss"]["c"].tolist() == [0]
+    assert found["model"]["a"].part.tolist() == [1, 1, 1]
+    assert found["model"]["a"].part is found["model"]["b"].part
+    assert found["loss"]["c"].part.tolist() == [0]
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -116,12 +119,12 @@ def test_checkpoints_in_the_background_are_those_of_a_run_that_waits(
 def test_checkpoint_that_cannot_be_written_ends_the_run(
     tmp_path: Path, arguments: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save(folder: Path, step: int, *rest: Any) -> Path:
-        if step == 3:
+    def write(path: Path, *rest: Any) -> Any:
+        if "step-000003" in str(path):
             fail()
-        return save_checkpoint(folder, step, *rest)
+        return write_tensors(path, *rest)
 
-    monkeypatch.setattr(dpo.run_loop, "save_checkpoint", save)
+    monkeypatch.setattr(dpo.checkpoint, "write_tensors", write)
     result = CliRunner().invoke(main, arguments("RUN", "--save-in-background"))
     assert result.exit_code == 1
     assert "the disk is full" in result.stderr

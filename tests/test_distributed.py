@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from dpo.checkpoint import load_checkpoint
 from dpo.cli import COMMANDS, main
 from dpo.config import RunConfig
 from dpo.device import choose_device
@@ -437,7 +438,7 @@ def test_run_with_a_model_in_parts_leaves_what_a_run_of_one_leaves(
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=noise)
     states = [
-        load_file(tmp_path / folder / "checkpoints/step-000004/optimizer.safetensors")
+        load_checkpoint(tmp_path / folder / "checkpoints/step-000004").tensors["optimizer"]
         for folder in ("ONE", "PARTS")
     ]
     assert {n: s.shape for n, s in states[0].items()} == {n: s.shape for n, s in states[1].items()}
@@ -455,11 +456,13 @@ def test_run_with_matrices_in_parts_leaves_what_a_run_of_one_leaves_and_goes_on_
     assert codes == [0, 0], stderr
     alone(arguments(tmp_path / "ONE", *more))
     assert 0 < apart(tmp_path / "PARTS", tmp_path / "ONE") < 1e-5
-    files = [
-        {path.relative_to(folder) for path in folder.rglob("*")} - {Path(".lock")}
-        for folder in (tmp_path / "ONE", tmp_path / "PARTS")
+    states = [
+        load_checkpoint(tmp_path / folder / "checkpoints/step-000004").tensors
+        for folder in ("ONE", "PARTS")
     ]
-    assert files[0] == files[1]
+    for stem in ("model", "optimizer"):
+        for name, state in states[0][stem].items():
+            torch.testing.assert_close(states[1][stem][name], state, rtol=0, atol=1e-5)
     caches = tmp_path / "cache/dpo-engine/reference"
     (shard,) = caches.glob("*/shard-*.safetensors")  # the second rank kept nothing of its own
     assert len(load_file(shard)["keys"]) == 32
@@ -489,6 +492,8 @@ def test_run_goes_on_with_any_number_of_ranks(
             more += ["--parallel", parallel if count > 1 else "data"]
             codes, _, stderr = launch(count, arguments(tmp_path / folder, *more)).ended()
             assert codes == [0] * count, stderr
+    share = tmp_path / "SAME/checkpoints/step-000006/optimizer-00002-of-00002.safetensors"
+    assert share.exists() == (parallel == "shard")
     assert apart(tmp_path / "SAME", tmp_path / "UNBROKEN") == 0
     assert 0 < apart(tmp_path / "MIXED", tmp_path / "UNBROKEN") < 1e-5
     losses = [[line["loss"] for line in lines(tmp_path / folder)] for folder in ("MIXED", "SAME")]
@@ -771,6 +776,165 @@ def test_copies_between_machines_need_several_equal_ones(
         kind = kind_of_ranks(config)
         assert isinstance(kind, partial)
         assert kind.func is HybridRanks
+
+
+# --- a checkpoint in shares ---------------------------------------------------------------------
+
+
+def saved(count: int, folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Save and read on so many ranks; return what each wrote and held."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.ranks.shares", str(count), str(folder), json.dumps(cases)],
+        stdout=subprocess.PIPE, text=True, check=True, cwd=RANKS.parent.parent,
+        env=os.environ | ONE_THREAD | {"MALLOC_MMAP_THRESHOLD_": str(2**14)},
+    )  # fmt: skip
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def assert_read_as_saved(found: dict[str, dict[str, Any]]) -> None:
+    for name, case in found.items():
+        assert case["is_whole"], name
+        assert case["is_same"], name
+        assert case["is_divided_again"], name
+
+
+LARGE_ENOUGH = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4099}  # to be measured
+HEADERS = 2**16  # bytes of names and places in the files of a rank
+NOISE = 2**21  # bytes of a process that come and go
+
+
+def test_each_rank_writes_its_share_and_no_host_holds_more_than_a_tensor(tmp_path: Path) -> None:
+    """Three ranks, so that rows are divided unevenly; 27 MB, of which a tensor has up to 4."""
+    cases = {"sharded": {"is_sharded": True, "dtype": "float32", "model": LARGE_ENOUGH}}
+    found = saved(3, tmp_path, cases)
+    assert_read_as_saved(found)
+    case = found["sharded"]
+    assert case["state"] > 5 * case["largest"]
+    assert sum(case["written"]) < case["state"] + 3 * HEADERS
+    assert max(case["written"]) < case["state"] / 3 + HEADERS
+    assert max(case["held_writing"]) < case["largest"] + NOISE
+    assert max(case["held_reading"]) < case["largest"] + NOISE
+
+
+@pytest.mark.slow
+def test_shares_of_every_kind_of_parts_make_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A part that two ranks have is written once, by either of them in turn."""
+    parts = {"model": EVEN, "tensor_ranks": 2}
+    cases: dict[str, dict[str, Any]] = {
+        "machines": {"is_sharded": True, "machines": 2, "dtype": "float32"},
+        "matrices": parts,
+        "parts of matrices": {**parts, "is_sharded": True},
+        "matrices and an average": {**parts, "model": GPT, "options": {"ema_decay": 0.5}},
+        "adapters": {**parts, "lora": "q_proj,o_proj,lm_head,down_proj"},
+        "adapters of parts": {"is_sharded": True, "lora": "q_proj,down_proj"},
+        "copies": {},
+    }
+    found = saved(4, tmp_path, cases)
+    assert_read_as_saved(found)
+    for name in ("machines", "matrices", "parts of matrices"):
+        assert max(found[name]["written"]) < 0.5 * found[name]["state"], name
+    of_one_process = {"loss", "model", "optimizer", "random"}
+    for name in ("adapters", "adapters of parts", "copies"):
+        files = {file.removesuffix(".safetensors") for file in found[name]["files"]}
+        assert files == of_one_process | {"manifest.json", "state.json"}, name
+
+
+# What a test lets happen when rank 1 writes the optimizer's share at the third step.
+AT_THE_THIRD = """
+import os, resource, signal, sys
+import dpo.checkpoint
+from dpo.cli import main
+
+write_tensors = dpo.checkpoint.write_tensors
+
+def write(path, *rest):
+    if "step-000003" in str(path) and os.environ["RANK"] == "1" and "optimizer" in path.name:
+        {happens}
+    return write_tensors(path, *rest)
+
+dpo.checkpoint.write_tensors = write
+main(prog_name="dpo")
+"""
+FULL_DISK = AT_THE_THIRD.format(happens="resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))")
+KILL = AT_THE_THIRD.format(happens="os.kill(os.getpid(), signal.SIGKILL)")
+SHARES = ("--parallel", "shard", "--save-every", "1", "--keep", "9")
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--save-in-background",), marks=pytest.mark.slow)], ids=str
+)
+def test_full_disk_of_one_rank_ends_all_with_one_error_and_leaves_what_was_there(
+    more: tuple[str, ...], tmp_path: Path, arguments: Arguments, launch: Start
+) -> None:
+    command = arguments(tmp_path / "RUN", "--steps", "9", *SHARES, *more)
+    codes, _, stderr = launch(2, command, FULL_DISK).ended()
+    assert codes == [1, 1], stderr
+    (line,) = errors_in(stderr)
+    assert re.search(r"rank 1: .*File too large: .*optimizer-00002-of-00002\.safetensors", line)
+    assert "Traceback" not in stderr
+    assert checkpoints(tmp_path / "RUN") == ["step-000001", "step-000002"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--save-in-background",)], ids=str)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_killed_while_it_writes_leaves_what_was_there_and_the_run_goes_on_to_the_same_bits(
+    rank: int, more: tuple[str, ...], tmp_path: Path, arguments: Arguments, launch: Start
+) -> None:
+    """The first leaves its folder under a temporary name, and removes it when it starts again."""
+    options = ("--steps", "5", "--resume", "auto", *SHARES, *more)
+    kill = KILL.replace('"1"', f'"{rank}"')
+    codes, _, stderr = launch(2, arguments(tmp_path / "RUN", *options), kill).ended()
+    assert sorted(codes) == [-signal.SIGKILL, 1], stderr
+    assert codes[rank] == -signal.SIGKILL
+    assert len(errors_in(stderr)) == 1
+    left = ["step-000001", "step-000002"]
+    assert [name for name in checkpoints(tmp_path / "RUN") if rank or ".tmp-" not in name] == left
+    for folder in ("RUN", "UNBROKEN"):
+        codes, _, stderr = launch(2, arguments(tmp_path / folder, *options)).ended()
+        assert codes == [0, 0], stderr
+    assert apart(tmp_path / "RUN", tmp_path / "UNBROKEN") == 0
+    assert checkpoints(tmp_path / "RUN") == checkpoints(tmp_path / "UNBROKEN")
+
+
+def test_flipped_bit_in_a_share_is_named_and_the_run_goes_back_to_the_sound_one(
+    tmp_path: Path, arguments: Arguments, launch: Start
+) -> None:
+    folder, options = tmp_path / "RUN", (*SHARES, "--resume", "auto", "--steps")
+    codes, _, stderr = launch(2, arguments(folder, *options, "2")).ended()
+    assert codes == [0, 0], stderr
+    share = folder / "checkpoints/step-000002/model-00002-of-00002.safetensors"
+    content = bytearray(share.read_bytes())
+    content[-1] ^= 1
+    share.write_bytes(content)
+
+    verified = CliRunner().invoke(main, ["checkpoint", "verify", str(folder)])
+    assert verified.exit_code == 1
+    assert f"{share}: damaged: sha256" in verified.output
+    codes, stdout, stderr = launch(2, arguments(folder, *options, "3")).ended()
+    assert codes == [0, 0], stderr
+    assert stderr.count(f"{share}: damaged: sha256") == 1
+    assert f"resuming from {folder / 'checkpoints/step-000001'}" in stdout + stderr
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_shares_written_beside_the_steps_are_those_of_a_run_that_waits(
+    tmp_path: Path, arguments: Arguments, launch: Start
+) -> None:
+    for folder, more in (("WAITS", ()), ("GOES_ON", ("--save-in-background",))):
+        command = arguments(tmp_path / folder, "--steps", "5", *SHARES, *more)
+        codes, _, stderr = launch(2, command).ended()
+        assert codes == [0, 0], stderr
+    assert checkpoints(tmp_path / "GOES_ON") == checkpoints(tmp_path / "WAITS")
+    for path in (tmp_path / "WAITS/checkpoints").glob("*/*"):
+        other = tmp_path / "GOES_ON" / path.relative_to(tmp_path / "WAITS")
+        assert other.read_bytes() == path.read_bytes(), path
 
 
 # --- what goes over the links -------------------------------------------------------------------

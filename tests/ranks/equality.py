@@ -222,7 +222,8 @@ def run(case: Case, ranks: Ranks) -> Outcome:
     except NonFiniteError as error:
         rows = error.rows
     lines.append(trainer.evaluate())
-    weights = {name: weight.cpu() for name, weight in trainer.tensors()["model"].items()}
+    held = trainer.tensors()["model"]
+    weights = {name: ranks.whole(weight, name).cpu() for name, weight in held.items()}
     return Outcome(weights, lines, trainer.notes, rows)
 
 
@@ -232,8 +233,8 @@ def difference(found: float, expected: float) -> float:
     return 0.0 if both_are_nan else abs(found - expected) / max(1.0, abs(expected))
 
 
-def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
-    """Run a case on all ranks and, on the first, alone; say how far apart they are."""
+def kind_of(case: Case, ranks: Ranks) -> Ranks:
+    """Return joined ranks that divide what a case says."""
     assert isinstance(ranks, JoinedRanks)
     kind: Any = JoinedRanks
     if case.is_sharded:
@@ -242,7 +243,13 @@ def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
         kind = partial(TensorRanks, size=case.tensor_ranks, kind=kind)
     launch = Launch.of_environment()
     launch = replace(launch, local_count=launch.count // max(1, case.machines))
-    ranks = kind(launch, ranks.store, ranks.device)
+    found: Ranks = kind(launch, ranks.store, ranks.device)
+    return found
+
+
+def compare(case: Case, ranks: Ranks) -> dict[str, Any]:
+    """Run a case on all ranks and, on the first, alone; say how far apart they are."""
+    ranks = kind_of(case, ranks)
     found = run(case, ranks)
     notes, are_equal = (
         int(ranks.max(len(found.notes))),
