@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dpo.errors import InputError
 from dpo.models import Decoder
+from dpo.models.linear import Linear
 from dpo.policy import LowRank, OutputHead, Policy
 from dpo.quantization import QuantizedLinear, head_weight, holds, inner_linears, is_linear
 
@@ -247,7 +248,7 @@ def _lengths(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _plain(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear = Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
     linear.register_parameter("bias", bias)
     return linear

@@ -13,7 +13,6 @@ from typing import Final
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo.accelerators import ACCELERATORS, MFU, PRICES_OF
 from dpo.config import RunConfig
@@ -24,8 +23,7 @@ from dpo.models import Decoder, ModelConfig
 from dpo.models.transforms import RECOMPUTED
 from dpo.parallel import check_options
 from dpo.plan_of_parts import COUNTS, bytes_in_parts
-from dpo.prepare import prepare_policy
-from dpo.rehearsal import NoHost, Rows, hollow_policy, peak, rehearse_reference
+from dpo.rehearsal import Rows, outlined_policy, peak, rehearse_reference
 from dpo.scoring import MicroBatches
 from dpo.token_budget import (
     DataPlan,
@@ -130,9 +128,7 @@ def make_plan(
         config = with_budget(config, choose_budget(config, model, pairs, device=device).tokens)
     data = plan_data(config, pairs)
     memory = tuple(plan_memory(_recomputing(config, part), model, pairs, data) for part in POLICIES)
-    with FakeTensorMode():
-        policy = hollow_policy(model, config)
-        prepare_policy(policy, _recomputing(config, None), NoHost())
+    policy = outlined_policy(model, config)
     flops = _flops(config, policy, pairs, data)
     chosen = memory[POLICIES.index(config.train.recompute)]
     counts = COUNTS if is_divided else ()

@@ -374,18 +374,19 @@ def verify_sample(
         score: as in ``compute_reference``.
         tolerance: by what one token's log-prob may differ, in nats; the sum over an answer of n
             tokens may differ by sqrt(n) times that, as round-off does.
-        rows: pairs to compute; few, since another model differs in each, and damaged files are
-            found by their hashes.
-        seed: chooses them.
+        rows: pairs to compute, the shortest of some that are drawn; few, since another model
+            differs in each, and damaged files are found by their hashes.
+        seed: of what is drawn.
 
     Raises:
         RunError: an answer differs by more.
     """
     generator = np.random.default_rng(seed)
-    chosen_rows = generator.choice(len(pairs), size=min(rows, len(pairs)), replace=False)
-    for row in sorted(chosen_rows.tolist()):
-        (cached,) = cache.lookup(pairs.take([row]))
-        (computed,) = score([row])
+    drawn = generator.choice(len(pairs), size=min(8 * rows, len(pairs)), replace=False)
+    by_length = np.argsort(pairs.lengths()[drawn].sum(axis=1), kind="stable")
+    shortest = sorted(drawn[by_length[:rows]].tolist())
+    found = zip(shortest, cache.lookup(pairs.take(shortest)), score(shortest), strict=True)
+    for row, cached, computed in found:
         for side, old, new in zip(("chosen", "rejected"), cached, computed, strict=True):
             old_sum, new_sum = float(old.sum(dtype=np.float64)), float(new.sum(dtype=np.float64))
             allowed = tolerance * math.sqrt(len(old))

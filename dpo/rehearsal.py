@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dpo.adapter_files import check_names
+from dpo.adapters import adapt, find_targets
 from dpo.config import RunConfig
 from dpo.memory_tracker import (
     ACTIVATIONS,
@@ -132,6 +134,20 @@ def hollow_policy(model: ModelConfig, config: RunConfig) -> Decoder:
         torch.set_default_dtype(usual)
     if config.adapter.quantize is not None:
         quantize_linears(policy, config.adapter.quantize)
+    return policy
+
+
+def outlined_policy(model: ModelConfig, config: RunConfig) -> Decoder:
+    """Make the policy that a run would train, on the meta device: names, shapes, what is trained.
+
+    Raises:
+        InputError: an option of the adapter finds nothing.
+    """
+    with torch.device("meta"):
+        policy = hollow_policy(model, config)
+        if config.adapter.kind is not None:
+            adapt(policy, find_targets(policy, config.adapter.targets), config.adapter.build())
+            check_names(policy)
     return policy
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from dpo.adapter_files import adapter_parameters
 from dpo.checkpoint import Checkpoint, checkpoint_path
 from dpo.config import RunConfig
@@ -12,8 +10,7 @@ from dpo.identity import refuse_another_run, training_identity
 from dpo.inputs import Inputs, Models
 from dpo.optim import rate_scales, trained_names
 from dpo.parallel import check_parts, is_in_parts
-from dpo.prepare import prepare_policy
-from dpo.rehearsal import hollow_policy
+from dpo.rehearsal import outlined_policy
 from dpo.trained_model import models_identity
 
 
@@ -85,8 +82,5 @@ def _check_names(config: RunConfig, models: Models) -> None:
     if (known := models.policy.adapter) is not None:
         names = adapter_parameters(known.path)
     else:
-        with FakeTensorMode():
-            policy = hollow_policy(models.policy.config, config)
-            prepare_policy(policy, config)
-        names = trained_names(policy)
+        names = trained_names(outlined_policy(models.policy.config, config))
     rate_scales(names, config.train.rates)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from dpo.config import RunConfig
 from dpo.inputs import Inputs, Models
-from dpo.prepare import prepare_policy
-from dpo.rehearsal import hollow_policy
+from dpo.rehearsal import outlined_policy
 from dpo.sampling import make_sampler
 from dpo.scoring import MicroBatches
 
@@ -23,14 +20,10 @@ def header(config: RunConfig, models: Models, inputs: Inputs, *, device: str) ->
 
 
 def _model(config: RunConfig, models: Models) -> str:
-    with FakeTensorMode():
-        policy = hollow_policy(models.policy.config, config)
-        if models.policy.adapter is None:
-            prepare_policy(policy, config)
-        parameters = list(policy.parameters())
-        size = sum(p.numel() for p in parameters)
-        memory = sum(p.numel() * p.element_size() for p in parameters)
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
+    parameters = list(outlined_policy(models.policy.config, config).parameters())
+    size = sum(p.numel() for p in parameters)
+    memory = sum(p.numel() * p.element_size() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     words = [f"{models.policy.name.resolve().name}: {size:,} parameters"]
     if models.policy.adapter is not None:
         words.append("with an adapter, which is trained")

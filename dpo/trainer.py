@@ -240,6 +240,7 @@ class Trainer:
         if eval_pairs is not None:
             self.eval_batches = self._batches(eval_pairs, eval_reference)
             self.eval_mismatched = self._mismatched(eval_pairs, eval_mismatched_reference)
+        self._checks_start = self.batches.reference is not None and starts_at_reference
         self.sampler = make_sampler(self.loss, pairs, self.config)
         self.total_steps = self.config.total_steps(self.sampler.steps_per_epoch)
         self._schedule = make_schedule(self.config.schedule, decay_share=self.config.decay_share)
@@ -307,10 +308,10 @@ class Trainer:
             RunError: the policy does not start at its reference, or no gradient reaches it.
             NonFiniteError: a step is not finite and ``on_nonfinite`` is "stop".
         """
-        if self.step == 0:
-            self.check_start()
-            if self.eval_batches is not None:
-                self._emit(self.evaluate())
+        if self.step == 0 and (self.eval_batches is not None or self.ranks.processes > 1):
+            self.check_start()  # before what takes long, and on all ranks alike
+        if self.step == 0 and self.eval_batches is not None:
+            self._emit(self.evaluate())
         while self.step < self.total_steps and not self.ranks.any(self.should_stop):
             yield self._advance()
 
@@ -414,9 +415,10 @@ class Trainer:
     def _differentiate_at_once(
         self, rows: Sequence[int], own: Sequence[int], total_weight: float, ranks: Ranks
     ) -> StepResult:
+        score = partial(self.score, batches=self.batches, step=self.step + 1)
         step = LossInputs(
             self.loss.at_progress(self.step / self.total_steps),
-            partial(self.score, batches=self.batches, step=self.step + 1),
+            self._checked(score) if self.step == 0 else score,
             self.batches.split(own),
             rows,
             sums=MetricSums.of_loss(self.loss, self._sources),
@@ -553,12 +555,30 @@ class Trainer:
     def check_start(self) -> None:
         """Compare the policy with its reference on the first micro-batch, before any update.
 
+        The first step does it with what it scores, if this was not called before.
+
         Raises:
             RunError: an answer's log-prob differs by more than the noise of the numerics.
         """
-        if self.batches.reference is None or not self.starts_at_reference:
-            return
-        pairs = self.score(self.batches.split(self.sampler.rows(0))[0], self.batches).loss_pairs
+        if self._checks_start:
+            self._checked(partial(self.score, batches=self.batches))(
+                self.batches.split(self.sampler.rows(0))[0]
+            )
+
+    def _checked(self, score: Score) -> Score:
+        """Let what is scored first show whether the policy starts at its reference."""
+
+        def checked(rows: Sequence[int]) -> ScoredPairs:
+            scored = score(rows)
+            if self._checks_start:
+                self._checks_start = False
+                self._compare_with_reference(scored.loss_pairs)
+            return scored
+
+        return checked
+
+    @torch.no_grad()
+    def _compare_with_reference(self, pairs: PairLogProbs) -> None:
         tokens = torch.stack([pairs.chosen_tokens, pairs.rejected_tokens])
         gaps = torch.stack([pairs.chosen_log_ratio, pairs.rejected_log_ratio]).abs()
         if bool((gaps <= self.precision.noise * tokens.sqrt()).all()):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpo.models import init_model, parse_config
-from dpo.models.config import ACTIVATIONS
+from dpo.models.activations import ACTIVATIONS
 from dpo.models.gating import gated
 from dpo.models.norms import rms_norm
 from dpo.models.rope import Rope, rotation

@@ -153,7 +153,7 @@ def test_all_linear_layers_but_the_output_are_quantized(
     layers = quantize_linears(model, "int8")
     assert len(layers) == 2 * 7
     assert dict(inner_linears(model)) == layers
-    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.lm_head, nn.Linear)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -5,28 +5,18 @@ What the entries mean for each architecture is in ``dpo.models.architectures``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Final
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from dpo.errors import InputError
 from dpo.files import read_json
+from dpo.models.activations import ACTIVATIONS
 from dpo.models.architectures import ARCHITECTURES, Experts, Facts, head_size
 from dpo.models.entries import Entries, HubConfig
 from dpo.models.rope import Rope, parse_rope
 
 _MOST_LAYERS: Final = 1_000  # a file of a few bytes is not to make a million modules
-ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class ModelConfig:
         windows: per layer, the tokens a token sees; None for all.
         ropes: per layer, the rotary embedding; None for none.
         experts: per layer, None for a plain MLP.
-        activation: of the MLPs; a name in ``ACTIVATIONS``.
+        activation: of the MLPs; a name in ``dpo.models.activations.ACTIVATIONS``.
         is_gated: the MLPs are gated (arXiv 2002.05202).
         has_mlp_bias: of all matrices of the MLPs.
         has_qkv_bias: of the projections to queries, keys and values.

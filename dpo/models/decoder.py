@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from dpo.attention import AttentionOptions, attend
 from dpo.errors import InputError
-from dpo.models.config import ACTIVATIONS, ModelConfig
+from dpo.models.activations import ACTIVATIONS
+from dpo.models.config import ModelConfig
 from dpo.models.experts import SparseMLP
 from dpo.models.gating import gated
+from dpo.models.linear import Embedding, Linear
 from dpo.models.norms import make_norm, make_query_key_norm
 from dpo.models.rope import Rotation, rotation
 from dpo.policy import WHOLE, OutputHead
@@ -41,7 +43,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.vocabulary = WHOLE  # whose rows the output projection has
         self.tie_weights()
 
@@ -91,9 +93,9 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         if config.has_learned_positions:
-            self.embed_positions = nn.Embedding(config.max_positions, config.hidden_size)
+            self.embed_positions = Embedding(config.max_positions, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = make_norm(config)
         self.attend_in: AttendIn = attend_in
@@ -168,10 +170,10 @@ class Attention(nn.Module):
         self.head_size = head
         self.options = AttentionOptions(window, config.query_scale, config.attention_softcap)
         has_bias = config.has_qkv_bias
-        self.q_proj = nn.Linear(size, config.heads * head, bias=has_bias)
-        self.k_proj = nn.Linear(size, config.key_heads * head, bias=has_bias)
-        self.v_proj = nn.Linear(size, config.key_heads * head, bias=has_bias)
-        self.o_proj = nn.Linear(config.heads * head, size, bias=config.has_attention_output_bias)
+        self.q_proj = Linear(size, config.heads * head, bias=has_bias)
+        self.k_proj = Linear(size, config.key_heads * head, bias=has_bias)
+        self.v_proj = Linear(size, config.key_heads * head, bias=has_bias)
+        self.o_proj = Linear(config.heads * head, size, bias=config.has_attention_output_bias)
         self.q_norm = make_query_key_norm(config, config.heads)
         self.k_norm = make_query_key_norm(config, config.key_heads)
 
@@ -194,9 +196,9 @@ class GatedMLP(nn.Module):
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.gate_proj = nn.Linear(size, inner, bias=bias)
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.gate_proj = Linear(size, inner, bias=bias)
+        self.up_proj = Linear(size, inner, bias=bias)
+        self.down_proj = Linear(inner, size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (N, D) to (N, D)."""
@@ -212,8 +214,8 @@ class PlainMLP(nn.Module):
         super().__init__()
         size, inner, bias = config.hidden_size, config.intermediate_size, config.has_mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.up_proj = nn.Linear(size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.up_proj = Linear(size, inner, bias=bias)
+        self.down_proj = Linear(inner, size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (N, D) to (N, D)."""

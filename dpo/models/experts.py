@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpo.models.activations import ACTIVATIONS
 from dpo.models.architectures import Experts
-from dpo.models.config import ACTIVATIONS, ModelConfig
+from dpo.models.config import ModelConfig
 from dpo.models.gating import gated
+from dpo.models.linear import Linear
 
 
 class SparseMLP(nn.Module):
@@ -25,7 +27,7 @@ class SparseMLP(nn.Module):
     def __init__(self, config: ModelConfig, experts: Experts) -> None:
         super().__init__()
         self.chosen, self.shares_sum_to_one = experts.chosen, experts.shares_sum_to_one
-        self.gate = nn.Linear(config.hidden_size, experts.count, bias=False)
+        self.gate = Linear(config.hidden_size, experts.count, bias=False)
         self.experts = ExpertMLPs(config, experts)
         self.records = False  # whether a forward pass leaves (N, X) shares and (N, C) choices
         self.record: tuple[Tensor, Tensor] | None = None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Activation = Callable[[Tensor], Tensor]
+from dpo.models.activations import Activation
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -33,8 +32,5 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            opened = ctx.activation(gate)
-        (by_gate,) = torch.autograd.grad(opened, gate, grads[0] * up)
-        return by_gate, opened.detach().mul_(grads[0]), None
+        by_gate = ctx.activation.backward(grads[0] * up, gate)
+        return by_gate, ctx.activation(gate).mul_(grads[0]), None

@@ -7,13 +7,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from dpo.optim.eager import EagerOptimizer
 from dpo.optim.groups import ParameterGroup
 from dpo.optim.rounding import StochasticRounding
 
 State: TypeAlias = dict[str, Tensor]
 
 
-class Parameterwise(torch.optim.Optimizer):
+class Parameterwise(EagerOptimizer):
     """An optimizer whose step goes through the parameters and updates each by itself.
 
     Attributes:

@@ -5,6 +5,7 @@ from typing import Final
 
 import torch
 
+from dpo.optim.eager import Adafactor, AdamW, EagerOptimizer, Muon
 from dpo.optim.groups import ParameterGroup
 
 FUSED_DEVICES: Final = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -17,10 +18,10 @@ def adamw(
     beta1: float = 0.9,
     beta2: float = 0.999,
     epsilon: float = 1e-8,
-) -> torch.optim.AdamW:
+) -> AdamW:
     """Make an AdamW over ``groups``, in one fused kernel on the devices that have one."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(
+    return AdamW(
         groups,
         lr=learning_rate,
         betas=(beta1, beta2),
@@ -34,10 +35,10 @@ def adafactor(groups: Sequence[ParameterGroup], *, learning_rate: float) -> torc
 
     A step is the learning rate, at most 1 / sqrt(step), times the size of the parameter.
     """
-    return torch.optim.Adafactor(groups, lr=learning_rate)
+    return Adafactor(groups, lr=learning_rate)
 
 
-class MuonAndAdamW(torch.optim.Optimizer):
+class MuonAndAdamW(EagerOptimizer):
     """Muon for the hidden matrices, AdamW for all else, as one optimizer.
 
     Muon steps along the momentum with its singular values made equal (Jordan 2024,
@@ -63,7 +64,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self.parts: list[torch.optim.Optimizer] = []
         if hidden:
             scaling = "match_rms_adamw"
-            muon = torch.optim.Muon(hidden, learning_rate, momentum=momentum, adjust_lr_fn=scaling)
+            muon = Muon(hidden, learning_rate, momentum=momentum, adjust_lr_fn=scaling)
             self.parts.append(muon)
         if others:
             options = {"beta1": beta1, "beta2": beta2, "epsilon": epsilon}
