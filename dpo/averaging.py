@@ -7,7 +7,7 @@ called on one that does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -48,6 +48,11 @@ def keep_moving_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
                 state[_MOVING_AVERAGE] = weight.clone()
 
     optimizer.register_step_post_hook(update)
+
+
+def moving_average_bytes(weights: Iterable[Tensor]) -> int:
+    """Count what a moving average of ``weights`` takes."""
+    return sum(weight.numel() * torch.float32.itemsize for weight in weights)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from dpo.run_folder import CHECKPOINTS, RunLog, go_on_from, read_evaluations, wr
 from dpo.run_record import EvalPairsLog, Samples
 from dpo.saving import Saver
 from dpo.stopping import OUT_OF_TIME, TimeLimit, heeding_signals
+from dpo.throughput import peak_memory_mib
 from dpo.tracking import Tracking
 from dpo.trained_model import models_identity, write_trained_model
 from dpo.trainer import Metrics, NonFiniteError, Trainer
@@ -43,6 +44,7 @@ class RunResult:
         first: the first evaluation, before the first step; None without held-out pairs.
         last: the evaluation of the saved model; None without held-out pairs.
         seconds: that the training took in this process.
+        peak_mib: the most memory that this process had: allocated on a GPU, resident on a CPU.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class RunResult:
     first: Metrics | None
     last: Metrics | None
     seconds: float
+    peak_mib: float
 
 
 class RunLoop:
@@ -283,6 +286,7 @@ class RunLoop:
             first=evaluations[0] if evaluations else None,
             last=evaluations[-1] if evaluations else None,
             seconds=time.monotonic() - self.started,
+            peak_mib=peak_memory_mib(self.trainer.device),
         )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
 from dpo.averaging import keep_moving_average
 from dpo.optim import (
+    EagerOptimizer,
     StochasticRounding,
     make_optimizer,
     parameter_groups,
@@ -20,7 +20,7 @@ from dpo.train_config import TrainConfig
 
 def make_run_optimizer(
     policy: nn.Module, config: TrainConfig, rate_factors: Mapping[str, float] = {}
-) -> torch.optim.Optimizer:
+) -> EagerOptimizer:
     """Make the optimizer of a run.
 
     Args:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from dpo.adapter_config import AdapterConfig
-from dpo.config import RunConfig
-from dpo.models import Decoder, parse_config
+from dpo.config import LossConfig, RunConfig
+from dpo.memory_tracker import GRADIENTS, OPTIMIZER, REFERENCE, WEIGHTS
+from dpo.models import Decoder, init_model, parse_config
 from dpo.optim import OPTIMIZERS
 from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.quantization import quantize_linears
-from dpo.rehearsal import outlined_policy
+from dpo.rehearsal import Rows, outlined_policy, rehearse_step
+from dpo.run_header import held_bytes
 from dpo.tokenized_pairs import TokenizedPairs
 from dpo.train_config import TrainConfig
 from dpo.trainer import Trainer
@@ -111,6 +113,73 @@ def test_outline_has_the_shapes_of_the_policy(kind: Any, quantize: Any) -> None:
         quantize_linears(policy, quantize)
     prepare_policy(policy, replace(config, train=train))
     assert shapes(outline) == shapes(policy)
+
+
+KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE)
+
+
+def run_config(**options: Any) -> RunConfig:
+    """A run of one step on a row of 64 numbers a layer, an adapter of rank 4 if one is wanted."""
+    names = {field.name for field in fields(AdapterConfig)}
+    adapter: dict[str, Any] = {name: options.pop(name) for name in names & options.keys()}
+    loss = LossConfig(name=options.pop("loss", "sigmoid"))
+    usual = {"batch_size": 2, "steps": 3, "schedule": "constant", "device": "cpu"}
+    train = TrainConfig(**{**usual, **options})
+    if adapter:
+        adapter["rank"] = 4
+    return RunConfig(
+        model="m",
+        data="d",
+        out="o",
+        loss=loss,
+        train=train,
+        adapter=AdapterConfig(**adapter),
+    )
+
+
+@pytest.mark.parametrize("kind", [None, "lora"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"optimizer": name} for name in OPTIMIZERS),
+        {"ema_decay": 0.9},
+        {"dtype": "bfloat16", "stochastic_rounding": True, "optimizer": "lion"},
+    ],
+    ids=str,
+)
+def test_states_in_the_header_are_those_of_the_optimizer(
+    make_pairs: Callable[..., TokenizedPairs], options: dict[str, Any], kind: Any
+) -> None:
+    if kind is not None and "stochastic_rounding" in options:
+        options = {name: value for name, value in options.items() if name != "stochastic_rounding"}
+    config = run_config(**options, **({} if kind is None else {"kind": kind}))
+    policy = init_model(MODEL, dtype=precision_of(config.train).parameters)
+    prepare_policy(policy, config)
+    trainer = Trainer(policy, make_pairs(2), config.train)
+    trainer.train_step()
+    states = [each for state in trainer.optimizer.state.values() for each in state.values()]
+    held = held_bytes(config, outlined_policy(MODEL, config))
+    assert held[OPTIMIZER] == sum(each.nbytes for each in states)
+    assert held[WEIGHTS] == sum(each.nbytes for each in policy.parameters())
+    assert held[REFERENCE] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": "bf16-mixed", "kind": "dora", "quantize": "nf4"},
+        {"loss": "tdpo2", "optimizer": "adafactor"},
+    ],
+    ids=str,
+)
+def test_header_holds_what_the_rehearsal_of_an_update_holds(
+    make_pairs: Callable[..., TokenizedPairs], options: dict[str, Any]
+) -> None:
+    config = run_config(**options)
+    update = rehearse_step(config, MODEL, Rows(make_pairs(2), range(2)))["update"]
+    held = held_bytes(config, outlined_policy(MODEL, config))
+    assert held == {kind: update.get(kind, 0) for kind in KINDS}
 
 
 def test_layers_draw_their_weights_where_there_is_memory() -> None:

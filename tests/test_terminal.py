@@ -40,10 +40,10 @@ def test_run_in_a_pipe_says_what_it_is_and_what_changed(
     assert not re.search(r"[\x00-\x08\x0b-\x1f]", done.output)  # no bar, no colour
     count = sum(p.numel() for p in load_model(model_folder).parameters())
     said = done.stderr.splitlines()
-    assert (
-        f"model   {model_folder.name}: {count:,} parameters, 0 MiB of weights (float32), on cpu"
-        in said
-    )
+    assert f"model   {model_folder.name}: {count:,} parameters, float32, on cpu" in said
+    # less than a MiB in all, as is each part
+    held = "weights 0, gradients 0, optimizer states 0"
+    assert f"memory  0 MiB without activations: {held}" in said
     tokens = json.loads((tmp_path / "RUN/data.json").read_text())["train"]
     assert (
         f"data    {tokens['pairs']} rows, {tokens['tokens']} useful tokens an epoch; 4 held out"
@@ -57,7 +57,10 @@ def test_run_in_a_pipe_says_what_it_is_and_what_changed(
     footer = done.stdout.splitlines()
     assert footer[0].split() == ["held", "out", "before", "after", "95", "%", "interval"]
     assert re.fullmatch(r"loss +0\.6931 +0\.\d{4} +\[[\d.]+, [\d.]+\]", footer[1])
-    assert [line.split()[0] for line in footer[-4:]] == ["steps", "model", "report", "next"]
+    assert [line.split()[0] for line in footer[-5:]] == [
+        "steps", "memory", "model", "report", "next",
+    ]  # fmt: skip
+    assert re.fullmatch(r"memory  [1-9][\d,]* MiB at the peak", footer[-4])
     assert footer[-1] == f"next    dpo generate {tmp_path}/RUN/model --prompt ..."
 
 

@@ -44,6 +44,7 @@ def show_result(result: "RunResult") -> None:
             low_high = interval(result.last, f"eval/{name}")
             click.echo(f"{name:<18}{before:>10.4f}{after:>10.4f}   {low_high}".rstrip())
     click.echo(f"steps   {result.steps:,}, in {duration(result.seconds)}")
+    click.echo(f"memory  {result.peak_mib:,.0f} MiB at the peak")
     click.echo(f"model   {result.model}")
     click.echo(f"report  {result.report}")
     click.echo(f"next    dpo generate {shlex.quote(str(result.model))} --prompt ...")

@@ -12,6 +12,7 @@ import torch
 from dpo.errors import InputError
 from dpo.optim.adamw8bit import AdamW8bit
 from dpo.optim.clipping import clip_gradients
+from dpo.optim.eager import EagerOptimizer
 from dpo.optim.elementwise import ElementwiseAdamW
 from dpo.optim.groups import (
     ParameterGroup,
@@ -31,6 +32,7 @@ __all__ = [
     "ELEMENTWISE",
     "OPTIMIZERS",
     "SCHEDULES",
+    "EagerOptimizer",
     "StochasticRounding",
     "clip_gradients",
     "make_optimizer",
@@ -41,7 +43,7 @@ __all__ = [
     "trained_names",
 ]
 
-OPTIMIZERS: Final[dict[str, Callable[..., torch.optim.Optimizer]]] = {
+OPTIMIZERS: Final[dict[str, Callable[..., EagerOptimizer]]] = {
     "adamw": adamw,
     "adamw8bit": AdamW8bit,
     "adafactor": adafactor,
@@ -65,7 +67,7 @@ def make_optimizer(
     learning_rate: float,
     rounding: StochasticRounding | None = None,
     **options: float | None,
-) -> torch.optim.Optimizer:
+) -> EagerOptimizer:
     """Make an optimizer of a name in ``OPTIMIZERS``; options that are None are left out.
 
     Raises:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo.optim.eager import State, zeros_like
 from dpo.optim.groups import ParameterGroup
-from dpo.optim.parameterwise import ParameterwiseAdamW, State
+from dpo.optim.parameterwise import ParameterwiseAdamW
 
 BLOCK: Final = 256  # values that share a scale, in the order in which they lie in memory
 FEWEST: Final = 4096  # a smaller parameter keeps float32 states, as in the paper
@@ -31,11 +32,12 @@ class AdamW8bit(ParameterwiseAdamW):
     byte resolves, so it is rounded up as often as is right over many steps, not to the nearest.
     """
 
-    def _start(self, parameter: Tensor) -> State:
+    def first_states(self, parameter: Tensor) -> State:
+        """Return the states of ``parameter`` before its first update."""
         count, step = parameter.numel(), torch.zeros((), dtype=torch.float32)
         if count < FEWEST or not parameter.is_contiguous():
             return {"step": step} | {
-                name: torch.zeros_like(parameter, dtype=torch.float32) for name in _MOMENTS
+                name: zeros_like(parameter, dtype=torch.float32) for name in _MOMENTS
             }
         blocks, like = math.ceil(count / BLOCK), parameter.new_zeros
         numbers = {name: like(blocks, BLOCK, dtype=dtype) for name, dtype in _MOMENTS.items()}

@@ -5,18 +5,20 @@ import math
 import torch
 from torch import Tensor
 
+from dpo.optim.eager import State, zeros_like
 from dpo.optim.groups import ParameterGroup
-from dpo.optim.parameterwise import ParameterwiseAdamW, State
+from dpo.optim.parameterwise import ParameterwiseAdamW
 
 
 class ElementwiseAdamW(ParameterwiseAdamW):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), as torch's."""
 
-    def _start(self, parameter: Tensor) -> State:
+    def first_states(self, parameter: Tensor) -> State:
+        """Return the states of ``parameter`` before its first update."""
         return {
             "step": torch.zeros((), dtype=torch.float32),
-            "mean": torch.zeros_like(parameter),
-            "square": torch.zeros_like(parameter),
+            "mean": zeros_like(parameter),
+            "square": zeros_like(parameter),
         }
 
     def _update(

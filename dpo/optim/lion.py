@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpo.optim.eager import State, zeros_like
 from dpo.optim.groups import ParameterGroup
-from dpo.optim.parameterwise import Parameterwise, State
+from dpo.optim.parameterwise import Parameterwise
 
 
 class Lion(Parameterwise):
@@ -26,8 +27,9 @@ class Lion(Parameterwise):
         defaults = {"lr": learning_rate, "betas": (beta1, beta2), "weight_decay": 0.0}
         super().__init__(params, defaults)
 
-    def _start(self, parameter: Tensor) -> State:
-        momentum = {"momentum": torch.zeros_like(parameter)}
+    def first_states(self, parameter: Tensor) -> State:
+        """Return the states of ``parameter`` before its first update."""
+        momentum = {"momentum": zeros_like(parameter)}
         return momentum if self.rounding is None else momentum | {"step": torch.zeros(())}
 
     def _update(

@@ -2,16 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from dpo.optim.eager import EagerOptimizer
+from dpo.optim.eager import EagerOptimizer, State
 from dpo.optim.groups import ParameterGroup
 from dpo.optim.rounding import StochasticRounding
-
-State: TypeAlias = dict[str, Tensor]
 
 
 class Parameterwise(EagerOptimizer):
@@ -32,7 +29,7 @@ class Parameterwise(EagerOptimizer):
                 continue
             state = self.state[parameter]
             if not state:
-                state |= self._start(parameter)
+                state |= self.first_states(parameter)
             if "step" in state:
                 state["step"] += 1
             if self.rounding is None:
@@ -40,10 +37,6 @@ class Parameterwise(EagerOptimizer):
             else:
                 gradient = parameter.grad
                 self.rounding.apply(self._update, parameter, gradient, state, group, place=place)
-
-    @abstractmethod
-    def _start(self, parameter: Tensor) -> State:
-        """Return the states of ``parameter`` before its first update; a ``step`` is counted."""
 
     @abstractmethod
     def _update(

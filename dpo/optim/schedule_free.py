@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dpo.optim.eager import State, zeros_like
 from dpo.optim.groups import ParameterGroup
-from dpo.optim.parameterwise import ParameterwiseAdamW, State
+from dpo.optim.parameterwise import ParameterwiseAdamW
 
 
 class ScheduleFreeAdamW(ParameterwiseAdamW):
@@ -27,12 +28,13 @@ class ScheduleFreeAdamW(ParameterwiseAdamW):
                     base = self.state[parameter]["base"]
                     yield parameter, base.lerp(parameter.detach(), 1 / group["betas"][0])
 
-    def _start(self, parameter: Tensor) -> State:
+    def first_states(self, parameter: Tensor) -> State:
+        """Return the states of ``parameter`` before its first update."""
         return {
             "step": torch.zeros((), dtype=torch.float64),
             "weight_sum": torch.zeros((), dtype=torch.float64),
             "base": parameter.detach().clone(),
-            "square": torch.zeros_like(parameter),
+            "square": zeros_like(parameter),
         }
 
     def _update(

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Final
 
 import torch
+from torch import Tensor
 
-from dpo.optim.eager import Adafactor, AdamW, EagerOptimizer, Muon
+from dpo.optim.eager import Adafactor, AdamW, EagerOptimizer, Muon, State
 from dpo.optim.groups import ParameterGroup
 
 FUSED_DEVICES: Final = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -30,7 +31,7 @@ def adamw(
     )
 
 
-def adafactor(groups: Sequence[ParameterGroup], *, learning_rate: float) -> torch.optim.Optimizer:
+def adafactor(groups: Sequence[ParameterGroup], *, learning_rate: float) -> Adafactor:
     """Make torch's Adafactor: factored squares, no mean (Shazeer and Stern 2018, arXiv 1804.04235).
 
     A step is the learning rate, at most 1 / sqrt(step), times the size of the parameter.
@@ -61,7 +62,7 @@ class MuonAndAdamW(EagerOptimizer):
         super().__init__(params, {"lr": learning_rate})
         hidden = [group for group in self.param_groups if group["is_hidden"]]
         others = [group for group in self.param_groups if not group["is_hidden"]]
-        self.parts: list[torch.optim.Optimizer] = []
+        self.parts: list[EagerOptimizer] = []
         if hidden:
             scaling = "match_rms_adamw"
             muon = Muon(hidden, learning_rate, momentum=momentum, adjust_lr_fn=scaling)
@@ -72,6 +73,15 @@ class MuonAndAdamW(EagerOptimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         for part in self.parts:
             part.state = self.state
+
+    def first_states(self, parameter: Tensor) -> State:
+        """Return those of the part that updates ``parameter``."""
+        (part,) = (
+            part
+            for part in self.parts
+            if any(parameter is each for group in part.param_groups for each in group["params"])
+        )
+        return part.first_states(parameter)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
