@@ -44,11 +44,12 @@ def obtain_references(
     device: torch.device,
     model: Decoder | None = None,
     ranks: Ranks | None = None,
+    compares_later: bool = False,
 ) -> References:
     """Look the reference log-probs of ``inputs`` up, and compute those that the cache lacks.
 
     A sample of those from the cache is computed again and compared, unless the cache has everything
-    and ``model`` is None.
+    and ``model`` is None or is compared with it later.
 
     Args:
         config: the run.
@@ -59,6 +60,8 @@ def obtain_references(
         model: the reference model as it is on disk, if it is loaded; else it is loaded when first
             needed, and never if the cache has everything.
         ranks: among which what is to be computed is divided; all must see the folder of the cache.
+        compares_later: the log-probs of ``inputs.pairs`` are compared with the model's when
+            training begins.
 
     Raises:
         RunError: the cache holds other values than the model gives, or one is not finite.
@@ -73,7 +76,7 @@ def obtain_references(
         numerics=numerics(precision=config.train.dtype, device=device.type, **switches),
     )
     scorer = _Scorer(config, models.reference, device, model, ranks or Ranks())
-    pairs = scorer.obtain(inputs.pairs, cache, console, "reference")
+    pairs = scorer.obtain(inputs.pairs, cache, console, "reference", compares_later=compares_later)
     if inputs.eval_pairs is None:
         return References(pairs)
     return References(
@@ -96,7 +99,13 @@ class _Scorer:
         self.precision, self.ranks = precision_of(config.train), ranks
 
     def obtain(
-        self, pairs: TokenizedPairs, cache: ReferenceCache, console: Console, label: str
+        self,
+        pairs: TokenizedPairs,
+        cache: ReferenceCache,
+        console: Console,
+        label: str,
+        *,
+        compares_later: bool = False,
     ) -> ReferenceLogProbs:
         """Complete the cache for ``pairs``, and check a sample of it if a model is loaded."""
         batches = MicroBatches.of_run(self.train, pairs)
@@ -120,7 +129,8 @@ class _Scorer:
                 )
         else:
             console.say(f"{label}: all {len(pairs):,} pairs are in the cache")
-        if len(missing) < len(pairs) and self.model is not None:
+        is_compared = compares_later and not missing
+        if len(missing) < len(pairs) and self.model is not None and not is_compared:
             verify_sample(cache, pairs, score, tolerance=self.precision.noise)
         found = cache.lookup(pairs)
         _tell_damage(cache, console)

@@ -92,7 +92,8 @@ def train(config: RunConfig, *, console: Console, go_on: str | None = None) -> R
                 console.say(line)
             atomic_write(folder / CONFIG, whole.to_toml())
             write_data(folder, inputs, told_of_data)
-        trainer = _make_trainer(config, models, inputs, device, ranks, console)
+        is_new = checkpoint is None
+        trainer = _make_trainer(config, models, inputs, device, ranks, console, is_new=is_new)
         advice = go_on or f"dpo resume {folder}"
         run = RunLoop(config, models, trainer, console, own_console, limit, advice)
         run.begin_samples()
@@ -173,6 +174,8 @@ def _make_trainer(
     device: torch.device,
     ranks: Ranks,
     console: Console,
+    *,
+    is_new: bool,
 ) -> Trainer:
     loss, is_own_reference = config.loss.build(), models.reference is models.policy
     for pairs in (inputs.pairs, inputs.eval_pairs):
@@ -197,7 +200,7 @@ def _make_trainer(
             model=policy,
             ranks=ranks,
         )
-        references = obtain(inputs)
+        references = obtain(inputs, compares_later=is_new)
         if loss.needs_mismatch:
             mismatched = obtain(inputs.mismatched(seed=config.train.seed))
     policy = policy or _load_policy(config, models.policy, device, ranks)

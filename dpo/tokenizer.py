@@ -65,7 +65,10 @@ class Tokenizer:
 
     def _load(self, files: Mapping[str, bytes], name: str) -> None:
         self._files = {file: files[file] for file in _OWN_FILES if file in files}
-        contents = {file: _read_object(files, file, name) for file in files if file != TEMPLATE}
+        read_elsewhere = {TOKENIZER, TEMPLATE}
+        contents = {
+            file: _read_object(files, file, name) for file in files if file not in read_elsewhere
+        }
         self._backend = _backend(files, contents.get(CONFIG, {}), name)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         if not 0 < len(vocabulary) <= 1 + max(vocabulary.values()) <= _MOST_IDS:

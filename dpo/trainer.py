@@ -587,8 +587,8 @@ class Trainer:
             f"the policy does not start at its reference: an answer's log-prob differs by "
             f"{gaps.max():.4g} nats, {self._first_loss(pairs)}. "
             "Likely causes: the reference log-probs are of another model or of other tokens "
-            "(template, tokenizer), or the policy has dropout. If another reference is meant, "
-            "say starts_at_reference=False"
+            "(template, tokenizer, a cache that was changed), or the policy has dropout. If "
+            "another reference is meant, say starts_at_reference=False"
         )
 
     def _first_loss(self, pairs: PairLogProbs) -> str:

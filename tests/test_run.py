@@ -256,9 +256,22 @@ def test_full_cache_leaves_the_reference_model_unloaded(
     assert weights(tmp_path / "FULL") == weights(config.out)
 
 
-@pytest.mark.parametrize("count", [16, 20], ids=["full", "partly filled"])
+@pytest.mark.parametrize(
+    ("count", "held_out", "refusal"),
+    [
+        (16, None, "the policy does not start at its reference"),
+        (20, None, "the reference cache does not fit the reference model"),
+        (16, 0.25, "the reference cache does not fit the reference model"),
+    ],
+    ids=["full", "partly filled", "held out"],
+)
 def test_cache_of_other_values_is_refused(
-    tmp_path: Path, config: RunConfig, make_model_folder: MakeFolder, count: int
+    tmp_path: Path,
+    config: RunConfig,
+    make_model_folder: MakeFolder,
+    count: int,
+    held_out: float | None,
+    refusal: str,
 ) -> None:
     """The values of another model stand in the cache under this model's name."""
     other = make_model_folder(tmp_path / "other", seed=1, rope_theta=50.0)
@@ -277,8 +290,8 @@ def test_cache_of_other_values_is_refused(
         found.rename(own.folder / found.name)
     data = write_pairs(tmp_path / "pairs.jsonl", count=count)
 
-    with pytest.raises(RunError, match="the reference cache does not fit the reference model"):
-        started(replace(config, data=str(data)))
+    with pytest.raises(RunError, match=refusal):
+        started(replace(config, data=str(data), eval_split=held_out))
 
 
 @pytest.mark.parametrize(

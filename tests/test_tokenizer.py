@@ -202,7 +202,7 @@ class TestFiles:
         ("file", "content", "fault"),
         [
             ("tokenizer.json", "{}", "tokenizer.json: not a tokenizer: "),
-            ("tokenizer.json", "{", "tokenizer.json: not valid JSON: "),
+            ("tokenizer.json", "{", "tokenizer.json: not a tokenizer: "),
             ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object"),
             ("tokenizer_config.json", '{"eos_token": "<e>"}', "eos_token '<e>' is not in the voc"),
             ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id must be ids, found"),
