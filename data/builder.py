@@ -37,6 +37,7 @@ from dpo.data.splits import crossing_rows, seeded_rank, split_by_time, split_by_
 from dpo.data.stores import FeedbackStore, open_store
 from dpo.data.texts import json_line
 from dpo.errors import InputError
+from dpo.progress import Console
 
 Source: TypeAlias = str | Path | FeedbackStore
 
@@ -88,7 +89,11 @@ def build_consolidation_dataset(
 
 
 def build_dataset(
-    feedback: Source, kind: TypedKind[State, Action], options: BuildOptions | None = None
+    feedback: Source,
+    kind: TypedKind[State, Action],
+    options: BuildOptions | None = None,
+    *,
+    console: Console | None = None,
 ) -> Dataset[State, Action]:
     """Read, filter and split the decisions of one policy.
 
@@ -96,6 +101,7 @@ def build_dataset(
         feedback: a store, or what `open_store` takes.
         kind: of the policy.
         options: which decisions are taken and how they are split.
+        console: where it is shown how many have been read; None shows nothing.
 
     Raises:
         InputError: the store cannot be read, a record is not of this kind, the filters leave
@@ -103,7 +109,7 @@ def build_dataset(
             removed because training has the same; then it says which unit to choose.
     """
     options = options or BuildOptions()
-    table, left = _read(feedback, kind, options)
+    table, left = _read(feedback, kind, options, console or Console(quiet=True))
     examples = _draw(table.all(), options)
     columns = examples.columns()
     is_eval = _evaluation_side(columns, table, options)
@@ -130,7 +136,7 @@ def _options(keywords: BuildKeywords) -> BuildOptions:
 
 
 def _read(
-    feedback: Source, kind: TypedKind[State, Action], options: BuildOptions
+    feedback: Source, kind: TypedKind[State, Action], options: BuildOptions, console: Console
 ) -> tuple[ExampleTable[State, Action], dict[str, int]]:
     """Put the decisions that pass the filters into a table, in the order of time.
 
@@ -145,8 +151,8 @@ def _read(
     refused = Counter[str]()
     faults: list[str] = []
     seen = 0
-    with _opened(feedback) as store:
-        for decision in store.decisions(DecisionFilter(policy=kind.name)):
+    with _opened(feedback) as store, console.bar("read", store.count(), unit="decisions") as bar:
+        for decision in bar.each(store.decisions(DecisionFilter(policy=kind.name))):
             seen += 1
             refusal = next(wanted.refusals(decision), None)
             if refusal is not None:
@@ -163,6 +169,7 @@ def _read(
                 if len(faults) == _FAULTS_SHOWN:
                     faults.append("... and perhaps more")
                     break
+        bar.update(seen, seen)  # those of other policies were counted too
         if faults:
             raise InputError("\n".join(faults))
     left = {}

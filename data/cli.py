@@ -12,11 +12,15 @@ import click
 from dpo.data import cli_text as text
 from dpo.data.kinds import KINDS
 from dpo.errors import InputError
+from dpo.progress import Console
 
 if TYPE_CHECKING:
     from dpo.data.stores import FeedbackStore
 
 SOURCE_HELP = "A file (.jsonl, .jsonl.gz, .db, .sqlite) or a postgresql:// URL."
+
+
+_quiet = click.option("--quiet", is_flag=True, help="Show no progress.")
 
 
 @click.group
@@ -88,6 +92,7 @@ def cli() -> None:
 @click.option("--min-pairs", default=100, show_default=True, help="Least unique training pairs.")
 @click.option("--created-at", help="For the metadata  [default: time of the latest example]")
 @click.option("--replace", is_flag=True, help="Replace the folder if it exists.")
+@_quiet
 def build(
     policy: str,
     feedback: str,
@@ -100,6 +105,7 @@ def build(
     min_pairs: int,
     created_at: str | None,
     replace: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Build the data set of POLICY: examples, a split without leakage, and preference pairs."""
@@ -120,7 +126,8 @@ def build(
     )
     with open_store(feedback) as store:
         try:
-            dataset = build_dataset(store, KINDS[policy], build_options)
+            console = Console(quiet=quiet)
+            dataset = build_dataset(store, KINDS[policy], build_options, console=console)
         finally:
             _warn(store)
     written = write_dataset(
@@ -153,7 +160,10 @@ def _given(value: Any) -> Any:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--columns", help="Other names of the columns: prompt=question,chosen=good,...")
 @click.option("--replace", is_flag=True, help="Replace the folder if it exists.")
-def export(source: str, format_name: str, out: Path, columns: str | None, replace: bool) -> None:
+@_quiet
+def export(
+    source: str, format_name: str, out: Path, columns: str | None, replace: bool, quiet: bool
+) -> None:
     """Write the pairs of SOURCE in another format.
 
     SOURCE is a folder of dpo data build or a file of pairs.
@@ -161,7 +171,12 @@ def export(source: str, format_name: str, out: Path, columns: str | None, replac
     from dpo.data.export import export_pairs
 
     report = export_pairs(
-        source, out, format_name=format_name, columns=_columns(columns), replace_folder=replace
+        source,
+        out,
+        format_name=format_name,
+        columns=_columns(columns),
+        replace_folder=replace,
+        console=Console(quiet=quiet),
     )
     click.echo(text.export_text(report))
 
@@ -191,6 +206,7 @@ def export(source: str, format_name: str, out: Path, columns: str | None, replac
     type=click.Path(path_type=Path),
     help="Folder to make: the files without dropped rows.",
 )
+@_quiet
 def check(
     files: tuple[Path, ...],
     eval_files: tuple[Path, ...],
@@ -201,6 +217,7 @@ def check(
     out: Path | None,
     html: Path | None,
     clean: Path | None,
+    quiet: bool,
 ) -> None:
     """Say what is odd about FILES of preference pairs, and which rows.
 
@@ -215,7 +232,7 @@ def check(
     )
     if (clean is None) == ("drop" in options.policies.values()):
         raise InputError("--clean and a --policy CHECK=drop need each other")
-    report = examine(files, options)
+    report = examine(files, options, console=Console(quiet=quiet))
     if out is not None:
         write_findings(report, out)
     if html is not None:
@@ -315,6 +332,7 @@ def _warn(store: "FeedbackStore") -> None:
     "--exploration", default=0.5, show_default=True, help="Share of actions drawn at random."
 )
 @click.option("--drift", default=1.0, show_default=True, help="How far frequencies change.")
+@_quiet
 def simulate(
     policy: str,
     out: str,
@@ -323,6 +341,7 @@ def simulate(
     situations: int,
     exploration: float,
     drift: float,
+    quiet: bool,
 ) -> None:
     """Write the decisions of a SIMULATED agent of POLICY, whose right answers are known."""
     from dpo.data import simulate as simulator
@@ -331,8 +350,9 @@ def simulate(
     drawn = simulator.simulate(
         policy, decisions, seed, situations=situations, exploration=exploration, drift=drift
     )
-    with open_store(out, create=True) as store:
-        recorded = store.record_decisions(drawn)
+    bar = Console(quiet=quiet).bar("simulate", decisions, unit="decisions")
+    with open_store(out, create=True) as store, bar as counted:
+        recorded = store.record_decisions(counted.each(drawn))
     click.echo(
         f"SIMULATION: {recorded:,} decisions of {policy} written to {out}; none was observed."
     )

@@ -20,6 +20,7 @@ from dpo.data.texts import json_line
 from dpo.errors import InputError
 from dpo.files import atomic_directory, atomic_write
 from dpo.pair_rows import check_columns
+from dpo.progress import Console
 
 if TYPE_CHECKING:
     from dpo.tokenizer import Tokenizer
@@ -206,10 +207,12 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> int:
         return sum(file.write(line + b"\n") > 0 for line in lines)
 
 
-def examine(files: Sequence[Path], options: DoctorOptions | None = None) -> DoctorReport:
+def examine(
+    files: Sequence[Path], options: DoctorOptions | None = None, *, console: Console | None = None
+) -> DoctorReport:
     """Look at every row of some files of pairs, training files before evaluation files.
 
-    Memory: a few hundred bytes a row; texts are not kept.
+    Memory: a few hundred bytes a row; texts are not kept. Progress is shown on ``console``.
 
     Raises:
         InputError: a file is absent, unreadable or given twice, no file has a row, or the tokenizer
@@ -221,9 +224,10 @@ def examine(files: Sequence[Path], options: DoctorOptions | None = None) -> Doct
     if len(set(ordered)) < len(ordered):
         raise InputError(f"a file is named twice among {', '.join(map(str, ordered))}")
     examination = _Examination(eval_files, options)
-    for path in ordered:
-        for row in read_rows(path, options.columns or {}):
-            examination.add(row)
+    with (console or Console(quiet=True)).bar("check", unit="rows") as bar:
+        for path in ordered:
+            for row in bar.each(read_rows(path, options.columns or {})):
+                examination.add(row)
     report = examination.report(ordered)
     if not report.rows:
         raise InputError(f"{', '.join(map(str, ordered))}: no rows; expected at least one pair")

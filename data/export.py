@@ -8,7 +8,7 @@ import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,10 @@ from dpo.errors import InputError
 from dpo.files import JSON, atomic_directory, check_replaceable, write_manifest
 from dpo.pair import Content, Message, PreferencePair, Text, Tokens
 from dpo.pair_rows import FIELDS, OPTIONAL, pair_to_row
-from dpo.preferences import load_pairs
+from dpo.preferences import stream_pairs
+from dpo.progress import Bar, Console
+
+Row = TypeVar("Row")
 
 
 class Demonstration(NamedTuple):
@@ -42,12 +45,18 @@ class ExportSource:
         facts: Markdown for the card: where the pairs come from; empty where nobody knows.
         pairs: all pairs.
         demonstrations: good answers alone; a function, because they take time to find.
+        bar: of the rows that are written; None where nobody looks.
     """
 
     name: str
     facts: str
     pairs: Mapping[str, Sequence[PreferencePair]]
     demonstrations: Callable[[], Mapping[str, Sequence[Demonstration]]]
+    bar: Bar | None = None
+
+    def counted(self, rows: Iterable[Row]) -> Iterable[Row]:
+        """Yield rows that are written, and count them."""
+        return rows if self.bar is None else self.bar.each(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +67,13 @@ class Exporter:
         write: puts a source into an empty folder.
         keeps: which optional fields of a pair the format can hold.
         usage: Markdown for the card: what the files hold and how to load them.
+        demonstrates: whether it writes good answers alone.
     """
 
     write: Callable[[ExportSource, Path], None]
     keeps: frozenset[str]
     usage: str
+    demonstrates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,7 @@ def export_pairs(
     columns: Mapping[str, str] | None = None,
     kind: PolicyKind | None = None,
     replace_folder: bool = False,
+    console: Console | None = None,
 ) -> ExportReport:
     """Write the pairs of a data set folder or of a file of pairs in another format.
 
@@ -98,6 +110,7 @@ def export_pairs(
         columns: field of a pair -> column that holds it, for a file of pairs with other names.
         kind: of a data set whose policy is not in ``KINDS``; the format "chat" asks for it.
         replace_folder: whether an existing folder is replaced.
+        console: where progress is shown; None shows nothing.
 
     Raises:
         InputError: an unknown format, an unreadable source, the folder exists, or it holds the
@@ -110,9 +123,13 @@ def export_pairs(
     if Path(source).exists() and Path(source).resolve().is_relative_to(target.resolve()):
         raise InputError(f"{folder} holds the source {source}: choose another folder")
     check_replaceable(target, replace=replace_folder)
-    exported = read_source(source, columns=columns, kind=kind)
+    console = console or Console(quiet=True)
+    with console.bar("read", unit="pairs") as bar:
+        exported = read_source(source, columns=columns, kind=kind, bar=bar)
+    total = None if exporter.demonstrates else sum(map(len, exported.pairs.values()))
     with atomic_directory(target, replace=replace_folder) as temporary:
-        exporter.write(exported, temporary)
+        with console.bar("write", total, unit="rows") as bar:
+            exporter.write(replace(exported, bar=bar), temporary)
         if not (temporary / "README.md").exists():
             _write_text(temporary / "README.md", _card(exported, format_name))
         write_manifest(temporary)
@@ -125,8 +142,11 @@ def read_source(
     *,
     columns: Mapping[str, str] | None = None,
     kind: PolicyKind | None = None,
+    bar: Bar | None = None,
 ) -> ExportSource:
     """Read a data set folder, or a source of pairs, which becomes the training split.
+
+    Pairs that are read are counted in ``bar``.
 
     Raises:
         InputError: it is unreadable.
@@ -141,14 +161,14 @@ def read_source(
         name = metadata.policy
         facts = data_facts(metadata.stats, metadata.options, metadata.pair_options)
         files = {side: folder / f"{name}_dpo_{side}.jsonl" for side in ("train", "eval")}
-        pairs = {side: _pairs(file) for side, file in files.items() if _size(file)}
+        pairs = {side: _pairs(file, bar=bar) for side, file in files.items() if _size(file)}
         return ExportSource(
             f"{name} policy",
             simulation_notice(metadata.stats) + facts,
             pairs,
             lambda: _best_actions(folder, kind),
         )
-    loaded = {"train": _pairs(source, columns)}
+    loaded = {"train": _pairs(source, columns, bar=bar)}
     return ExportSource(folder.name, "", loaded, lambda: _chosen(loaded))
 
 
@@ -163,12 +183,20 @@ def _size(path: Path) -> int:
     return path.stat().st_size
 
 
-def _pairs(source: str | Path, columns: Mapping[str, str] | None = None) -> list[PreferencePair]:
+def _pairs(
+    source: str | Path, columns: Mapping[str, str] | None = None, *, bar: Bar | None
+) -> list[PreferencePair]:
     """Read pairs without the ids that the reader makes up."""
-    return [
-        replace(pair, id=None) if pair.id == f"row-{number}" else pair
-        for number, pair in enumerate(load_pairs(source, columns=columns).pairs, start=1)
-    ]
+    pairs: list[PreferencePair] = []
+
+    def take(pair: PreferencePair) -> None:
+        made_up = pair.id == f"row-{len(pairs) + 1}"
+        pairs.append(replace(pair, id=None) if made_up else pair)
+        if bar is not None:
+            bar.advance()
+
+    stream_pairs(source, columns=columns, visit=take)
+    return pairs
 
 
 def _chosen(pairs: Mapping[str, Sequence[PreferencePair]]) -> dict[str, list[Demonstration]]:
@@ -206,14 +234,14 @@ def _good(examples: Examples[State, Action]) -> list[Demonstration]:
 
 def _write_jsonl(source: ExportSource, folder: Path) -> None:
     for split, pairs in source.pairs.items():
-        _write_lines(folder / f"{split}.jsonl", map(pair_to_row, pairs))
+        _write_lines(folder / f"{split}.jsonl", map(pair_to_row, source.counted(pairs)))
 
 
 def _write_huggingface(source: ExportSource, folder: Path) -> None:
     """Write one file a split; the card's header tells ``datasets`` which file is which split."""
     names = {split: _HUGGINGFACE_SPLITS.get(split, split) for split in source.pairs}
     for split, pairs in source.pairs.items():
-        _write_lines(folder / f"{names[split]}.jsonl", map(pair_to_row, pairs))
+        _write_lines(folder / f"{names[split]}.jsonl", map(pair_to_row, source.counted(pairs)))
     files = "".join(
         f"      - split: {name}\n        path: {name}.jsonl\n" for name in names.values()
     )
@@ -223,7 +251,7 @@ def _write_huggingface(source: ExportSource, folder: Path) -> None:
 
 def _write_openai(source: ExportSource, folder: Path) -> None:
     for split, pairs in source.pairs.items():
-        _write_lines(folder / f"{split}.jsonl", map(_openai_row, pairs))
+        _write_lines(folder / f"{split}.jsonl", map(_openai_row, source.counted(pairs)))
 
 
 def _openai_row(pair: PreferencePair) -> JSON:
@@ -243,7 +271,8 @@ def _openai_row(pair: PreferencePair) -> JSON:
 def _write_chat(source: ExportSource, folder: Path) -> None:
     for split, rows in source.demonstrations().items():
         messages = (
-            _messages(row.prompt, "user") + _messages(row.answer, "assistant") for row in rows
+            _messages(row.prompt, "user") + _messages(row.answer, "assistant")
+            for row in source.counted(rows)
         )
         _write_lines(folder / f"{split}.jsonl", ({"messages": each} for each in messages))
 
@@ -252,7 +281,7 @@ def _write_prompt_completion(source: ExportSource, folder: Path) -> None:
     for split, rows in source.demonstrations().items():
         _write_lines(
             folder / f"{split}.jsonl",
-            ({"prompt": row.prompt, "completion": row.answer} for row in rows),
+            ({"prompt": row.prompt, "completion": row.answer} for row in source.counted(rows)),
         )
 
 
@@ -272,7 +301,7 @@ def _write_csv(source: ExportSource, folder: Path) -> None:
         with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n")
             writer.writerow(columns)
-            for row in map(pair_to_row, pairs):
+            for row in map(pair_to_row, source.counted(pairs)):
                 writer.writerow([_cell(row.get(column)) for column in columns])
 
 
@@ -293,7 +322,7 @@ def _write_parquet(source: ExportSource, folder: Path) -> None:
         raise InputError("Parquet needs pyarrow: pip install 'dpo-engine[parquet]'") from error
     columns = _columns(source)
     for split, pairs in source.pairs.items():
-        rows = [pair_to_row(pair) for pair in pairs]
+        rows = [pair_to_row(pair) for pair in source.counted(pairs)]
         table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
         parquet.write_table(table, folder / f"{split}.parquet", compression="zstd")
 
@@ -325,6 +354,7 @@ EXPORTERS: dict[str, Exporter] = {
     "chat": Exporter(
         _write_chat,
         keeps=frozenset(),
+        demonstrates=True,
         usage="One conversation a line, `{messages: [...]}`, for supervised fine-tuning: of a data "
         "set of decisions the best action of each prompt, if its reward is above zero; of a file "
         "of pairs every chosen answer, of unpaired answers those of label true. Rewards are not in "
@@ -333,6 +363,7 @@ EXPORTERS: dict[str, Exporter] = {
     "prompt-completion": Exporter(
         _write_prompt_completion,
         keeps=frozenset(),
+        demonstrates=True,
         usage="One object a line with `prompt` and `completion`, for supervised fine-tuning: of a "
         "data set of decisions the best action of each prompt, if its reward is above zero; of a "
         "file of pairs every chosen answer, of unpaired answers those of label true.",

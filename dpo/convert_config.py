@@ -30,12 +30,14 @@ _OPTIMIZERS = {
     "adamw_torch_fused": "adamw",
     "adamw_bnb_8bit": "adamw8bit",
     "adamw_8bit": "adamw8bit",
+    "adamw_torch_8bit": "adamw8bit",
     "paged_adamw_8bit": "adamw8bit",
+    "paged_adamw_32bit": "adamw",
     "adafactor": "adafactor",
     "lion_32bit": "lion",
+    "paged_lion_32bit": "lion",
     "schedule_free_adamw": "schedule-free",
 }
-_TRUNCATION = {"keep_start": "keep-start", "keep_end": "keep-end"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +67,25 @@ class Cannot:
 
 Rule = To | Same | Joined | Cannot
 
+_CUT: Final[Mapping[str, Rule]] = {  # of TRL, for rows over a limit if there is one
+    "truncation_mode": To(
+        "tokenize.truncation", {"keep_start": "keep-start", "keep_end": "keep-end"}
+    )
+}
+
 _TRAINING: Final[Mapping[str, Rule]] = {  # of transformers.TrainingArguments, which both build on
     "output_dir": To("out"),
     "learning_rate": To("train.learning_rate"),
     "weight_decay": To("train.weight_decay"),
     "adam_beta1": To("train.beta1"),
-    "adam_beta2": To("train.beta2"),
+    "adam_beta2": Joined(),
     "adam_epsilon": To("train.epsilon"),
     "lr_scheduler_type": To("train.schedule", _SCHEDULES),
     "optim": To("train.optimizer", _OPTIMIZERS),
     "logging_steps": To("train.log_every"),
     "save_total_limit": To("train.keep"),
     "seed": To("train.seed"),
-    "tf32": To("train.tf32"),
+    "tf32": Joined(),
     "torch_compile": To("train.compile"),
     "max_grad_norm": Joined(),
     "per_device_train_batch_size": Joined(),
@@ -93,7 +101,7 @@ _TRAINING: Final[Mapping[str, Rule]] = {  # of transformers.TrainingArguments, w
     "save_strategy": Joined(),
     "save_steps": Joined(),
     "load_best_model_at_end": Joined(),
-    "metric_for_best_model": Same(),
+    "metric_for_best_model": Joined(),
     "greater_is_better": Same(),
     "per_device_eval_batch_size": Same(),
     "dataloader_num_workers": Same(),
@@ -116,19 +124,22 @@ _TRAINING: Final[Mapping[str, Rule]] = {  # of transformers.TrainingArguments, w
     "deepspeed": Cannot("under torchrun, train.parallel = shard divides the model"),
     "fsdp": Cannot("under torchrun, train.parallel = shard divides the model"),
     "fsdp_config": Cannot("under torchrun, train.parallel = shard divides the model"),
+    "lr_scheduler_kwargs": Cannot("wsd has train.decay_share, the other schedules no options"),
+    "optim_args": Cannot("give them as train.beta1 and so on"),
+    "optim_target_modules": Cannot("all trained weights have one optimizer: train.optimizer"),
     "neftune_noise_alpha": Cannot("no noise is added to embeddings"),
 }
 _TRL: Final[Mapping[str, Rule]] = {
     **_TRAINING,
     "model_name_or_path": To("model"),
-    "model_revision": Joined(),
+    "model_revision": To("revision"),
     "dataset_name": Joined(),
     "datasets": Joined(),
     "dataset_train_split": Joined(),
     "dataset_test_split": Joined(),
     "max_length": To("tokenize.max_length"),
     "max_prompt_length": To("tokenize.max_prompt_length"),
-    "truncation_mode": To("tokenize.truncation", _TRUNCATION),
+    "truncation_mode": Joined(),
     "gradient_checkpointing": To("train.recompute", {"True": "layer", "False": "none"}),
     "router_aux_loss_coef": To("train.router_loss"),
     "dtype": Joined(),
@@ -149,18 +160,21 @@ _TRL: Final[Mapping[str, Rule]] = {
     "lora_r": Joined(),
     "lora_alpha": Joined(),
     "lora_dropout": Joined(),
+    "disable_dropout": Joined(),
     "lora_target_modules": Joined(),
     "use_rslora": Joined(),
     "use_dora": Joined(),
     "load_in_4bit": Joined(),
     "load_in_8bit": Joined(),
     "use_bnb_nested_quant": Joined(),
-    "bnb_4bit_quant_type": Same(),
+    "bnb_4bit_quant_type": Joined(),
+    "bnb_4bit_quant_storage": Same(),
     "lora_task_type": Same(),
     "padding_free": Same(),
     "precompute_ref_log_probs": Same(),
     "precompute_ref_batch_size": Same(),
-    "disable_dropout": Same(),
+    "pad_token": Same(),
+    "ignore_bias_buffers": Same(),
     "dataset_num_proc": Same(),
     "attn_implementation": Same(),
     "pad_to_multiple_of": Same(),
@@ -191,6 +205,7 @@ _TRL_DEFAULTS: Final[Given] = {  # of TRL 1.16: DPOConfig, ModelConfig, ScriptAr
 _LLAMA_FACTORY: Final[Mapping[str, Rule]] = {
     **_TRAINING,
     "model_name_or_path": To("model"),
+    "model_revision": To("revision"),
     "cutoff_len": To("tokenize.max_length"),
     "ref_model": To("reference"),
     "loraplus_lr_ratio": To("adapter.b_rate_ratio"),
@@ -203,17 +218,21 @@ _LLAMA_FACTORY: Final[Mapping[str, Rule]] = {
     "pref_loss": Joined(),
     "pref_beta": Joined(),
     "pref_ftx": Joined(),
+    "pref_bco_weight": Joined(),
     "simpo_gamma": Joined(),
     "dpo_label_smoothing": Joined(),
     "ld_alpha": Joined(),
     "lora_rank": Joined(),
     "lora_alpha": Joined(),
-    "lora_dropout": Joined(),
+    "lora_dropout": Same(),  # its trainer switches all dropout off
     "lora_target": Joined(),
     "use_rslora": Joined(),
     "use_dora": Joined(),
     "quantization_bit": Joined(),
+    "quantization_type": Joined(),
     "double_quantization": Joined(),
+    "use_muon": Joined(),
+    "early_stopping_steps": Joined(),
     "pure_bf16": Joined(),
     "disable_gradient_checkpointing": Joined(),
     "do_train": Same(),
@@ -222,20 +241,48 @@ _LLAMA_FACTORY: Final[Mapping[str, Rule]] = {
     "enable_liger_kernel": Same(),
     "overwrite_cache": Same(),
     "preprocessing_num_workers": Same(),
-    "quantization_type": Same(),
     "save_only_model": Same(),
     "dataset_dir": Same(),
+    "do_eval": Same(),
+    "cache_dir": Same(),
+    "streaming": Same(),
+    "tokenized_path": Same(),
+    "use_fast_tokenizer": Same(),
+    "use_unsloth": Same(),
+    "use_unsloth_gc": Same(),
+    "use_reentrant_gc": Same(),
+    "upcast_layernorm": Same(),
+    "upcast_lmhead_output": Same(),
+    "moe_aux_loss_coef": Same(),  # its DPO step adds no loss of the router
+    "freeze_vision_tower": Same(),
+    "freeze_multi_modal_projector": Same(),
+    "include_effective_tokens_per_second": Same(),
     "template": Cannot("conversations are written by the tokenizer's own chat template"),
     "max_samples": Cannot("cut the file: head -n"),
     "ref_model_adapters": Cannot("give a merged model as reference"),
     "ref_model_quantization_bit": Cannot("the reference is held as the model is"),
-    "pref_bco_weight": Cannot("a mixture with bco is --loss sigmoid:1,bco:WEIGHT"),
+    "disable_shuffling": Cannot("pairs are always shuffled, by train.seed"),
+    "additional_target": Cannot("an adapter is low-rank updates alone"),
+    "pissa_init": Cannot("adapters begin at zero"),
+    "create_new_adapter": Cannot("merge the old adapter first: dpo merge"),
+    "use_galore": Cannot("see train.optimizer for the optimizers that there are"),
+    "use_apollo": Cannot("see train.optimizer for the optimizers that there are"),
+    "use_badam": Cannot("see train.optimizer for the optimizers that there are"),
+    "use_adam_mini": Cannot("see train.optimizer for the optimizers that there are"),
+    "quantization_method": Cannot("the base is quantized as bitsandbytes does: adapter.quantize"),
+    "rope_scaling": Cannot("write it into the model's config.json"),
+    "shift_attn": Cannot("attention is that of the model"),
+    "resize_vocab": Cannot("the tokenizer is taken as it is"),
+    "add_tokens": Cannot("the tokenizer is taken as it is"),
+    "add_special_tokens": Cannot("the tokenizer is taken as it is"),
+    "default_system": Cannot("write it into the rows"),
+    "interleave_probs": Cannot("give all sets by data = [...], their shares by mix.weights"),
     "trust_remote_code": Cannot("no code of a model is run"),
     "packing": Cannot("micro-batches are always packed, and never padded"),
     "image_max_pixels": Cannot("models are of text alone"),
     "video_max_pixels": Cannot("models are of text alone"),
 }
-_LLAMA_FACTORY_DEFAULTS: Final[Given] = {
+_LLAMA_FACTORY_DEFAULTS: Final[Given] = {  # of LLaMA-Factory 0.9.5: its hparams
     "learning_rate": 5e-5,
     "per_device_train_batch_size": 8,
     "num_train_epochs": 3,
@@ -381,6 +428,7 @@ def _join_training(given: Given, processes: int, made: _Translation) -> None:
         made.set("train.epochs", int(float(epochs)), "num_train_epochs")
     else:
         made.note("num_train_epochs", f"{epochs} is no whole number: give train.steps")
+    _join_optimizer(given, made)
     trackers = given.get("report_to") or "none"
     if trackers not in ("none", "all", ["none"], ["all"]):
         names = trackers if isinstance(trackers, str) else ",".join(map(str, _list(trackers)))
@@ -389,10 +437,22 @@ def _join_training(given: Given, processes: int, made: _Translation) -> None:
     _join_saving(given, made)
 
 
+def _join_optimizer(given: Given, made: _Translation) -> None:
+    beta2 = given.get("adam_beta2")
+    if beta2 is None and _OPTIMIZERS.get(str(given.get("optim"))) == "lion":
+        beta2 = 0.999  # they give lion the decays of Adam
+    if beta2 is not None:
+        made.set("train.beta2", beta2, "adam_beta2")
+    if given.get("lr_scheduler_type") == "warmup_stable_decay":
+        made.note("lr_scheduler_type", "wsd falls linearly over train.decay_share, there a cosine")
+
+
 def _join_warmup(given: Given, made: _Translation) -> None:
     for name in ("warmup_steps", "warmup_ratio"):
         value = float(given.get(name) or 0)
-        if value >= 1:
+        if value > 0 and given.get("lr_scheduler_type") == "constant":
+            made.note(name, "is left out: nothing warms up there, but with constant_with_warmup")
+        elif value >= 1:
             made.set("train.warmup_steps", int(value), name)
         elif value > 0:
             made.note(name, f"give train.warmup_steps: {value:g} of the steps of the run")
@@ -414,6 +474,9 @@ def _join_evaluation(given: Given, made: _Translation) -> None:
         made.note("eval_strategy", "give train.eval_every in steps; the end is evaluated anyway")
     if given.get("load_best_model_at_end"):
         made.set("train.keep_best", True, "load_best_model_at_end")
+        metric = given.get("metric_for_best_model")
+        if metric not in (None, "loss", "eval_loss"):
+            made.note("metric_for_best_model", f"{metric}: the best is that of the lowest loss")
 
 
 def _join_numerics(given: Given, weights: object, made: _Translation) -> None:
@@ -424,6 +487,8 @@ def _join_numerics(given: Given, weights: object, made: _Translation) -> None:
         made.set("train.dtype", "fp16-mixed", "fp16")
     elif given.get("bf16"):
         made.set("train.dtype", "bf16-mixed", "bf16")
+    elif given.get("tf32"):  # says nothing of products in 16 bits
+        made.set("train.tf32", True, "tf32")
 
 
 def _join_trl(given: Given, processes: int, made: _Translation) -> None:
@@ -432,8 +497,10 @@ def _join_trl(given: Given, processes: int, made: _Translation) -> None:
     if weights == "auto":
         made.note("dtype", "'auto' takes the file's: give train.dtype = bfloat16 if that is meant")
     _join_numerics(given, weights, made)
-    if given.get("model_revision", "main") != "main":
-        made.set("revision", given["model_revision"], "model_revision")
+    if given["max_length"] is not None or given.get("max_prompt_length") is not None:
+        _translate("truncation_mode", given["truncation_mode"], _CUT, made)
+    if given.get("disable_dropout") is False:
+        made.note("disable_dropout", "nothing is dropped out here, adapters' inputs included")
     _join_trl_data(given, made)
     _join_trl_loss(given, made)
     if given.get("sync_ref_model"):
@@ -452,8 +519,9 @@ def _join_trl(given: Given, processes: int, made: _Translation) -> None:
     if targets is None:
         made.note("lora_target_modules", "PEFT's own layers, q_proj and v_proj of most models")
         targets = "q_proj,v_proj"
-    _join_adapter(given, given.get("lora_r", 16), targets, made, dropout=0.05)
+    _join_adapter(given, given.get("lora_r", 16), targets, made)
     _join_quantization(bits, bool(given.get("use_bnb_nested_quant")), made)
+    _note_fp4(given, "bnb_4bit_quant_type", made)
 
 
 def _join_trl_data(given: Given, made: _Translation) -> None:
@@ -496,7 +564,7 @@ def _join_trl_loss(given: Given, made: _Translation) -> None:
         made.note("loss_type", "bco measures from the running mean of rewards, TRL from 0")
     for name, ours, option in (("ld_alpha", "ld_dpo", "alpha"), ("use_weighting", "wpo", None)):
         value = given.get(name)
-        if value in (None, False):
+        if value is None or value is False:
             continue
         if loss != "sigmoid":
             made.note(name, f"is translated for the sigmoid loss alone, which is {loss}")
@@ -527,9 +595,7 @@ def _options_of(loss: str) -> set[str]:
     return {item.name for term in terms if term is not None for item in fields(term)}
 
 
-def _join_adapter(
-    given: Given, rank: object, targets: object, made: _Translation, *, dropout: float
-) -> None:
+def _join_adapter(given: Given, rank: object, targets: object, made: _Translation) -> None:
     made.set("adapter.kind", "dora" if given.get("use_dora") else "lora", "use_dora")
     made.set("adapter.rank", rank, "the rank")
     made.set("adapter.alpha", given.get("lora_alpha") or 32, "lora_alpha")
@@ -538,8 +604,6 @@ def _join_adapter(
     names = targets if isinstance(targets, str) else ",".join(str(name) for name in _list(targets))
     if names not in ("all", "all-linear"):
         made.set("adapter.targets", names, "the target modules")
-    if found := given.get("lora_dropout", dropout):
-        made.note("lora_dropout", f"{found}: adapters have no dropout here")
 
 
 def _list(value: object) -> list[object]:
@@ -554,11 +618,20 @@ def _join_quantization(bits: object, is_double: bool, made: _Translation) -> Non
         made.set("adapter.quantize", "int8", "8-bit quantization")
 
 
+def _note_fp4(given: Given, name: str, made: _Translation) -> None:
+    if given.get(name, "nf4") != "nf4":
+        made.note(name, f"{given[name]}: four bits are those of nf4 here")
+
+
 def _join_llama_factory(given: Given, processes: int, made: _Translation) -> None:
     if given.get("stage") != "dpo":
         raise InputError(f"{made.source}: stage is {given.get('stage')!r}, expected 'dpo'")
     _join_training(given, processes, made)
-    _join_numerics(given, "bfloat16" if given.get("pure_bf16") else None, made)
+    _join_llama_factory_numerics(given, made)
+    if given.get("use_muon"):
+        made.set("train.optimizer", "muon", "use_muon")
+    if given.get("lr_scheduler_type") == "warmup_stable_decay":
+        made.set("train.decay_share", 2 / 3, "lr_scheduler_type")  # of the steps after the warm-up
     made.set(
         "train.recompute",
         "none" if given.get("disable_gradient_checkpointing") else "layer",
@@ -576,9 +649,19 @@ def _join_llama_factory(given: Given, processes: int, made: _Translation) -> Non
         return
     alpha = given.get("lora_alpha") or 2 * int(given["lora_rank"])
     options = {**given, "lora_alpha": alpha}
-    _join_adapter(options, given["lora_rank"], given["lora_target"], made, dropout=0.0)
+    _join_adapter(options, given["lora_rank"], given["lora_target"], made)
     double = given.get("double_quantization", True)
     _join_quantization(given.get("quantization_bit"), bool(double), made)
+    _note_fp4(given, "quantization_type", made)
+
+
+def _join_llama_factory_numerics(given: Given, made: _Translation) -> None:
+    """Translate dtypes; what is frozen is loaded in that of the arithmetic."""
+    is_frozen = given["finetuning_type"] == "lora"
+    is_half = given.get("pure_bf16") or (is_frozen and given.get("bf16"))
+    _join_numerics(given, "bfloat16" if is_half else None, made)
+    if is_frozen and not (is_half or given.get("fp16")):
+        made.note("bf16", "is off: there a GPU holds the base in 16 bits; train.dtype = bfloat16")
 
 
 def _join_llama_factory_data(given: Given, made: _Translation) -> None:
@@ -587,11 +670,17 @@ def _join_llama_factory_data(given: Given, made: _Translation) -> None:
     if given.get("eval_dataset") is not None:
         made.note("eval_dataset", "a name in dataset_info.json: give its file as eval_data")
     size = float(given.get("val_size") or 0)
-    if 0 < size < 1:
+    if size >= 1:
+        made.note("val_size", f"{size:g} rows: give the share as eval_split")
+    elif size > 0:
         made.set("eval_split", size, "val_size")
         _join_evaluation(given, made)
-    elif size:
-        made.note("val_size", f"{size:g} rows: give the share as eval_split")
+    if (patience := given.get("early_stopping_steps")) is None:
+        return
+    if 0 < size < 1 and given.get("eval_strategy") == "steps":
+        made.set("train.early_stopping", patience, "early_stopping_steps")
+    else:
+        made.note("early_stopping_steps", "give train.early_stopping beside train.eval_every")
 
 
 def _join_llama_factory_loss(given: Given, made: _Translation) -> None:
@@ -601,16 +690,23 @@ def _join_llama_factory_loss(given: Given, made: _Translation) -> None:
         options["gamma"] = given.get("simpo_gamma", 0.5)
     for name, ours, option in (
         ("pref_ftx", "rpo", "alpha"),
-        ("ld_alpha", "ld_dpo", "alpha"),
         ("dpo_label_smoothing", "sigmoid", "label_smoothing"),
+        ("ld_alpha", "ld_dpo", "alpha"),
     ):
         value = given.get(name)
-        if not float(value or 0):
+        if value is None or (name != "ld_alpha" and not float(value)):
             continue
         if loss == "sigmoid":
             loss, options = ours, {**options, option: value}
         else:
             made.note(name, f"is translated for the sigmoid loss alone, which is {loss}")
+    if loss == "ld_dpo":
+        made.note("ld_alpha", "weighs the policy's tokens alone there, the reference's too here")
+    if weight := float(given.get("pref_bco_weight") or 0):
+        if loss in ("sigmoid", "hinge", "ipo") and "label_smoothing" not in options:
+            loss = f"{loss}:{1 / (1 + weight):.6g},bco:{weight / (1 + weight):.6g}"
+        else:
+            made.note("pref_bco_weight", f"no mixture of bco with {loss} is translated")
     _set_loss(loss, options, "pref_loss", made)
 
 

@@ -15,7 +15,8 @@ from dpo.errors import InputError, RunError
 
 PAIR_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
-_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "README.md"]  # the card names the licence
+_MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_MODEL_FILES += ["README.md"]  # the card names the licence
 _NOT_MODEL_FILES = ["*/*", "consolidated*"]  # other formats, and a second copy of the weights
 _NOT_PAIR_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)

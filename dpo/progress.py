@@ -8,15 +8,17 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 REFRESH_SECONDS = 0.1  # a terminal is redrawn at most ten times a second
 LINE_SECONDS = 10.0  # a log file gets at most one line in this time
 RATE_SAMPLES = 50  # draws over which the rate is taken: recent enough to follow a change of pace
 BAR_CELLS = 20
+
+Item = TypeVar("Item")
 
 
 class Console:
@@ -172,6 +174,12 @@ class Bar:
     def advance(self, units: int = 1, *, status: str | None = None) -> None:
         """Count further units as done."""
         self.update(self.done + units, status=status)
+
+    def each(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield items; each counts as done when the next is asked for."""
+        for item in items:
+            yield item
+            self.advance()
 
 
 def _line(bar: Bar, seconds: float, *, cells: str | None = None) -> str:

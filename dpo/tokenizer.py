@@ -2,7 +2,8 @@
 
 ``tokenizer.json`` says how text is cut; ``tokenizer_config.json``, ``special_tokens_map.json``,
 ``generation_config.json`` and ``config.json`` say which tokens begin and end texts;
-``chat_template.jinja``, or the config, holds the chat template.
+``chat_template.jinja``, or the config, holds the chat template. ``tokenizer.model``, the same in
+sentencepiece's format, is not read, but saved again: other programs ask for it.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from dpo.templates import CHATML
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
-_OWN_FILES = (TOKENIZER, CONFIG, SPECIAL_TOKENS, TEMPLATE)
+SENTENCEPIECE = "tokenizer.model"
+_OWN_FILES = (TOKENIZER, CONFIG, SPECIAL_TOKENS, TEMPLATE, SENTENCEPIECE)
+_READ_ELSEWHERE = (TOKENIZER, TEMPLATE, SENTENCEPIECE)
 _MODEL_FILES = ("generation_config.json", "config.json")
 _NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _MOST_IDS = 2**24  # some work is done for each id up to the largest
@@ -65,10 +68,8 @@ class Tokenizer:
 
     def _load(self, files: Mapping[str, bytes], name: str) -> None:
         self._files = {file: files[file] for file in _OWN_FILES if file in files}
-        read_elsewhere = {TOKENIZER, TEMPLATE}
-        contents = {
-            file: _read_object(files, file, name) for file in files if file not in read_elsewhere
-        }
+        read_here = (file for file in files if file not in _READ_ELSEWHERE)
+        contents = {file: _read_object(files, file, name) for file in read_here}
         self._backend = _backend(files, contents.get(CONFIG, {}), name)
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         if not 0 < len(vocabulary) <= 1 + max(vocabulary.values()) <= _MOST_IDS:
@@ -135,7 +136,10 @@ class Tokenizer:
         return self._special.search(text) is not None
 
     def save(self, folder: Path) -> None:
-        """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
+        """Write the files from which transformers' AutoTokenizer makes the same tokenizer.
+
+        What the tokenizer was made of is written again as it was.
+        """
         for file, content in self._files.items():
             atomic_write(folder / file, content)
 

@@ -13,6 +13,7 @@ import click
 
 from dpo.errors import InputError
 from dpo.files import JSON, atomic_write
+from dpo.progress import Console
 
 if TYPE_CHECKING:
     from dpo.eval.bootstrap import BootstrapOptions
@@ -41,6 +42,7 @@ class Shared(TypedDict):
     arms: Any  # one of ARMS
     as_json: bool
     html: Path | None
+    quiet: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ def shared_options(command: Command) -> Command:
         click.option(
             "--html", type=click.Path(path_type=Path, dir_okay=False), help="Write a page as well."
         ),
+        click.option("--quiet", is_flag=True, help="Show no progress."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -231,7 +234,9 @@ def _load(names: Sequence[str], shared: Shared) -> _Task:
             "--data is missing: the examples to evaluate on, as dpo data build writes them"
         )
     file = read_examples(shared["data"])
-    return _Task([load_policy(name, file.kind) for name in names], file.examples, options)
+    console = Console(quiet=shared["quiet"])
+    policies = [load_policy(name, file.kind, console=console) for name in names]
+    return _Task(policies, file.examples, options)
 
 
 def _options(shared: Shared) -> "EvaluationOptions":

@@ -27,6 +27,7 @@ from dpo.inputs import find_model
 from dpo.log_probs import completion_log_probs
 from dpo.models import Decoder
 from dpo.preferences import PreferencePair
+from dpo.progress import Console
 from dpo.tokenization import tokenize_pairs
 from dpo.tokenizer import Tokenizer
 
@@ -57,6 +58,7 @@ class LanguageModelPolicy:
             nothing.
         tokens_per_batch: tokens of prompts and actions in one pass, which bounds the memory; the
             chances do not depend on it.
+        console: where the progress of several passes is shown; None shows nothing.
 
     Example:
         >>> from dpo import LanguageModelPolicy, build_extraction_dataset
@@ -77,6 +79,7 @@ class LanguageModelPolicy:
         name: str = "language model",
         seed: int | None = None,
         tokens_per_batch: int = 8192,
+        console: Console | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -85,11 +88,17 @@ class LanguageModelPolicy:
         self._actions = kind.actions()
         self._random = None if seed is None else random.Random(seed)
         self._tokens_per_batch = tokens_per_batch
+        self._console = console or Console(quiet=True)
         self._trie_after = functools.lru_cache(maxsize=64)(self._build_trie)
 
     @classmethod
     def load(
-        cls, path: str | Path, *, seed: int | None = None, device: torch.device | str | None = None
+        cls,
+        path: str | Path,
+        *,
+        seed: int | None = None,
+        device: torch.device | str | None = None,
+        console: Console | None = None,
     ) -> LanguageModelPolicy:
         """Load what policy training wrote: a model, its tokenizer and ``<policy>_metadata.json``.
 
@@ -99,6 +108,7 @@ class LanguageModelPolicy:
             path: the folder; the policy's name in reports.
             seed: as for the class.
             device: where to compute; None is a GPU if there is one.
+            console: as for the class.
 
         Raises:
             InputError: the folder holds no policy, one of an unknown kind, or an adapter whose base
@@ -116,7 +126,7 @@ class LanguageModelPolicy:
                 f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model embeddings "
                 f"for {model.config.vocab_size}: they do not belong together"
             )
-        return cls(model, tokenizer, kind, name=str(path), seed=seed)
+        return cls(model, tokenizer, kind, name=str(path), seed=seed, console=console)
 
     def decide(self, state: State) -> PolicyDecision:
         """Choose an action.
@@ -229,8 +239,12 @@ class LanguageModelPolicy:
             self._check_fit(len(prompt) + trie.depth)
             sizes.append(len(prompt) + trie.tokens)
         log_probs = np.empty((len(texts), len(self._actions)))
-        for rows in _batches(sizes, self._tokens_per_batch):
-            log_probs[rows] = self._score(prompts[rows], tries[rows])
+        batches = list(_batches(sizes, self._tokens_per_batch))
+        console = self._console if len(batches) > 1 else Console(quiet=True)
+        with console.bar(self.name, len(texts), unit="states") as bar:
+            for rows in batches:
+                log_probs[rows] = self._score(prompts[rows], tries[rows])
+                bar.update(rows.stop)
         return log_probs
 
     def _check_fit(self, tokens: int) -> None:

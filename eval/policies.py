@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from dpo.data.kinds import PolicyKind
 from dpo.errors import InputError
+from dpo.progress import Console
 
 State: TypeAlias = Any  # the state dataclass of the policy's kind
 Action: TypeAlias = Any  # the action dataclass of the policy's kind
@@ -179,12 +180,13 @@ def check_decision(policy: Policy, decision: PolicyDecision) -> None:
         )
 
 
-def load_policy(text: str, kind: PolicyKind) -> Policy:
+def load_policy(text: str, kind: PolicyKind, *, console: Console | None = None) -> Policy:
     """Return the policy that a command line names, for data of ``kind``.
 
     ``rules``, ``uniform``, ``constant:CLASS`` (the kind's first action of that class), or the
     folder of a trained policy, which takes the likeliest action; ``draw:FOLDER`` draws one with its
-    chance, ``free:FOLDER`` lets the model write its answer freely (see ``FreePolicy``).
+    chance, ``free:FOLDER`` lets the model write its answer freely (see ``FreePolicy``). Models show
+    their progress on ``console``.
 
     Raises:
         InputError: another name, a class that the kind lacks, a folder that holds no policy of this
@@ -205,7 +207,8 @@ def load_policy(text: str, kind: PolicyKind) -> Policy:
     # by name: it needs torch, and it builds on this module
     home = importlib.import_module("dpo.eval.language_model")
 
-    policy: Policy = home.LanguageModelPolicy.load(folder, seed=0 if how == "draw" else None)
+    seed = 0 if how == "draw" else None
+    policy: Policy = home.LanguageModelPolicy.load(folder, seed=seed, console=console)
     if how == "free":
         policy = home.FreePolicy(policy)
     if policy.kind.name != kind.name:

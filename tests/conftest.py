@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import shlex
 import subprocess
 import sys
 import sysconfig
@@ -14,7 +13,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -114,25 +112,6 @@ def make_pairs() -> Callable[..., TokenizedPairs]:
         )
 
     return make
-
-
-@pytest.fixture
-def understand() -> Callable[[str], None]:
-    """Parse a line that calls dpo, with all its options; nothing is done."""
-    from dpo.cli import main
-
-    def parse(line: str) -> None:
-        words = shlex.split(line.split(" > ")[0].split("| ")[-1])
-        arguments = words[words.index("dpo") + 1 :]
-        context, command = click.Context(main), main
-        found: click.Command | None = main
-        while isinstance(found, click.Group) and arguments and arguments[0][0] != "-":
-            _, found, arguments = found.resolve_command(context, arguments)
-        assert found is not None
-        assert found is not command
-        found.make_context(words[-1], arguments)
-
-    return parse
 
 
 @pytest.fixture

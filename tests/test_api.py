@@ -1,6 +1,6 @@
 """The public names: their examples run, and ``dpo/API.md`` says what they are.
 
-``python tests/test_api.py`` writes the page anew, for a change that is meant.
+``python -m tests.test_api`` writes the page anew, for a change that is meant.
 """
 
 import ast
@@ -18,6 +18,7 @@ import pytest
 import dpo
 from dpo.data.simulate import simulate
 from dpo.data.stores import open_store
+from tests.pages import blocks
 
 PAGE = Path(__file__).parents[1] / "dpo/API.md"
 GROUPS = {
@@ -151,9 +152,11 @@ def test_every_public_name_is_in_one_group() -> None:
 
 
 def test_page_says_the_names_and_signatures_that_there_are() -> None:
+    names = sorted(dpo._HOMES)
     written, found = PAGE.read_text(encoding="utf-8").splitlines(), page().splitlines()
     changes = list(difflib.unified_diff(written, found, "written", "found", lineterm="", n=0))
-    assert changes == [], "meant? then: python tests/test_api.py"
+    assert changes == [], "meant? then: python -m tests.test_api"
+    assert len(blocks("text", "dpo/API.md")) == len(blocks("pycon", "dpo/API.md")) == len(names)
 
 
 if __name__ == "__main__":

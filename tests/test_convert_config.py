@@ -95,6 +95,21 @@ def test_defaults_of_llama_factory_are_written_where_they_differ(tmp_path: Path)
             {"adapter.quantize": "nf4-double", "adapter.targets": "q_proj,v_proj"},
         ),
         ({"use_peft": True, "load_in_8bit": True}, {"adapter.quantize": "int8"}),
+        ({"ld_alpha": 0.0}, {"loss.name": "ld_dpo", "loss.alpha": 0.0}),
+        ({"optim": "lion_32bit"}, {"train.optimizer": "lion", "train.beta2": 0.999}),
+        ({"optim": "lion_32bit", "adam_beta2": 0.98}, {"train.beta2": 0.98}),
+        ({"optim": "paged_adamw_32bit"}, {"train.optimizer": "adamw"}),
+        ({"tf32": True}, {"train.tf32": False, "train.dtype": "bf16-mixed"}),
+        ({"tf32": True, "bf16": False}, {"train.tf32": True, "train.dtype": "float32"}),
+        ({"max_length": None}, {"tokenize.max_length": None, "tokenize.truncation": "error"}),
+        (
+            {"lr_scheduler_type": "constant", "warmup_steps": 12},
+            {"train.schedule": "constant", "train.warmup_steps": 0},
+        ),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 12},
+            {"train.schedule": "constant", "train.warmup_steps": 12},
+        ),
     ],
 )  # fmt: skip
 def test_option_of_trl_becomes_ours(
@@ -121,6 +136,16 @@ def test_option_of_trl_becomes_ours(
         ({"pure_bf16": True}, {"train.dtype": "bfloat16"}),
         ({"ref_model": "owner/ref"}, {"reference": "owner/ref"}),
         ({"disable_gradient_checkpointing": True}, {"train.recompute": None}),
+        ({"bf16": True}, {"train.dtype": "bfloat16"}),  # of the frozen base
+        ({"bf16": True, "finetuning_type": "full"}, {"train.dtype": "bf16-mixed"}),
+        ({"model_revision": "abc"}, {"revision": "abc"}),
+        ({"ld_alpha": 0.0}, {"loss.name": "ld_dpo", "loss.alpha": 0.0}),
+        ({"pref_bco_weight": 0.25}, {"loss.name": "sigmoid:0.8,bco:0.2", "loss.beta": 0.1}),
+        ({"use_muon": True}, {"train.optimizer": "muon"}),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, {"train.decay_share": 2 / 3}),
+        ({"val_size": 0.1, "eval_strategy": "steps", "eval_steps": 50, "early_stopping_steps": 3}, {
+            "train.early_stopping": 3,
+        }),
     ],
 )  # fmt: skip
 def test_option_of_llama_factory_becomes_ours(
@@ -138,7 +163,21 @@ def test_option_of_llama_factory_becomes_ours(
         ({"num_train_epochs": 0.5}, "num_train_epochs: 0.5 is no whole number: give train.steps"),
         ({"warmup_ratio": 0.1}, "warmup_ratio: give train.warmup_steps: 0.1 of the steps"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type: polynomial has no counterpart"),
-        ({"use_peft": True}, "lora_dropout: 0.05: adapters have no dropout here"),
+        ({"disable_dropout": False}, "disable_dropout: nothing is dropped out here"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type: wsd falls linearly"),
+        (
+            {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+            "warmup_ratio: is left out: nothing warms up there",
+        ),
+        (
+            {"use_peft": True, "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+            "bnb_4bit_quant_type: fp4: four bits are those of nf4",
+        ),
+        (
+            {"eval_strategy": "steps", "load_best_model_at_end": True,
+             "metric_for_best_model": "rewards/accuracies"},
+            "metric_for_best_model: rewards/accuracies: the best is that of the lowest loss",
+        ),
         ({"use_peft": True}, "lora_target_modules: PEFT's own layers"),
         ({"load_in_4bit": True}, "load_in_4bit: needs an adapter to train: use_peft"),
         ({"label_smoothing": 0.1}, "label_smoothing: TRL 1.16 reads it for robust, exo_pair and"),
@@ -150,13 +189,43 @@ def test_option_of_llama_factory_becomes_ours(
         ({"save_strategy": "epoch"}, "save_strategy: give train.save_every in steps"),
         ({"datasets": [{"path": "a"}, {"path": "b"}]}, "b: give all sets by data = [...]"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_translated_is_told_with_the_reason(
     tmp_path: Path, options: dict[str, object], note: str
 ) -> None:
     made = convert(tmp_path, TRL | options)
     assert [each for each in made.notes if each.startswith(note)]
     assert f"# not translated: {note}" in made.to_toml()
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({}, "bf16: is off: there a GPU holds the base in 16 bits"),
+        ({"quantization_type": "fp4"}, "quantization_type: fp4: four bits are those of nf4"),
+        ({"quantization_method": "hqq"}, "quantization_method: 'hqq' is left out"),
+        ({"ld_alpha": 0.5}, "ld_alpha: weighs the policy's tokens alone there"),
+        ({"pref_loss": "orpo", "ld_alpha": 0.5}, "ld_alpha: is translated for the sigmoid loss"),
+        ({"pref_loss": "simpo", "pref_bco_weight": 1}, "pref_bco_weight: no mixture of bco with"),
+        ({"early_stopping_steps": 3}, "early_stopping_steps: give train.early_stopping beside"),
+        ({"val_size": 100}, "val_size: 100 rows: give the share as eval_split"),
+        ({"disable_shuffling": True}, "disable_shuffling: True is left out: pairs are always"),
+        ({"use_galore": True, "finetuning_type": "full"}, "use_galore: True is left out"),
+    ],
+)
+def test_what_llama_factory_does_otherwise_is_told(
+    tmp_path: Path, options: dict[str, object], note: str
+) -> None:
+    notes = convert(tmp_path, LLAMA_FACTORY | options).notes
+    assert [each for each in notes if each.startswith(note)]
+
+
+def test_dropout_that_their_trainers_switch_off_is_no_difference(tmp_path: Path) -> None:
+    lora = {"lora_dropout": 0.1, "bf16": True, "moe_aux_loss_coef": 0.01}
+    notes = convert(tmp_path, LLAMA_FACTORY | lora).notes
+    assert [note.partition(":")[0] for note in notes] == ["cutoff_len"]
+    peft = {"use_peft": True, "lora_target_modules": "all-linear"}
+    assert convert(tmp_path, TRL | peft).notes == ()
 
 
 def test_option_that_is_off_needs_no_counterpart(tmp_path: Path) -> None:

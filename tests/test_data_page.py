@@ -1,4 +1,4 @@
-"""Every example of ``dpo/DATA.md`` is read or runs as it stands, in the words of the page."""
+"""Every row of ``dpo/DATA.md`` is read, in the words of the page."""
 
 import re
 from pathlib import Path
@@ -7,13 +7,19 @@ import pytest
 
 from dpo.pair_rows import FIELDS
 from dpo.preferences import LoadedPairs, load_pairs
-from dpo.settings import read_settings, resolve
-from dpo.tokenizer import byte_tokenizer
+from tests.pages import ROOT, Block, blocks
 
-PAGE = (Path(__file__).parents[1] / "dpo/DATA.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"(?:`--columns ([^`]*)`\.\n\n)?```json\n(.*?)```", PAGE, flags=re.DOTALL)
-PROGRAMS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
-CONFIGS = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
+PAGE = (ROOT / "dpo/DATA.md").read_text(encoding="utf-8")
+LINES = PAGE.splitlines()
+
+
+def columns_before(block: Block) -> str:
+    """What the sentence that ends two lines above a block says of ``--columns``."""
+    found = re.search(r"`--columns ([^`]*)`\.$", LINES[block.line - 3])
+    return found[1] if found else ""
+
+
+ROWS = [(columns_before(block), block.text) for block in blocks("json", "dpo/DATA.md")]
 
 
 def read(folder: Path, columns: str, rows: str) -> LoadedPairs:
@@ -36,24 +42,6 @@ def test_page_shows_every_field_and_layout(tmp_path: Path) -> None:
     assert len({read(tmp_path, *found).format for found in ROWS}) == 11
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_program_runs_as_it_stands(
-    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    byte_tokenizer().save(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(program, "DATA.md", "exec"), {"__name__": "page"})
-
-
-@pytest.mark.parametrize("text", CONFIGS)
-def test_config_is_one(text: str, tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text(text, encoding="utf-8")
-    config = resolve(read_settings(tmp_path / "run.toml")).config
-    assert config.sources == ("chats.jsonl", "maths.jsonl")
-
-
 def test_there_are_examples_of_each_kind() -> None:
     assert len(ROWS) > 12
     assert len([columns for columns, _ in ROWS if columns]) == 2
-    assert PROGRAMS
-    assert CONFIGS

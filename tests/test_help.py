@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from dpo.cli import COMMANDS, main
 from dpo.cli.completion import SHELLS, names_in_table
 from dpo.cli.help import EXAMPLES, TOPICS
 from dpo.losses import LOSSES
+from tests.pages import commands, understand
 
 PROGRAM = [sys.executable, "-c", "from dpo.cli import main; main(prog_name='dpo')"]
 LINES = [line for lines in EXAMPLES.values() for line in lines]
@@ -37,11 +37,10 @@ def test_every_command_has_a_topic_and_examples_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_example_is_understood(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, understand: Callable[[str], None]
-) -> None:
+def test_example_is_understood(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    understand(line)
+    (*_, command) = commands(line)
+    understand(command.words[command.words.index("dpo") :])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,6 +1,5 @@
 """The diffs of the how-to pages apply to the sources as they are, and do what they say."""
 
-import re
 import shutil
 import subprocess
 import sys
@@ -8,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PAGES = ("dpo/losses/README.md", "dpo/DATA.md", "data/README.md")
+from tests.pages import ROOT, blocks
+
 CHECK = """
 from pathlib import Path
 from dpo.data.export import export_pairs
@@ -27,7 +26,7 @@ print(make_loss("squared", beta=0.5))
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the sources."""
-    for folder in ("dpo", "data", "eval", "bench"):
+    for folder in ("dpo", "data", "eval", "bench", "tests"):
         shutil.copytree(
             ROOT / folder,
             tmp_path / folder,
@@ -38,11 +37,9 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_diffs_of_the_pages_apply_and_work(tree: Path) -> None:
-    for page in PAGES:
-        found = re.findall(r"```diff\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
-        assert len(found) == 1, page
+    for block in blocks("diff"):
         apply = ["git", "apply", "--whitespace=error", "-"]
-        done = subprocess.run(apply, input=found[0], cwd=tree, capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, ""), page
+        done = subprocess.run(apply, input=block.text, cwd=tree, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), block
     said = subprocess.run([sys.executable, "-c", CHECK], cwd=tree, capture_output=True, text=True)
     assert (said.returncode, said.stdout) == (0, "Squared(beta=0.5)\n"), said.stderr

@@ -25,6 +25,7 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
         "config.json": b"{}",
         "model.safetensors": b"weights",
         "chat_template.jinja": b"x",
+        "tokenizer.model": b"sentencepiece",
         "README.md": b"about",
         "pytorch_model.bin": b"pickle",
         "consolidated.safetensors": b"weights again",
@@ -193,7 +194,8 @@ def unreachable(client: Client, home: Path) -> Iterator[Client]:
 def test_model_is_fetched_without_code_or_pickles(client: Client) -> None:
     (folder,) = client.paths("fetch_model", name="org/tiny")
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert files == {"config.json", "model.safetensors", "chat_template.jinja", "README.md"}
+    wanted = {"config.json", "model.safetensors", "chat_template.jinja", "tokenizer.model"}
+    assert files == {*wanted, "README.md"}
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert commit_of(folder) == COMMIT
 

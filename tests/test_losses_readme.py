@@ -1,6 +1,5 @@
-"""The page of losses says what the code does, and its examples run."""
+"""The page of losses says what the code does."""
 
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -15,7 +14,6 @@ ROWS = {
     for line in PAGE.splitlines()
     if line.startswith("| ") and (cells := [cell.strip() for cell in line.strip("|").split(" | ")])
 }
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_table_has_every_loss_once_in_order() -> None:
@@ -44,8 +42,3 @@ def test_table_says_what_is_read_and_the_paper(name: str) -> None:
     assert ROWS[name][2] == (", ".join(reads) or "-")
     paper = ROWS[name][4].strip(" |")
     assert paper == "-" or f"arXiv:{paper}" in (loss.__doc__ or "")
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_run(example: str) -> None:
-    exec(compile(example, "losses/README.md", "exec"), {"__name__": "readme"})

@@ -1,7 +1,6 @@
 import json
 import math
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from dpo.models.transforms import RECOMPUTED, compile_blocks, recompute
 from dpo.tokenization import TokenizedPairs
 from dpo.train_config import Recompute, TrainConfig
 from dpo.trainer import Trainer
+from tests.pages import blocks
 
 hub: Any = transformers  # its configurations take more entries than they declare
 README = (Path(__file__).parents[1] / "dpo/models/README.md").read_text(encoding="utf-8")
@@ -355,9 +355,9 @@ def test_architecture_that_the_readme_adds_equals_that_of_transformers(
     config = hub.Ernie4_5Config(**SIZES, head_dim=8, use_bias=has_bias)
     monkeypatch.setitem(VARIANTS, "ernie4_5", lambda: config)
     peer = save_peer("ernie4_5", tmp_path)
-    (example,) = re.findall(r"   ```python\n(.*?)\n   ```", README, flags=re.DOTALL)
+    (example,) = blocks("python", "dpo/models/README.md")
     monkeypatch.setitem(ARCHITECTURES, "ernie4_5", ARCHITECTURES["llama"])  # is taken out again
-    exec(compile(textwrap.dedent(example), "README.md", "exec"), {})
+    exec(compile(example.text, str(example), "exec"), {})
     found = completion_log_probs(load_model(tmp_path), collate_answers(trees())).log_probs
     torch.testing.assert_close(found, peer_log_probs(peer), rtol=0, atol=1e-5)
 

@@ -31,16 +31,6 @@ def test_links_of_the_papers_lead_to_what_there_is() -> None:
             assert not anchor or anchor in anchors(path.read_text("utf-8")), f"{name}: {target}"
 
 
-def test_commands_of_contributing_are_those_of_the_check() -> None:
-    install, tools, tests = re.findall(r"```sh\n(.*?)\n```", read("CONTRIBUTING.md"), re.DOTALL)[
-        0
-    ].splitlines()
-    assert install in read("README.md")
-    check = read(".ci/run").replace("format --check", "format")
-    assert [tool for tool in tools.split(" && ") if tool not in check] == []
-    assert (ROOT / tests.split()[-1]).exists()
-
-
 def test_papers_name_the_version_of_the_package() -> None:
     assert f"\n## [{PROJECT['version']}]" in read("CHANGELOG.md")
     assert yaml.safe_load(read("CITATION.cff"))["version"] == PROJECT["version"]

@@ -213,3 +213,9 @@ def test_console_whose_stream_cannot_be_written_to_is_silent() -> None:
     with console.bar("work", 2) as bar:
         bar.update(1)
         console.warn("nobody hears it")
+
+
+def test_each_counts_an_item_when_the_next_is_asked_for(clock: Clock) -> None:
+    with Console(io.StringIO(), clock=clock).bar("read", 3) as bar:
+        assert [(item, bar.done) for item in bar.each("abc")] == [("a", 0), ("b", 1), ("c", 2)]
+        assert bar.done == 3

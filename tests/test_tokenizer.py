@@ -145,9 +145,11 @@ class TestFiles:
 
     def test_same_files_are_written_that_were_read(self, tmp_path: Path) -> None:
         BPE.save(tmp_path / "a")
+        (tmp_path / "a/tokenizer.model").write_bytes(b"\xff sentencepiece")  # nothing reads it here
         load_tokenizer(tmp_path / "a").save(tmp_path / "b")
-        names = {path.name for path in (tmp_path / "a").iterdir()}
-        assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        names = {path.name for path in (tmp_path / "b").iterdir()}
+        own = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        assert names == {*own, "tokenizer.model"}
         for name in names:
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 

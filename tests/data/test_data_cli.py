@@ -59,7 +59,7 @@ def test_build_writes_pairs_and_tells_every_count(feedback: Path, tmp_path: Path
     metadata = json.loads((tmp_path / "out/extraction_metadata.json").read_text("utf-8"))
     pairs = read_pairs(tmp_path / "out/extraction_dpo_train.jsonl")
     assert len(pairs) == metadata["trainPairs"]
-    assert result.output.startswith("SIMULATION: ")
+    assert result.stdout.startswith("SIMULATION: ")
     for figure in (
         f"{metadata['dataset']['filters']['minConfidence']:,}  left by min_confidence",
         f"{metadata['dataset']['trainExamples']:,}  for training",
@@ -113,7 +113,7 @@ def test_unfinished_last_line_of_a_log_is_told(tmp_path: Path) -> None:
         cli, ["build", "retrieval", "--feedback", str(path), "--out", str(tmp_path / "out")]
     )
     assert isinstance(result.exception, InputError)
-    assert result.stderr.startswith("Note: ")
+    assert "\nNote: " in result.stderr
 
 
 def test_unknown_policy_is_refused(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_check_reads_other_columns(tmp_path: Path) -> None:
 def test_simulation_says_so_and_can_be_repeated(tmp_path: Path) -> None:
     path = tmp_path / "feedback.jsonl"
     outputs = [
-        run("simulate", "retrieval", "--out", path, "--decisions", 10).output for _ in range(2)
+        run("simulate", "retrieval", "--out", path, "--decisions", 10).stdout for _ in range(2)
     ]
     assert outputs[0].startswith("SIMULATION: 10 decisions of retrieval")
     assert outputs[1].startswith("SIMULATION: 0 decisions of retrieval")  # they are there already
@@ -249,3 +249,21 @@ def test_replacing_a_data_set_never_removes_other_files(feedback: Path, tmp_path
 def test_help_of_every_command_needs_no_files() -> None:
     for name in cli.commands:
         assert run(name, "--help").exit_code == 0
+
+
+def test_progress_goes_to_stderr_and_can_be_switched_off(tmp_path: Path) -> None:
+    feedback, dataset = tmp_path / "feedback.db", tmp_path / "dataset"
+    pairs = dataset / "extraction_dpo_train.jsonl"
+    calls: dict[str, tuple[object, ...]] = {
+        "simulate 100% 400/400 [": ("simulate", "extraction", "--out", feedback),
+        "read 100% 400/400 [": ("build", "extraction", "--feedback", feedback, "--out", dataset),
+        "check ": ("check", pairs),
+    }
+    further: dict[str, tuple[object, ...]] = {
+        "simulate": ("--decisions", 400, "--situations", 20),
+        "build": ("--split-by", "group", "--min-pairs", 1, "--replace"),
+    }
+    for shown, (name, *arguments) in calls.items():
+        words = (name, *arguments, *further.get(str(name), ()))
+        assert run(*words).stderr.startswith(shown)
+        assert run(*words, "--quiet").stderr == ""

@@ -1,6 +1,7 @@
 """Exports: every format keeps every pair, and other tools read it."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from dpo.errors import InputError
 from dpo.files import verify_manifest
 from dpo.pair import PreferencePair, Tokens
 from dpo.preferences import read_pairs, write_pairs
+from dpo.progress import Console
 
 TRICKY = [
     "plain",
@@ -339,3 +341,15 @@ def test_parquet_without_pyarrow_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match=r"pip install 'dpo-engine\[parquet\]'"):
         export(TEXT_PAIRS, tmp_path, "parquet")
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_progress_counts_what_is_read_and_written(name: str, tmp_path: Path) -> None:
+    write_pairs(TEXT_PAIRS, tmp_path / "pairs.jsonl")
+    log = io.StringIO()
+    out = tmp_path / "out"
+    export_pairs(tmp_path / "pairs.jsonl", out, format_name=name, console=Console(log))
+    read, written = log.getvalue().splitlines()
+    assert read.startswith(f"read {len(TEXT_PAIRS)} [")
+    assert written.startswith(("write 100% 8/8 [", "write 8 ["))
+    assert written.endswith("rows/s]")

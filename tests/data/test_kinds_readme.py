@@ -17,10 +17,11 @@ from dpo.data.kinds.retrieval import MAX_RESULTS
 from dpo.data.pairs import form_pairs
 from dpo.data.records import decision_from_json
 from dpo.errors import InputError
+from tests.pages import blocks
 
 README = Path(__file__).parents[2] / "data" / "kinds" / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-RECORDS = re.findall(r"```json\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+BLOCKS = [block.text for block in blocks("python", "data/kinds/README.md")]
+RECORDS = [block.text for block in blocks("json", "data/kinds/README.md")]
 
 
 def run(block: str) -> dict[str, Any]:

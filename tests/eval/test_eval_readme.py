@@ -8,12 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from dpo.cli import main
+from tests.pages import Block, blocks
 
 README = (Path(__file__).parents[2] / "eval" / "README.md").read_text(encoding="utf-8")
-EVALUATING, TRAINING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS, TRAINING_COMMANDS = (
-    block.splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-)
+EVALUATING, TRAINING = blocks("python", "eval/README.md")
 PROMISES = [line for line in README.splitlines() if line.startswith("| ") and ".py::" in line]
 
 
@@ -46,27 +44,8 @@ def test_the_example_of_training_runs(folder: Path, capsys: pytest.CaptureFixtur
     assert (folder / "trained" / "dpo" / "report.html").is_file()
 
 
-def _execute(block: str) -> None:
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-
-
-def test_the_commands_run(folder: Path) -> None:
-    wanted = [each for each in COMMANDS if "MODEL" not in each and "scores" not in each]
-    for command in wanted[1:4]:  # the store is simulated, smaller, by the fixture
-        _run(command)
-    assert (folder / "rules.html").is_file()
-
-
-@pytest.mark.slow
-def test_the_commands_of_training_run(folder: Path) -> None:
-    commands = "\n".join(TRAINING_COMMANDS).replace("\\\n", "").splitlines()
-    assert "--decisions 20000 --situations 2500" in commands[0]
-    commands[0] = commands[0].replace("20000", "2000").replace("2500", "250")
-    outputs = [_run(command) for command in commands]
-    assert "model   policy/dpo/model" in outputs[2]
-    assert "decides, held out" in outputs[2]
-    assert "policy/sft/model" in outputs[3]
-    assert (folder / "policy" / "dpo" / "report.html").is_file()
+def _execute(block: Block) -> None:
+    exec(compile(block.text, str(block), "exec"), {"__name__": "readme"})
 
 
 @pytest.mark.parametrize("promise", PROMISES)

@@ -1,5 +1,6 @@
 """A language model as a policy: chances of actions, decisions, free generation, loading."""
 
+import io
 import json
 import re
 import shutil
@@ -33,6 +34,7 @@ from dpo.generate import GenerateOptions
 from dpo.log_probs import completion_log_probs
 from dpo.models import Decoder, init_model, load_model, parse_config, save_model
 from dpo.preferences import PreferencePair
+from dpo.progress import Console
 from dpo.tokenization import tokenize_pairs
 from dpo.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
@@ -153,6 +155,16 @@ def test_chances_do_not_depend_on_the_batches(make_model: MakeModel) -> None:
 
 
 # --- decisions ----------------------------------------------------------------------------------
+
+
+def test_several_passes_show_how_many_states_are_done(make_model: MakeModel) -> None:
+    log = io.StringIO()
+    policy = make_policy(make_model, tokens_per_batch=1, console=Console(log))
+    states = simulated_situations("extraction", 3)
+    policy.decide_batch(states[:1])
+    assert log.getvalue() == ""  # one pass has nothing to show
+    policy.decide_batch(states)
+    assert log.getvalue().startswith("language model 100% 3/3 [")
 
 
 def test_the_likeliest_action_is_taken_and_its_chance_is_the_confidence(
