@@ -27,7 +27,7 @@ from dpo import planner, rehearsal, run, token_budget
 from dpo.accelerators import ACCELERATORS
 from dpo.adapter_config import AdapterConfig
 from dpo.bench.memory import Comparison, predicted_mib, run_of
-from dpo.bench.scenarios import SCENARIOS
+from dpo.bench.scenarios import SCENARIOS, SHAPES
 from dpo.cli import main
 from dpo.cli import plan as plan_command
 from dpo.config import LossConfig, RunConfig
@@ -781,6 +781,29 @@ def test_page_says_what_the_planner_predicts_of_a_rank(row: list[str]) -> None:
         assert isinstance(ranks, RanksAlike)
         found = Comparison(scenario, options, ranks.own, ranks).predicted_mib()
     assert f"{found:.0f}" == row[4]
+
+
+LARGE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.splitlines()
+    if re.match(r"\| \d+b \|", line)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", LARGE, ids=lambda row: f"{row[0]} on {row[1]}, {row[2]}")
+def test_page_says_what_a_rank_of_a_large_model_holds(row: list[str]) -> None:
+    words = row[2].strip("`").split()
+    divided: dict[str, Any] = {"parallel": words[1]}
+    if len(words) > 2:
+        divided["tensor_ranks"] = int(words[3])
+    options = config(dtype="bf16-mixed", recompute="layer", **divided)
+    rows = Rows(columns_of([pair(1024, 512, 512)]), [0])
+    found = peak(rehearse_rank(options, parse_config(SHAPES[row[0]]), rows, count=int(row[1])))
+    state = sum(found[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER))
+    numbers = (state, found[TOGETHER], sum(found.values()))
+    for number, told in zip(numbers, row[3:], strict=True):
+        assert number / 2**20 == pytest.approx(float(told), abs=2)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from dpo.launch import Launch
 from dpo.losses import LOSSES
 from dpo.models import Decoder, init_model, parse_config
 from dpo.models.transforms import compile_blocks, recompute
-from dpo.precision import precision_of
+from dpo.precision import PRECISIONS
 from dpo.ranks import Ranks
 from dpo.sharding import HybridRanks, ShardedRanks
 from dpo.tensor_parallel import TensorRanks
@@ -245,7 +245,7 @@ def kind_of(case: Case, ranks: Ranks) -> Ranks:
     assert isinstance(ranks, JoinedRanks)
     kind: Any = JoinedRanks
     if case.is_sharded:
-        products = precision_of(TrainConfig(**case.options)).autocast
+        products = PRECISIONS[case.options.get("dtype", "float32")].autocast
         kind = partial(HybridRanks if case.machines else ShardedRanks, products=products)
     if case.tensor_ranks > 1:
         kind = partial(TensorRanks, size=case.tensor_ranks, kind=kind)
