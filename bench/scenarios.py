@@ -39,6 +39,8 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
     "135m": _llama(576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
     "1b": _llama(2048, 8192, 16, 32, 8, 128256),  # Llama-3.2-1B
     "8b": _llama(4096, 14336, 32, 32, 8, 128256) | {"tie_word_embeddings": False},  # Llama-3.1-8B
+    "32b": _llama(5120, 27648, 64, 40, 8, 152064) | {"tie_word_embeddings": False},
+    "70b": _llama(8192, 28672, 80, 64, 8, 128256) | {"tie_word_embeddings": False},
 }
 
 

@@ -1,7 +1,8 @@
 """Bytes that a piece of work holds at its peak, by what they are for, on tensors without memory.
 
 Works under torch's ``FakeTensorMode``, where an operation gives a tensor of the right shape and no
-numbers. What the numbers would decide is answered here: see ``_ANSWERS``.
+numbers. What the numbers would decide is answered here: see ``_ANSWERS``. Of a tensor that is
+divided over ranks what counts is this rank's part.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_leaves
 
 WEIGHTS: Final = "weights"
@@ -22,11 +26,12 @@ GRADIENTS: Final = "gradients"
 OPTIMIZER: Final = "optimizer states"
 REFERENCE: Final = "live reference"
 ACTIVATIONS: Final = "activations"
+TOGETHER: Final = "put together"  # of the parts of weights that ranks hold
 COPIES: Final = "autocast copies"
 HEAD: Final = "head"
 TEMPORARY: Final = "temporary"
 KINDS: Final = (
-    WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, ACTIVATIONS, COPIES, HEAD, TEMPORARY,
+    WEIGHTS, GRADIENTS, OPTIMIZER, REFERENCE, TOGETHER, ACTIVATIONS, COPIES, HEAD, TEMPORARY,
 )  # fmt: skip
 
 Bytes = Mapping[str, float]
@@ -63,6 +68,23 @@ class MemoryTracker(TorchDispatchMode):
         self._held: Counter[str] = Counter()
         self._storages: dict[int, _Storage] = {}
         self._weight_shapes: set[torch.Size] = set()
+        self._usual_resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> Self:
+        """Begin to count, also what is resized in place, as no operation is seen to do."""
+
+        def resize(storage: Any, size: int) -> None:
+            self._usual_resize(storage, size)
+            self._note_size(storage)
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        """Count no more."""
+        torch.UntypedStorage.resize_ = self._usual_resize  # type: ignore[method-assign]
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
 
     def enter(self, phase: str, kind: str = TEMPORARY) -> None:
         """Begin a phase, in which tensors are made for ``kind``."""
@@ -101,6 +123,8 @@ class MemoryTracker(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation and count what it made."""
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # it comes again, with the part that is held here
         if func in _ANSWERS:
             return _ANSWERS[func](self, *args, **(kwargs or {}))
         if self._adds_gradients_of_a_weight(func, args):
@@ -110,11 +134,14 @@ class MemoryTracker(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._see(leaf, kind)
+        if filled := _PUTS_TOGETHER.get(func._schema.name):
+            for leaf in tree_leaves(filled(args, kwargs)):
+                self.label(leaf, TOGETHER)
         return result
 
     def _see(self, tensor: Tensor, kind: str | None = None) -> _Storage:
         """Return what is known of the tensor's memory, which may be new."""
-        storage = tensor.untyped_storage()
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         key = storage._cdata
         if key not in self._storages:
             reference = weakref.ref(storage, lambda _: self._forget(key))
@@ -127,6 +154,12 @@ class MemoryTracker(TorchDispatchMode):
         storage = self._storages.pop(key)
         self._held[storage.kind] -= storage.nbytes
 
+    def _note_size(self, storage: torch.UntypedStorage) -> None:
+        if known := self._storages.get(storage._cdata):
+            self._held[known.kind] += storage.nbytes() - known.nbytes
+            known.nbytes = storage.nbytes()
+            self._note_peak()
+
     def _note_peak(self) -> None:
         if self._held.total() > sum(self.peaks.get(self.phase, {}).values()):
             self.peaks[self.phase] = dict(self._held)
@@ -136,7 +169,7 @@ class MemoryTracker(TorchDispatchMode):
         self.label(weight.grad, GRADIENTS)
 
     def _casts_a_weight(self, func: Any, args: tuple[Any, ...]) -> bool:
-        return func is _aten._to_copy.default and self._see(args[0]).kind == WEIGHTS
+        return func is _aten._to_copy.default and self._see(args[0]).kind in (WEIGHTS, TOGETHER)
 
     def _adds_gradients_of_a_weight(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Is this autograd adding what two uses of one weight give?
@@ -182,4 +215,9 @@ _ANSWERS: Final[dict[Any, Callable[..., Any]]] = {
     _aten._local_scalar_dense.default: _one,
     _aten.bincount.default: _even_counts,
     _aten.unique_consecutive.default: _all_different,
+}
+# What operations are given to be filled with weights of which ranks hold parts.
+_PUTS_TOGETHER: Final[dict[str, Callable[[Any, Any], Any]]] = {
+    "c10d::_allgather_base_": lambda args, _: args[0],
+    "fsdp::split_with_sizes_copy": lambda _, kwargs: kwargs["out"],
 }

@@ -29,13 +29,17 @@ def is_in_parts(config: TrainConfig) -> bool:
     return config.parallel != "data" or config.tensor_ranks > 1
 
 
-def kind_of_ranks(config: RunConfig) -> KindOfRanks:
+def kind_of_ranks(config: RunConfig, launch: Launch | None = None) -> KindOfRanks:
     """Choose what several processes divide.
+
+    Args:
+        config: of the run.
+        launch: one of the processes; None for this one.
 
     Raises:
         InputError: an option does not go with that, or there is one process.
     """
-    train, launch = config.train, Launch.of_environment()
+    train, launch = config.train, launch or Launch.of_environment()
     if train.rank_timeout is not None and launch.count == 1:
         raise InputError("train.rank_timeout is for several processes: start them with torchrun")
     if not is_in_parts(train):
@@ -64,27 +68,15 @@ def kind_of_ranks(config: RunConfig) -> KindOfRanks:
     return kind if size == 1 else partial(TensorRanks, size=size, kind=kind)
 
 
-def check_options(config: RunConfig) -> None:
-    """Refuse options that do not go with a model in parts.
-
-    Raises:
-        InputError: there are some.
-    """
-    _refuse(config.train, _unfit_options(config))
-
-
 def _unfit_options(config: RunConfig) -> dict[str, bool]:
     """Say of each option that does not go with a model in parts whether it is there."""
     train = config.train
-    by_number = ["adamw", "lion"]  # optimizers that look at each number of a parameter by itself
-    if train.parallel == "data":  # averages take the place of whole parameters
-        by_number.append("schedule-free")
+    by_number = ["adamw", "lion", "schedule-free"]  # look at each number of a parameter by itself
     return {
-        f"train.optimizer = {train.optimizer}, which looks at whole matrices or blocks, or "
-        f"averages: take {' or '.join(by_number)}": train.optimizer not in by_number,
-        "train.ema_decay": train.ema_decay is not None and train.parallel != "data",
+        f"train.optimizer = {train.optimizer}, which looks at whole matrices or blocks: take "
+        f"{' or '.join(by_number)}": train.optimizer not in by_number,
         "train.dtype = fp16-mixed": train.dtype == "fp16-mixed",
-        "train.compile": train.compile,
+        "train.compile": train.compile and train.tensor_ranks > 1,
         "train.offload_activations": train.offload_activations,
         "adapter.kind = dora": config.adapter.kind == "dora",
         "adapter.quantize": config.adapter.quantize is not None,

@@ -2,6 +2,7 @@
 
 Memory is that of the engine itself, rehearsed without memory (``dpo.rehearsal``); tokens are those
 of the data, cut as the run would cut them; time and cost are estimates (``dpo.accelerators``).
+Of several processes one is rehearsed (``dpo.rehearsed_ranks``), and the others do as it does.
 ``PLANNER.md`` beside this file says what is assumed and how far it was found to hold.
 """
 
@@ -18,12 +19,20 @@ from dpo.accelerators import ACCELERATORS, MFU, PRICES_OF
 from dpo.config import RunConfig
 from dpo.flops import training_flops
 from dpo.inputs import Models
-from dpo.memory_tracker import KINDS, Bytes
+from dpo.memory_tracker import KINDS, Bytes, Peaks
 from dpo.models import Decoder, ModelConfig
 from dpo.models.transforms import RECOMPUTED
-from dpo.parallel import check_options
-from dpo.plan_of_parts import COUNTS, bytes_in_parts
-from dpo.rehearsal import Rows, outlined_policy, peak, rehearse_reference
+from dpo.parallel import check_parts, is_in_parts
+from dpo.ranks import Ranks
+from dpo.rehearsal import (
+    Rows,
+    extrapolate,
+    outlined_policy,
+    peak,
+    rehearse_reference,
+    rehearse_step,
+)
+from dpo.rehearsed_ranks import A_MACHINE, pretended_ranks
 from dpo.scoring import MicroBatches
 from dpo.token_budget import (
     DataPlan,
@@ -43,6 +52,7 @@ from dpo.trainer import uses_live_reference
 
 POLICIES: Final[tuple[Recompute | None, ...]] = (None, *RECOMPUTED)
 MEASURED_MFU: Final = 0.6  # assumed share of a rate of products that was measured
+COUNTS: Final = (2, 4, 8, 16, 32, 64)  # of ranks
 _LONGEST: Final = 1024  # rows among which the reference pass has its largest micro-batch
 
 
@@ -82,22 +92,33 @@ class Plan:
     Attributes:
         model: the policy.
         data: the data.
-        memory: of a step, for each of ``POLICIES``.
+        ranks: processes of the run, each on a device of its own.
+        memory: of a step, on each rank, for each of ``POLICIES``.
         recompute: as the run is set up.
         reference_peak: bytes by kind at the peak of the reference pass; None if there is none.
         flops: of the run, its reference pass included.
         devices: where it could run, the one at hand first.
-        in_parts: bytes on each rank by the number of ranks, with ``train.parallel`` = shard.
+        in_parts: bytes at the peak of a step on the same micro-batch by the number of ranks, of
+            each of them, with ``train.parallel`` = shard.
     """
 
     model: ModelPlan
     data: DataPlan
+    ranks: int
     memory: tuple[MemoryPlan, ...]
     recompute: Recompute | None
     reference_peak: Bytes | None
     flops: float
     devices: tuple[DevicePlan, ...]
     in_parts: Mapping[int, float]
+
+
+def default_ranks(config: RunConfig) -> int:
+    """Return of how many processes a run is taken to be if nobody says: a machine's, or two's."""
+    train = config.train
+    if train.parallel == "hybrid":
+        return 2 * A_MACHINE
+    return max(A_MACHINE, train.tensor_ranks) if is_in_parts(train) else 1
 
 
 def make_plan(
@@ -107,6 +128,7 @@ def make_plan(
     *,
     device: torch.device,
     flops_per_s: float,
+    count: int | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -116,34 +138,70 @@ def make_plan(
         pairs: what is trained on.
         device: the one at hand.
         flops_per_s: its rate of matrix products in the run's numerics.
+        count: of processes; None for ``default_ranks``.
 
     Raises:
-        InputError: an option does not go with a model in parts, and it is to be.
+        InputError: an option or the model does not go with so many processes.
     """
-    is_divided = config.train.parallel == "shard"
-    if is_divided:
-        check_options(config)
+    count = default_ranks(config) if count is None else count
     model = models.policy.config
-    if config.train.tokens_per_micro_batch == AUTO:
-        config = with_budget(config, choose_budget(config, model, pairs, device=device).tokens)
-    data = plan_data(config, pairs)
-    memory = tuple(plan_memory(_recomputing(config, part), model, pairs, data) for part in POLICIES)
+    with pretended_ranks(config, count) as ranks:
+        if is_in_parts(config.train):
+            check_parts(config, models)
+        if config.train.tokens_per_micro_batch == AUTO:
+            budget = choose_budget(config, model, pairs, device=device, ranks=ranks)
+            config = with_budget(config, budget.tokens)
+        data = plan_data(config, pairs, count)
+        memory = tuple(
+            plan_memory(_recomputing(config, part), model, pairs, data, ranks) for part in POLICIES
+        )
+        reference_peak = _reference_peak(config, models.reference.config, pairs, ranks)
     policy = outlined_policy(model, config)
     flops = _flops(config, policy, pairs, data)
-    chosen = memory[POLICIES.index(config.train.recompute)]
-    counts = COUNTS if is_divided else ()
+    rows = Rows(pairs, data.largest, is_alone=data.micro_batches == 1)
     return Plan(
         model=_model_plan(policy),
         data=data,
+        ranks=count,
         memory=memory,
         recompute=config.train.recompute,
-        reference_peak=_reference_peak(config, models.reference.config, pairs),
+        reference_peak=reference_peak,
         flops=flops,
         devices=tuple(
-            _devices(config, memory, data, flops, device=device, flops_per_s=flops_per_s)
+            _devices(
+                config, memory, data, flops, device=device, flops_per_s=flops_per_s, count=count
+            )
         ),
-        in_parts={count: bytes_in_parts(chosen, policy, count) for count in counts},
+        in_parts=by_count(config, model, rows) if config.train.parallel == "shard" else {},
     )
+
+
+def by_count(config: RunConfig, model: ModelConfig, rows: Rows) -> dict[int, float]:
+    """Return the bytes on each rank at the peak of a step, for some counts of ranks.
+
+    Rehearsed are the least and the greatest: what a rank holds of each phase is a line in the share
+    that it has of the model.
+    """
+    counts = [count * config.train.tensor_ranks for count in COUNTS]
+    counts = [count for count in counts if count <= COUNTS[-1]] or counts[:1]
+
+    def rehearse(count: int) -> Peaks:
+        with pretended_ranks(config, count) as ranks:
+            return rehearse_step(config, model, rows, ranks)
+
+    least, most = counts[0], counts[-1]
+    few = rehearse(least)
+    if least == most:
+        return {least: _total(few)}
+    many = rehearse(most)
+    shares = {count: (1 / least - 1 / count) / (1 / least - 1 / most) for count in counts}
+    return {
+        count: _total(extrapolate(few, few, many, times=share)) for count, share in shares.items()
+    }
+
+
+def _total(peaks: Peaks) -> float:
+    return sum(peak(peaks).values())
 
 
 def _recomputing(config: RunConfig, part: Recompute | None) -> RunConfig:
@@ -170,7 +228,9 @@ def _flops(config: RunConfig, policy: Decoder, pairs: TokenizedPairs, data: Data
     return steps + (forward if loss.needs_reference else 0.0)
 
 
-def _reference_peak(config: RunConfig, model: ModelConfig, pairs: TokenizedPairs) -> Bytes | None:
+def _reference_peak(
+    config: RunConfig, model: ModelConfig, pairs: TokenizedPairs, ranks: Ranks
+) -> Bytes | None:
     """Return the peak of the reference pass, whose largest micro-batch has the longest rows."""
     loss = config.loss.build()
     if not loss.needs_reference or uses_live_reference(loss, config.train):
@@ -178,7 +238,7 @@ def _reference_peak(config: RunConfig, model: ModelConfig, pairs: TokenizedPairs
     batches = MicroBatches.of_run(config.train, pairs)
     longest = np.argsort(-pairs.lengths().sum(axis=1), kind="stable")[:_LONGEST].tolist()
     largest = max(batches.split(longest), key=lambda rows: stream_tokens(batches, rows))
-    return peak(rehearse_reference(config, model, Rows(pairs, largest)))
+    return peak(rehearse_reference(config, model, Rows(pairs, largest), ranks))
 
 
 def _devices(
@@ -189,13 +249,14 @@ def _devices(
     *,
     device: torch.device,
     flops_per_s: float,
+    count: int,
 ) -> Iterator[DevicePlan]:
-    """Yield the device at hand, then the others."""
+    """Yield the device at hand, then the others, ``count`` of each."""
 
     def plan(name: str, room: float, rate: float, usd_per_hour: float | None) -> DevicePlan:
         budgets = tuple(largest_budget(each, data, room) for each in memory)
-        seconds = flops / rate
-        usd = None if usd_per_hour is None else seconds / 3600 * usd_per_hour
+        seconds = flops / rate / count
+        usd = None if usd_per_hour is None else count * seconds / 3600 * usd_per_hour
         return DevicePlan(name, room, budgets, seconds, usd)
 
     yield plan(f"this {device.type}", room_on(device), MEASURED_MFU * flops_per_s, None)
@@ -241,7 +302,8 @@ def _describe_memory(plan: Plan) -> Iterator[str]:
         f"--recompute {each.recompute or 'none'}{' *' * (each.recompute == plan.recompute)}"
         for each in plan.memory
     ]
-    yield f"{'MiB at the peak of a step':<26}" + "".join(f"{name:>20}" for name in columns)
+    title = "MiB at the peak of a step" if plan.ranks == 1 else f"MiB on each of {plan.ranks} ranks"
+    yield f"{title:<26}" + "".join(f"{name:>20}" for name in columns)
     for kind in KINDS:
         held = [each.get(kind, 0.0) for each in peaks]
         if any(held):
@@ -256,7 +318,7 @@ def _describe_memory(plan: Plan) -> Iterator[str]:
 def _describe_parts(plan: Plan) -> Iterator[str]:
     yield f"{'--parallel shard over':<26}" + "".join(f"{count:>10}" for count in plan.in_parts)
     held = "".join(f"{_mib(nbytes):>10}" for nbytes in plan.in_parts.values())
-    yield f"{'MiB on each rank, at most':<26}{held}"
+    yield f"{'MiB on each rank':<26}{held}"
 
 
 def _describe_devices(plan: Plan) -> Iterator[str]:
@@ -274,7 +336,9 @@ def _describe_devices(plan: Plan) -> Iterator[str]:
     yield "MiB free: for tensors. Tokens: the largest --tokens-per-micro-batch that fits a step,"
     yield "with --recompute mlp and layer behind it."
     yield f"Time: {MFU:.0%} of a datasheet's rate, {MEASURED_MFU:.0%} of the rate measured here."
-    yield f"USD: typical rent of {PRICES_OF}. The devices hold the whole model."
+    yield f"USD: typical rent of {PRICES_OF}."
+    if plan.ranks > 1:
+        yield f"Time and USD: of {plan.ranks} such devices that never wait for each other."
 
 
 def _duration(seconds: float) -> str:

@@ -35,6 +35,7 @@ from dpo.models import Decoder, ModelConfig
 from dpo.precision import precision_of
 from dpo.prepare import prepare_policy
 from dpo.quantization import quantize_linears
+from dpo.ranks import Ranks
 from dpo.reference import ReferenceLogProbs
 from dpo.scoring import MicroBatches, score_rows
 from dpo.tokenized_pairs import TokenizedPairs
@@ -65,39 +66,63 @@ def peak(peaks: Peaks) -> Bytes:
     return max(peaks.values(), key=lambda held: sum(held.values()))
 
 
-def rehearse_step(config: RunConfig, model: ModelConfig, rows: Rows) -> Peaks:
+def rehearse_step(
+    config: RunConfig, model: ModelConfig, rows: Rows, ranks: Ranks | None = None
+) -> Peaks:
     """Return the peaks of a step on one micro-batch, from its second on: the optimizer has states.
 
     Args:
         config: of the run; the sizes of its batches are not read.
         model: the policy's shape.
         rows: of the micro-batch.
+        ranks: those of the run, as ``dpo.rehearsed_ranks`` makes them; None for one process.
     """
     rehearsed = replace(config, train=_on_fakes(config.train, len(rows.micro_batch)))
-    return over_layers(model, lambda few: _rehearse_step(few, rehearsed, rows))
+    ranks = ranks or Ranks()
+    return over_layers(
+        model, lambda few: _rehearse_step(few, rehearsed, rows, ranks), ends=_ends_of(ranks)
+    )
 
 
-def rehearse_reference(config: RunConfig, model: ModelConfig, rows: Rows) -> Peaks:
+def rehearse_reference(
+    config: RunConfig, model: ModelConfig, rows: Rows, ranks: Ranks | None = None
+) -> Peaks:
     """Return the peaks of a micro-batch of the reference pass; arguments as above."""
-    return over_layers(model, lambda few: _rehearse_reference(few, config, rows))
+    ranks = ranks or Ranks()
+    return over_layers(
+        model, lambda few: _rehearse_reference(few, config, rows, ranks), ends=_ends_of(ranks)
+    )
 
 
-def over_layers(model: ModelConfig, rehearse: Callable[[ModelConfig], Peaks]) -> Peaks:
+def over_layers(
+    model: ModelConfig, rehearse: Callable[[ModelConfig], Peaks], *, ends: int = 1
+) -> Peaks:
     """Rehearse with few layers and add what those left out would.
 
-    Run are the first and the last layer of each kind, and for each kind these and one more.
+    Run are the first and the last ``ends`` layers of each kind, and for each kind these and one
+    more.
     """
     kinds = layer_kinds(model)
-    ends = sorted({index for kind in set(kinds) for index in _ends(kinds, kind)})
-    if model.layers <= len(ends) + 1:
+    between = {kind: _places(kinds, kind)[ends:-ends] for kind in dict.fromkeys(kinds)}
+    left_out = [place for places in between.values() for place in places]
+    if len(left_out) <= 1:
         return rehearse(model)
-    base = total = rehearse(_with_layers(model, ends))
-    for kind in dict.fromkeys(kinds):
-        others = [index for index in range(model.layers) if kinds[index] == kind]
-        if missing := [index for index in others if index not in ends]:
-            longer = rehearse(_with_layers(model, sorted([*ends, missing[0]])))
-            total = extrapolate(total, base, longer, times=len(missing))
+    run = [place for place in range(model.layers) if place not in left_out]
+    base = total = rehearse(_with_layers(model, run))
+    for places in between.values():
+        if places:
+            longer = rehearse(_with_layers(model, sorted([*run, places[0]])))
+            total = extrapolate(total, base, longer, times=len(places))
     return total
+
+
+def _ends_of(ranks: Ranks) -> int:
+    """Return how many layers at each end differ in their peaks from those between.
+
+    Where a layer is put together for its backward pass, so is the one before it, and the gradient
+    of the one behind is still on its way.
+    """
+    return 2 if ranks.in_step else 1
 
 
 def layer_kinds(model: ModelConfig) -> list[int]:
@@ -107,9 +132,9 @@ def layer_kinds(model: ModelConfig) -> list[int]:
     return [numbers.setdefault(layer, len(numbers)) for layer in layers]
 
 
-def _ends(kinds: Sequence[int], kind: int) -> tuple[int, int]:
-    """Return the first and the last layer of a kind."""
-    return kinds.index(kind), len(kinds) - 1 - kinds[::-1].index(kind)
+def _places(kinds: Sequence[int], kind: int) -> list[int]:
+    """Return the layers of a kind."""
+    return [place for place, found in enumerate(kinds) if found == kind]
 
 
 def extrapolate(start: Peaks, base: Peaks, more: Peaks, *, times: float) -> Peaks:
@@ -188,17 +213,18 @@ def _on_fakes(config: TrainConfig, pairs: int) -> TrainConfig:
     )
 
 
-def _rehearse_step(model: ModelConfig, config: RunConfig, rows: Rows) -> Peaks:
+def _rehearse_step(model: ModelConfig, config: RunConfig, rows: Rows, ranks: Ranks) -> Peaks:
     tracker = MemoryTracker()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         policy = hollow_policy(model, config)
+        ranks.prepare(policy)
         prepare_policy(policy, config, NoHost())
         tracker.watch_weights(policy)
-        trainer = _trainer(policy, config, rows)
+        trainer = _trainer(policy, config, rows, ranks)
         if trainer.live_reference is not None:
             for weight in trainer.live_reference.weights.values():
                 tracker.label(weight, REFERENCE)
-        _mark_phases(tracker, policy, trainer)
+        _mark_phases(tracker, policy, trainer, ends=_ends_of(ranks))
         trainer.train_step()  # of one row, which gives the optimizer its states
         for tensor in _tensors(trainer.optimizer.state):
             tracker.label(tensor, OPTIMIZER)
@@ -207,6 +233,7 @@ def _rehearse_step(model: ModelConfig, config: RunConfig, rows: Rows) -> Peaks:
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
                     tracker.label(parameter.grad, GRADIENTS)
+        tracker.peaks.clear()
         tracker.enter("start")
         trainer.train_step()
     return tracker.peaks
@@ -231,11 +258,13 @@ class NoHost:
         return lambda: None
 
 
-def _rehearse_reference(model: ModelConfig, config: RunConfig, rows: Rows) -> Peaks:
+def _rehearse_reference(model: ModelConfig, config: RunConfig, rows: Rows, ranks: Ranks) -> Peaks:
     tracker, precision = MemoryTracker(), precision_of(config.train)
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         policy = hollow_policy(model, config)
+        ranks.prepare(policy)
         tracker.watch_weights(policy)
+        tracker.peaks.clear()
         batches = MicroBatches.of_run(config.train, rows.pairs)
         _mark_forward(tracker, policy)
         score_rows(policy, batches, rows.micro_batch, precision=precision, device=_CPU)
@@ -254,7 +283,7 @@ class _TwoSteps:
         return list(self.micro_batch if step else self.micro_batch[:1])
 
 
-def _trainer(policy: Decoder, config: RunConfig, rows: Rows) -> Trainer:
+def _trainer(policy: Decoder, config: RunConfig, rows: Rows, ranks: Ranks) -> Trainer:
     loss, mismatched = config.loss.build(), None
     if loss.needs_mismatch:
         mismatched = _zeros(mismatched_rows(rows.pairs, seed=config.train.seed))
@@ -265,6 +294,7 @@ def _trainer(policy: Decoder, config: RunConfig, rows: Rows) -> Trainer:
         loss=loss,
         reference=_zeros(rows.pairs) if loss.needs_reference else None,
         mismatched_reference=mismatched,
+        ranks=ranks,
     )
     trainer.sampler = _TwoSteps(rows.micro_batch)
     return trainer
@@ -277,27 +307,31 @@ def _zeros(pairs: TokenizedPairs) -> ReferenceLogProbs:
     return ReferenceLogProbs([np.zeros(int(lengths.max()), np.float32)], places)
 
 
-def _mark_phases(tracker: MemoryTracker, policy: Decoder, trainer: Trainer) -> None:
+def _mark_phases(tracker: MemoryTracker, policy: Decoder, trainer: Trainer, *, ends: int) -> None:
     """Let the tracker know which part of a step runs.
 
-    Backward through the last and the first layer of each kind are phases of their own: between the
-    two activations fall and gradients rise evenly, so one of them is the peak of the kind, whatever
-    the number of layers.
+    Backward through the last and the first ``ends`` layers of each kind are phases of their own:
+    between them activations fall and gradients rise evenly, so one of them is the peak of the kind,
+    whatever the number of layers.
     """
     _mark_forward(tracker, policy)
     _on_gradient(policy, lambda: tracker.enter("backward, last norm"))
     kinds = layer_kinds(policy.config)
-    for index, block in enumerate(policy.model.layers):
-        first, last = _ends(kinds, kinds[index])
-        which = "last" if index == last else "first" if index == first else "between"
-        phase = f"backward, layer of kind {kinds[index]}, {which}"
-        _on_gradient(block, partial(tracker.enter, phase))
+    for kind in set(kinds):
+        places = _places(kinds, kind)
+        for before, place in enumerate(places):
+            behind = len(places) - 1 - before
+            near = "between"
+            if min(before, behind) < ends:
+                near = f"last but {behind}" if behind < ends else f"first but {before}"
+            phase = f"backward, layer of kind {kind}, {near}"
+            _on_gradient(policy.model.layers[place], partial(tracker.enter, phase))
     _on_gradient(policy.model.embed_tokens, lambda: tracker.enter("backward, embedding"))
     trainer.optimizer.register_step_pre_hook(lambda *_: tracker.enter("update"))
 
 
 def _mark_forward(tracker: MemoryTracker, policy: nn.Module) -> None:
-    policy.register_forward_pre_hook(lambda *_: tracker.enter("forward", ACTIVATIONS))
+    policy.register_forward_pre_hook(lambda *_: tracker.enter("forward", ACTIVATIONS), prepend=True)
     policy.register_forward_hook(lambda *_: tracker.enter("head", HEAD))
 
 
@@ -308,7 +342,7 @@ def _on_gradient(module: nn.Module, act: Callable[[], None]) -> None:
         if output.requires_grad:
             output.register_hook(lambda _: act())
 
-    module.register_forward_hook(hook)
+    module.register_forward_hook(hook, prepend=True)  # before one that puts weights together
 
 
 def _tensors(states: Any) -> list[Tensor]:

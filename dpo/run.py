@@ -24,6 +24,7 @@ from dpo.duration import seconds_of
 from dpo.errors import InputError, RunError
 from dpo.files import FolderLock, atomic_write, remove_leftovers
 from dpo.inputs import Inputs, ModelFolder, Models, find_models, load_inputs, pin_revisions
+from dpo.launch import Launch
 from dpo.models import Decoder
 from dpo.parallel import kind_of_ranks
 from dpo.precision import precision_of
@@ -31,6 +32,7 @@ from dpo.prepare import prepare_policy
 from dpo.progress import Console, SilentConsole
 from dpo.ranks import Ranks
 from dpo.reference_pass import References, obtain_references
+from dpo.rehearsed_ranks import ranks_alike
 from dpo.report.record import CONFIG
 from dpo.run_checks import check_models, refuse_another
 from dpo.run_folder import CHECKPOINTS, find_checkpoint
@@ -83,7 +85,10 @@ def train(config: RunConfig, *, console: Console, go_on: str | None = None) -> R
         if checkpoint is not None:
             refuse_another(checkpoint, config, models, inputs)
         if config.train.tokens_per_micro_batch == AUTO:
-            budget = choose_budget(config, models.policy.config, inputs.pairs, device=device)
+            alike = ranks_alike(config, Launch.of_environment())
+            budget = choose_budget(
+                config, models.policy.config, inputs.pairs, device=device, ranks=alike
+            )
             console.say(budget.describe())
             config = with_budget(config, ranks.first([budget.tokens])[0])
         if ranks.is_first:

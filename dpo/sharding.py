@@ -119,10 +119,10 @@ class ShardedRanks(JoinedRanks):
     def joint_norm(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the norm of all tensors, (), from the (n,) of what this rank holds of each."""
         squares = norms.square()
-        are_parts = torch.tensor([isinstance(each, DTensor) for each in tensors], dtype=torch.bool)
-        square = squares[are_parts].sum()
+        are_parts = norms.new_tensor([isinstance(t, DTensor) for t in tensors], dtype=torch.bool)
+        square = torch.where(are_parts, squares, 0).sum()
         dist.all_reduce(square, group=self.mesh.get_group(self.mesh.ndim - 1))
-        return (square + squares[~are_parts].sum()).sqrt()
+        return (square + torch.where(are_parts, 0, squares).sum()).sqrt()
 
     def take_apart(self, model: nn.Module) -> None:
         """Let ``model`` have the optimizer's parameters, if it still holds whole ones."""

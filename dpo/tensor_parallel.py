@@ -183,10 +183,14 @@ class TensorRanks(JoinedRanks):
 
     def joint_norm(self, norms: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Return the norm of all from those of what this rank holds of each."""
-        are_parts = torch.tensor([self._dimensions.get(each) is not None for each in tensors])
         squares = []
-        for which in (are_parts, ~are_parts):
-            chosen = [tensors[index] for index in which.nonzero().flatten().tolist()]
+        for are_parts in (True, False):
+            which = [
+                index
+                for index, each in enumerate(tensors)
+                if (self._dimensions.get(each) is not None) == are_parts
+            ]
+            chosen = [tensors[index] for index in which]
             squares.append(self.same_part.joint_norm(norms[which], chosen).square())
         return (self.part.sum(squares[0]) + squares[1]).sqrt()
 

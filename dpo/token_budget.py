@@ -19,6 +19,7 @@ from dpo.launch import Launch
 from dpo.log_probs import CPU_TILE_BYTES, TILE_BYTES
 from dpo.memory_tracker import Bytes, Peaks
 from dpo.models import ModelConfig
+from dpo.ranks import Ranks
 from dpo.rehearsal import Rows, peak, rehearse_step
 from dpo.sampling import make_sampler
 from dpo.scoring import MicroBatches
@@ -48,11 +49,11 @@ class DataPlan:
             to the longest of its step.
         steps: of the run.
         epochs: of the run; no whole number where the steps are given.
-        micro_batches: in a step, mean.
+        micro_batches: of a rank in a step, mean of the most that one has.
         largest: rows of the largest micro-batch.
         largest_tokens: in it.
         longest_tokens: in a micro-batch of the longest row alone, the least there can be.
-        step_tokens: in the largest step, the most that a micro-batch can hold.
+        step_tokens: of a rank in the largest step, the most that a micro-batch can hold.
     """
 
     pairs: int
@@ -128,21 +129,33 @@ class Budget:
 
 
 def choose_budget(
-    config: RunConfig, model: ModelConfig, pairs: TokenizedPairs, *, device: torch.device
+    config: RunConfig,
+    model: ModelConfig,
+    pairs: TokenizedPairs,
+    *,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> Budget:
     """Choose the largest token budget with which a step fits into the memory of a device.
 
     A power of two, and no larger than it takes to hold a whole step. Nothing a run computes depends
     on it.
+
+    Args:
+        config: of the run.
+        model: the policy's shape.
+        pairs: what is trained on.
+        device: of each rank.
+        ranks: of the rehearsal (``dpo.rehearsed_ranks``); None for one process.
     """
-    room = room_on(device)
+    room, ranks = room_on(device), ranks or Ranks()
     config = with_budget(config, 4 * SMALLEST)  # of the micro-batch from which the others follow
-    data = plan_data(config, pairs)
-    memory = plan_memory(config, model, pairs, data)
+    data = plan_data(config, pairs, ranks.processes)
+    memory = plan_memory(config, model, pairs, data, ranks)
     for tokens in reversed(budgets(data)):
         if memory.at(data.tokens_within(tokens)) > room and tokens > SMALLEST:
             continue
-        exact = rehearsed(config, model, pairs, tokens)
+        exact = rehearsed(config, model, pairs, tokens, ranks)
         if exact <= room or tokens == SMALLEST:
             return Budget(tokens, exact, room)
     raise AssertionError
@@ -183,19 +196,21 @@ def largest_budget(memory: MemoryPlan, data: DataPlan, room: float) -> int | Non
     return max(fitting, default=None)
 
 
-def plan_data(config: RunConfig, pairs: TokenizedPairs) -> DataPlan:
-    """Cut the first steps of a run as the run would, and count."""
+def plan_data(config: RunConfig, pairs: TokenizedPairs, processes: int = 1) -> DataPlan:
+    """Cut the first steps of a run of so many processes as the run would, and count."""
     sampler = make_sampler(config.loss.build(), pairs, config.train)
     batches = MicroBatches.of_run(config.train, pairs)
     steps = [sampler.rows(step) for step in range(min(STEPS, sampler.steps_per_epoch))]
-    cut = [batches.split(rows) for rows in steps]
+    shares = [batches.divide(rows, processes // config.train.tensor_ranks) for rows in steps]
+    most = [max(len(batches.split(own)) for own in of_step) for of_step in shares]
+    cut = [batches.split(own) for of_step in shares for own in of_step]  # of a rank in a step each
     sizes = [[stream_tokens(batches, rows) for rows in micro_batches] for micro_batches in cut]
     longest = [int(pairs.lengths().sum(axis=1).argmax())]
     longest_tokens = stream_tokens(batches, longest)
     rows_by_size = {
         size: rows
-        for micro_batches, of_step in zip(cut, sizes, strict=True)
-        for rows, size in zip(micro_batches, of_step, strict=True)
+        for micro_batches, of_rank in zip(cut, sizes, strict=True)
+        for rows, size in zip(micro_batches, of_rank, strict=True)
     } | {longest_tokens: longest}
     useful = sum(int(pairs.lengths()[rows].sum()) for rows in steps)
     total_steps = config.train.total_steps(sampler.steps_per_epoch)
@@ -206,7 +221,7 @@ def plan_data(config: RunConfig, pairs: TokenizedPairs) -> DataPlan:
         padded_share=sum(_padded_tokens(pairs, rows) for rows in steps) / useful,
         steps=total_steps,
         epochs=total_steps / sampler.steps_per_epoch,
-        micro_batches=sum(map(len, cut)) / len(cut),
+        micro_batches=sum(most) / len(most),
         largest=tuple(rows_by_size[max(rows_by_size)]),
         largest_tokens=max(rows_by_size),
         longest_tokens=longest_tokens,
@@ -225,13 +240,20 @@ def _padded_tokens(pairs: TokenizedPairs, rows: Sequence[int]) -> int:
 
 
 def plan_memory(
-    config: RunConfig, model: ModelConfig, pairs: TokenizedPairs, data: DataPlan
+    config: RunConfig,
+    model: ModelConfig,
+    pairs: TokenizedPairs,
+    data: DataPlan,
+    ranks: Ranks | None = None,
 ) -> MemoryPlan:
     """Rehearse a step of a run on its largest micro-batch, and on another for the slope."""
     batches = MicroBatches.of_run(config.train, pairs)
     is_alone = data.micro_batches == 1
     (tokens, peaks), (other_tokens, other_peaks) = (
-        (stream_tokens(batches, rows), rehearse_step(config, model, Rows(pairs, rows, is_alone)))
+        (
+            stream_tokens(batches, rows),
+            rehearse_step(config, model, Rows(pairs, rows, is_alone), ranks),
+        )
         for rows in (data.largest, _another(data, pairs))
     )
     return MemoryPlan(
@@ -257,9 +279,15 @@ def _lines(
         yield phase, Line(here - slope * tokens, slope)
 
 
-def rehearsed(config: RunConfig, model: ModelConfig, pairs: TokenizedPairs, tokens: int) -> float:
+def rehearsed(
+    config: RunConfig,
+    model: ModelConfig,
+    pairs: TokenizedPairs,
+    tokens: int,
+    ranks: Ranks | None = None,
+) -> float:
     """Return the bytes at the peak of a step under a token budget."""
     config = with_budget(config, tokens)
-    data = plan_data(config, pairs)
+    data = plan_data(config, pairs, (ranks or Ranks()).processes)
     rows = Rows(pairs, data.largest, is_alone=data.micro_batches == 1)
-    return sum(peak(rehearse_step(config, model, rows)).values())
+    return sum(peak(rehearse_step(config, model, rows, ranks)).values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -543,13 +543,17 @@ class Trainer:
 
     # Looking
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
         """Hold what is to be evaluated and saved in ``module`` while a ``with`` block runs.
 
         That is an average of the weights with ``train.ema_decay`` and with an optimizer that
         averages by itself, else the weights as they are.
         """
-        return averaged_weights(self.optimizer)
+        self.ranks.take_apart(self.module)  # what is put together would be that of before
+        with averaged_weights(self.optimizer):
+            yield
+            self.ranks.take_apart(self.module)
 
     @torch.no_grad()
     def check_start(self) -> None:

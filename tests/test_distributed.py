@@ -130,6 +130,10 @@ SHARDED: dict[str, dict[str, Any]] = {
     "lora": {"lora": "q_proj,down_proj"},
     "lora of the output": {"lora": "q_proj,lm_head", "loss": "aot"},
     "lion": {"options": {"optimizer": "lion"}},
+    "an average": {"options": {"ema_decay": 0.5, "eval_every": 1}},
+    "averages of the optimizer": {"options": {"optimizer": "schedule-free", "eval_every": 1}},
+    "compiled, no activations kept": {"is_compiled": True, "keeps_no_activations": True},
+    "compiled lora": {"is_compiled": True, "lora": "q_proj,down_proj"},
     "no clipping": {"options": {"max_grad_norm": None}},
     "rows that are not finite": {"is_poisoned": True},
     "steps that are skipped": {"is_poisoned": True, "options": {"on_nonfinite": "skip"}},
@@ -427,7 +431,8 @@ def test_run_with_a_model_in_parts_leaves_what_a_run_of_one_leaves(
     options: tuple[str, ...], tmp_path: Path, arguments: Arguments, launch: Start
 ) -> None:
     more = ("--steps", "4", "--eval-split", "0.25", "--eval-every", "2", "--keep-best", *options)
-    parts = ("--parallel", "shard", "--recompute", "layer")
+    more += ("--ema-decay", "0.5")
+    parts = ("--parallel", "shard", "--recompute", "layer", "--tokens-per-micro-batch", "auto")
     codes, _, stderr = launch(2, arguments(tmp_path / "PARTS", *more, *parts)).ended()
     assert codes == [0, 0], stderr
     alone(arguments(tmp_path / "ONE", *more))
@@ -674,8 +679,6 @@ def test_waiting_has_no_meaning_for_one_process(arguments: Arguments, tmp_path: 
     [
         (("--optimizer", "muon"), "train.optimizer = muon"),
         (("--optimizer", "adamw8bit"), "train.optimizer = adamw8bit"),
-        (("--ema-decay", "0.5"), "train.ema_decay"),
-        (("--compile",), "train.compile"),
         (("--adapter", "dora"), "adapter.kind = dora"),
         (("--adapter", "lora", "--quantize", "int8"), "adapter.quantize"),
         (("--loss", "tdpo1"), "a reference that is held in memory"),
@@ -715,7 +718,6 @@ def test_experts_cannot_be_in_parts(
         (4, {"optimizer": "muon"}, "train.optimizer = muon"),
         (4, {"compile": True}, "train.compile"),
         (4, {"offload_activations": True}, "train.offload_activations"),
-        (4, {"parallel": "shard", "ema_decay": 0.5}, "train.ema_decay"),
         (4, {"optimizer": "adamw8bit"}, "take adamw or lion or schedule-free"),
         (1, {}, "one process"),
     ],

@@ -23,12 +23,11 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from dpo import device as device_module
-from dpo import rehearsal, run, token_budget
+from dpo import planner, rehearsal, run, token_budget
 from dpo.accelerators import ACCELERATORS
 from dpo.adapter_config import AdapterConfig
-from dpo.adapters import Adapter, add_adapter
-from dpo.bench.memory import predicted_mib
-from dpo.bench.scenarios import SCENARIOS
+from dpo.bench.memory import Comparison, predicted_mib, run_of
+from dpo.bench.scenarios import SCENARIOS, SHAPES
 from dpo.cli import main
 from dpo.cli import plan as plan_command
 from dpo.config import LossConfig, RunConfig
@@ -44,17 +43,18 @@ from dpo.memory_tracker import (
     OPTIMIZER,
     REFERENCE,
     TEMPORARY,
+    TOGETHER,
     WEIGHTS,
     Peaks,
 )
 from dpo.models import ARCHITECTURES, Decoder, ModelConfig, parse_config
 from dpo.models.transforms import RECOMPUTED
 from dpo.optim import OPTIMIZERS
-from dpo.plan_of_parts import bytes_in_parts
 from dpo.prepare import prepare_policy
 from dpo.progress import Console
 from dpo.quantization import SCHEMES, quantize_linears
 from dpo.rehearsal import Rows, over_layers, peak, rehearse_reference, rehearse_step
+from dpo.rehearsed_ranks import RanksAlike, pretended_ranks
 from dpo.token_budget import (
     Line,
     MemoryPlan,
@@ -289,7 +289,7 @@ def test_layers_that_are_left_out_take_what_they_would(
     model = shape(num_hidden_layers=6, **changes)
     options, rows = config(recompute=part), rows_of(make_pairs(1))
     found = rehearse_step(options, model, rows)
-    monkeypatch.setattr(rehearsal, "over_layers", lambda model, rehearse: rehearse(model))
+    monkeypatch.setattr(rehearsal, "over_layers", lambda model, rehearse, ends: rehearse(model))
     whole = rehearse_step(options, model, rows)
     assert total(found) == pytest.approx(total(whole), rel=0.001)
 
@@ -304,6 +304,109 @@ def test_first_and_last_layer_of_each_kind_are_run_and_one_more() -> None:
     found = over_layers(shape(num_hidden_layers=8, **GEMMA2), rehearse)
     assert run_with == [(5, None, 5, None), (5, None, 5, 5, None), (5, None, None, 5, None)]
     assert found == {"forward": {WEIGHTS: 4 * 5 + 4 * 100}}
+
+
+# --- a model in parts ---------------------------------------------------------------------------
+
+EVEN = {"vocab_size": 96, "num_hidden_layers": 3, "tie_word_embeddings": False}
+
+
+def rehearse_rank(options: RunConfig, model: ModelConfig, rows: Rows, *, count: int = 4) -> Peaks:
+    with pretended_ranks(options, count) as ranks:
+        return rehearse_step(options, model, rows, ranks)
+
+
+@pytest.mark.parametrize(
+    ("divided", "count", "parts"),
+    [
+        ({"parallel": "data"}, 4, 1),
+        ({"parallel": "shard"}, 4, 4),
+        ({"parallel": "hybrid"}, 16, 8),
+        ({"parallel": "data", "tensor_ranks": 2}, 4, 2),
+        ({"parallel": "shard", "tensor_ranks": 2}, 8, 8),
+    ],
+    ids=str,
+)
+def test_rank_of_a_model_in_parts_holds_its_part_of_the_state(
+    make_pairs: MakePairs, divided: Mapping[str, Any], count: int, parts: int
+) -> None:
+    rows = rows_of(make_pairs(2), is_alone=False)
+    found = rehearse_rank(config(**divided), shape(**EVEN), rows, count=count)
+    model = Decoder(shape(**EVEN))
+    matrices = sum(weight.nbytes for weight in model.parameters() if weight.dim() == 2)
+    others = sum(weight.nbytes for weight in model.parameters() if weight.dim() == 1)
+    own = matrices / parts + others / (parts // divided.get("tensor_ranks", 1) or 1)
+    steps = 4 * len([*model.parameters()])  # counted by the optimizer
+    assert found["update"][WEIGHTS] == found["update"][GRADIENTS] == own
+    assert found["update"][OPTIMIZER] == 2 * own + steps
+    assert not any(found["update"].get(kind, 0) for kind in (TOGETHER, ACTIVATIONS, HEAD))
+
+
+def test_what_is_put_together_by_hand(make_pairs: MakePairs) -> None:
+    """A block while it computes; all outside of blocks; and what was received of either."""
+    even = shape(**EVEN | {"vocab_size": 960})
+    found, model = (
+        rehearse_rank(config(parallel="shard"), even, rows_of(make_pairs(2))),
+        Decoder(even),
+    )
+    block = nbytes(model.model.layers[0])
+    outside = nbytes(model) - 3 * block
+    assert found["forward"][TOGETHER] == 2 * outside + 2 * block
+    assert found["head"][TOGETHER] == outside
+    # while the last block is differentiated, what the one before receives is on its way
+    assert found["backward, layer of kind 0, last but 0"][TOGETHER] == outside + 2 * block
+
+
+def test_adapters_of_a_model_in_parts_are_whole(make_pairs: MakePairs) -> None:
+    options = replace(config(parallel="shard"), adapter=AdapterConfig(kind="lora", rank=2))
+    model = Decoder(shape(**EVEN))
+    base = nbytes(model)
+    prepare_policy(model, options)
+    adapters = nbytes(model) - base
+    found = rehearse_rank(options, shape(**EVEN), rows_of(make_pairs(2)))
+    assert found["update"][WEIGHTS] == base / 4 + adapters
+    assert found["update"][GRADIENTS] == adapters
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {"recompute": "layer"}),
+        pytest.param({}, {}, marks=pytest.mark.slow),
+        pytest.param(GEMMA2, {"recompute": "mlp"}, marks=pytest.mark.slow),
+        pytest.param({}, {"tensor_ranks": 2, "dtype": "bf16-mixed"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_layers_that_are_left_out_of_a_model_in_parts_take_what_they_would(
+    make_pairs: MakePairs,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    run, rows = config(parallel="shard", **options), rows_of(make_pairs(2), is_alone=False)
+    model = shape(**EVEN | changes | {"num_hidden_layers": 7})
+    found = rehearse_rank(run, model, rows)
+    monkeypatch.setattr(rehearsal, "over_layers", lambda model, rehearse, ends: rehearse(model))
+    whole = rehearse_rank(run, model, rows)
+    assert total(found) == pytest.approx(total(whole), rel=0.001)
+
+
+@pytest.mark.slow
+def test_ranks_in_between_hold_what_a_line_says(make_pairs: MakePairs) -> None:
+    options, rows = config(parallel="shard", recompute="layer"), rows_of(make_pairs(2))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    model = shape(**EVEN | sizes | {"vocab_size": 128})  # 64 ranks have equal parts of it
+    found = planner.by_count(options, model, rows)
+    assert list(found) == list(planner.COUNTS)
+    assert sorted(found.values(), reverse=True) == list(found.values())
+    for count in (2, 8, 64):
+        exact = total(rehearse_rank(options, model, rows, count=count))
+        assert found[count] == pytest.approx(exact, rel=0.01)
+
+
+def nbytes(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -323,6 +426,14 @@ def test_tokens_by_hand() -> None:
     assert (found.steps, found.epochs, found.micro_batches) == (2, 2.0, 2.0)
     assert (found.largest_tokens, found.longest_tokens, found.step_tokens) == (64, 48, 112)
     assert [found.tokens_within(budget) for budget in (16, 60, 500)] == [48, 60, 112]
+
+
+def test_each_of_several_ranks_has_its_part_of_the_tokens() -> None:
+    pairs = columns_of([pair(16, 20, 12)] * 2 + [pair(30, 10, 8)])
+    found = plan_data(config(batch_size=3, tokens_per_micro_batch=48), pairs, processes=2)
+    assert (found.step_tokens, found.micro_batches, found.largest_tokens) == (96, 2.0, 48)
+    divided = config(batch_size=3, tokens_per_micro_batch=48, tensor_ranks=2)
+    assert plan_data(divided, pairs, processes=2).step_tokens == 144
 
 
 def test_unpaired_rows_are_padded_once() -> None:
@@ -395,6 +506,18 @@ def test_budget_that_only_the_line_lets_pass_is_not_chosen(
     nothing = MemoryPlan(None, {}, {"forward": Line(0.0, 0.0)})
     monkeypatch.setattr(token_budget, "plan_memory", lambda *_: nothing)
     assert choose_budget(options, shape(), pairs, device=CPU).tokens == 256
+
+
+def test_budget_of_a_model_in_parts_is_larger(memory: Callable[[float], None]) -> None:
+    options = config(batch_size=64, parallel="shard", recompute="layer")
+    pairs, model = long_pairs(64), shape(**EVEN | {"num_hidden_layers": 48})
+    memory(1.3 * token_budget.rehearsed(options, model, pairs, 512))
+    whole = choose_budget(options, model, pairs, device=CPU).tokens
+    with pretended_ranks(options, 4) as ranks:
+        found = choose_budget(options, model, pairs, device=CPU, ranks=ranks)
+        exact = token_budget.rehearsed(options, model, pairs, found.tokens, ranks)
+    assert found.tokens > whole
+    assert found.needed == exact <= found.room
 
 
 def test_budget_is_no_larger_than_a_step(memory: Callable[[float], None]) -> None:
@@ -543,38 +666,39 @@ def test_plan_takes_the_options_of_a_run_and_prints_json(
     assert found["memory"][0]["peak"][WEIGHTS] == 4 * found["model"]["parameters"]
 
 
-def test_rank_of_a_model_in_parts_holds_its_part_and_what_is_put_together(
-    make_model: Callable[..., Decoder],
-) -> None:
-    policy = make_model(num_hidden_layers=3)
-    weights = nbytes(policy)
-    outside = weights - sum(map(nbytes, policy.model.layers))
-    layer = nbytes(policy.model.layers[0])
-    step = {WEIGHTS: weights, GRADIENTS: 0.0, OPTIMIZER: 2.0 * weights, ACTIVATIONS: 1000.0}
-    found = bytes_in_parts(MemoryPlan(None, step, {}), policy, 8)
-    assert found == 4 * weights / 8 + 2 * (outside + 2 * layer) + 1000
-
-    add_adapter(policy, Adapter(rank=2, alpha=2.0), targets="q_proj")
-    adapters = nbytes(policy) - weights
-    step = {WEIGHTS: weights + adapters, GRADIENTS: adapters, OPTIMIZER: 2.0 * adapters}
-    found = bytes_in_parts(MemoryPlan(None, step, {}), policy, 8)
-    assert found == weights / 8 + 4 * adapters + outside + 2 * layer
-
-
-def nbytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
-
-
 def test_plan_of_a_model_in_parts_tells_what_each_rank_holds(
     model_folder: Path, data: Path
 ) -> None:
     words = ("--model", model_folder, "--data", data, "--parallel", "shard", "--batch-size", "2")
-    told = dpo("plan", *words, "--quiet")
+    told = dpo("plan", *words, "--ranks", "4", "--quiet")
     assert told.exit_code == 0, told.output
+    assert "MiB on each of 4 ranks" in told.stdout
+    assert "put together" in told.stdout
     assert re.search(r"--parallel shard over +2 +4 +8 +16 +32 +64\n", told.stdout)
     refused = dpo("plan", *words, "--optimizer", "muon")
     assert refused.exit_code == 2
     assert "train.parallel = shard does not go with train.optimizer = muon" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 1), ({"parallel": "shard"}, 8), ({"parallel": "hybrid"}, 16), ({"tensor_ranks": 2}, 8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_run_is_taken_to_be_of_a_machine_or_two(options: Mapping[str, Any], count: int) -> None:
+    assert planner.default_ranks(config(**options)) == count
+
+
+def test_model_in_parts_that_cannot_be_is_refused(model_folder: Path, data: Path) -> None:
+    words = ("plan", "--model", model_folder, "--data", data, "--quiet")
+    found = dpo(*words, "--tensor-ranks", "4", "--ranks", "4")
+    assert found.exit_code == 2
+    assert "which are divided by 1, 2 alone" in found.stderr
+    found = dpo(*words, "--parallel", "hybrid", "--ranks", "8")
+    assert found.exit_code == 2
+    assert "train.parallel = hybrid does not go with one machine" in found.stderr
 
 
 def test_plan_prints_its_config(model_folder: Path, data: Path) -> None:
@@ -638,6 +762,61 @@ def test_page_says_what_the_planner_predicts(row: list[str]) -> None:
     scenario = replace(SCENARIOS[row[0]], recompute=part)
     assert scenario.dtype == row[1]
     assert f"{predicted_mib(scenario):.0f}" == row[3]
+
+
+OF_TWO = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.splitlines()
+    if line.startswith("| of two: ")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", OF_TWO, ids=lambda row: f"{row[0]}, recompute {row[2]}")
+def test_page_says_what_the_planner_predicts_of_a_rank(row: list[str]) -> None:
+    part = next((part for part in RECOMPUTED if part == row[2]), None)
+    scenario = replace(SCENARIOS[row[0].removeprefix("of two: ")], recompute=part)
+    options = run_of(scenario, models=2, parallel="shard")
+    with pretended_ranks(options, 2) as ranks:
+        assert isinstance(ranks, RanksAlike)
+        found = Comparison(scenario, options, ranks.own, ranks).predicted_mib()
+    assert f"{found:.0f}" == row[4]
+
+
+LARGE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in PAGE.splitlines()
+    if re.match(r"\| \d+b \|", line)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", LARGE, ids=lambda row: f"{row[0]} on {row[1]}, {row[2]}")
+def test_page_says_what_a_rank_of_a_large_model_holds(row: list[str]) -> None:
+    words = row[2].strip("`").split()
+    divided: dict[str, Any] = {"parallel": words[1]}
+    if len(words) > 2:
+        divided["tensor_ranks"] = int(words[3])
+    options = config(dtype="bf16-mixed", recompute="layer", **divided)
+    rows = Rows(columns_of([pair(1024, 512, 512)]), [0])
+    found = peak(rehearse_rank(options, parse_config(SHAPES[row[0]]), rows, count=int(row[1])))
+    state = sum(found[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER))
+    numbers = (state, found[TOGETHER], sum(found.values()))
+    for number, told in zip(numbers, row[3:], strict=True):
+        assert number / 2**20 == pytest.approx(float(told), abs=2)
+
+
+@pytest.mark.slow
+def test_resident_memory_of_a_rank_is_within_a_tenth_of_the_plan() -> None:
+    words = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    found = subprocess.run(
+        [sys.executable, *words, "-m", "dpo.bench.memory", "5m-chat", "--parallel", "shard"],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+    )
+    peaks = json.loads(found.stdout)
+    assert peaks["measured_mib"] == pytest.approx(peaks["predicted_mib"], rel=0.1)
 
 
 @pytest.mark.slow

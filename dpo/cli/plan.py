@@ -15,10 +15,24 @@ _PRODUCTS = (1024, 2048)  # sizes of the products by which the device at hand is
 
 @click.command
 @config_flags(*TRAIN_KEYS)
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Plan one of N processes, on machines of up to 8, as torchrun would start them; "
+    "1 if not given, of a model in parts 8, with --parallel hybrid 16.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def plan(
-    context: click.Context, /, *, as_json: bool, print_config: bool, quiet: bool, **_flags: object
+    context: click.Context,
+    /,
+    *,
+    ranks: int | None,
+    as_json: bool,
+    print_config: bool,
+    quiet: bool,
+    **_flags: object,
 ) -> None:
     """Say what a run would take: memory by kind, tokens, time and cost on several devices.
 
@@ -42,5 +56,5 @@ def plan(
     pairs = load_inputs(config, models, console).pairs
     console.say("rehearsing a step on tensors without memory")
     rate = matrix_rate(precision_of(config.train), device, _PRODUCTS)
-    made = planner.make_plan(config, models, pairs, device=device, flops_per_s=rate)
+    made = planner.make_plan(config, models, pairs, device=device, flops_per_s=rate, count=ranks)
     click.echo(json.dumps(asdict(made)) if as_json else "\n".join(planner.describe(made)))

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from dpo.distributed import JoinedRanks, joined_ranks
 from dpo.launch import Launch
 from dpo.losses import LOSSES
 from dpo.models import Decoder, init_model, parse_config
-from dpo.models.transforms import recompute
+from dpo.models.transforms import compile_blocks, recompute
+from dpo.precision import PRECISIONS
 from dpo.ranks import Ranks
 from dpo.sharding import HybridRanks, ShardedRanks
 from dpo.tensor_parallel import TensorRanks
@@ -56,6 +58,7 @@ class Case:
         unpaired: whether most rows have one answer.
         lora: the layers that get an adapter, which is trained; None for all training.
         keeps_no_activations: whether they are computed again.
+        is_compiled: whether the blocks are, by the part of a compiler that traces.
         experts: whether the model has some.
         is_sharded: whether each rank holds a part of the model.
         machines: that the ranks are on, each with all parts of it; 0 for one copy over all.
@@ -74,6 +77,7 @@ class Case:
     unpaired: bool = False
     lora: str | None = None
     keeps_no_activations: bool = False
+    is_compiled: bool = False
     experts: bool = False
     is_sharded: bool = False
     machines: int = 0
@@ -178,6 +182,9 @@ def make_trainer(case: Case, ranks: Ranks) -> Trainer:
     ranks.prepare(policy)
     if case.lora:
         add_adapter(policy, Adapter(4, 8.0), targets=case.lora, seed=0)
+    if case.is_compiled:
+        with patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+            compile_blocks(policy)
     if case.keeps_no_activations:
         recompute(policy, "layer")
     policy = Poisoned(policy) if case.is_poisoned else policy
@@ -238,7 +245,8 @@ def kind_of(case: Case, ranks: Ranks) -> Ranks:
     assert isinstance(ranks, JoinedRanks)
     kind: Any = JoinedRanks
     if case.is_sharded:
-        kind = HybridRanks if case.machines else ShardedRanks
+        products = PRECISIONS[case.options.get("dtype", "float32")].autocast
+        kind = partial(HybridRanks if case.machines else ShardedRanks, products=products)
     if case.tensor_ranks > 1:
         kind = partial(TensorRanks, size=case.tensor_ranks, kind=kind)
     launch = Launch.of_environment()
