@@ -1,7 +1,7 @@
 """What a person sees while something runs: a live bar on a terminal, an occasional line elsewhere.
 
-Everything goes to stderr, so that stdout holds results only. A library function does not import
-this module: it takes a callback ``(done, total)``, and ``Bar.update`` is one.
+Everything goes to stderr, so that stdout holds results only. A library function shows nothing
+unless it is given a ``Console``.
 """
 
 import os
@@ -83,10 +83,12 @@ class Console:
         bar.started = bar.shown = self._clock()
         if self._is_drawn():
             self._draw(bar)
+        is_done = False
         try:
             yield bar
+            is_done = True
         finally:
-            self._close(bar)
+            self._close(bar, is_done=is_done)
 
     def refresh(self, bar: "Bar") -> None:
         """Show the bar's state, unless it was shown a moment ago or something covers it."""
@@ -104,13 +106,13 @@ class Console:
         else:
             self._write(_line(bar, bar.shown) + "\n")
 
-    def _close(self, bar: "Bar") -> None:
+    def _close(self, bar: "Bar", *, is_done: bool) -> None:
         is_inner = len(self._bars) > 1
         if is_inner and self._is_drawn():
             self._bars.pop()
             self._draw(self._bars[-1])
             return
-        if not self._quiet and (self._is_live or self._is_news(bar)):
+        if not self._quiet and (self._is_live or (is_done and self._is_news(bar))):
             self._show(bar)
         if self._is_drawn():
             self._write("\n")

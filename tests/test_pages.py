@@ -224,6 +224,8 @@ def _torchrun(words: Words) -> str:
     split = words.index("-m")
     launcher = [word for word in words[1:split] if word != "..."]
     get_args_parser().parse_args([*launcher, *words[split:]])
+    if words[split + 1] != "dpo":
+        return _python(("python", *words[split:]))
     alone = shlex.split("--parallel data --tensor-ranks 1") if words[split + 2] == "train" else []
     return _dpo((*words[split + 1 :], *alone))
 

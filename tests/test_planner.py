@@ -508,6 +508,7 @@ def test_budget_that_only_the_line_lets_pass_is_not_chosen(
     assert choose_budget(options, shape(), pairs, device=CPU).tokens == 256
 
 
+@pytest.mark.slow
 def test_budget_of_a_model_in_parts_is_larger(memory: Callable[[float], None]) -> None:
     options = config(batch_size=64, parallel="shard", recompute="layer")
     pairs, model = long_pairs(64), shape(**EVEN | {"num_hidden_layers": 48})

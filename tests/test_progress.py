@@ -149,6 +149,14 @@ def test_file_gets_the_end_of_a_bar_once(clock: Clock) -> None:
     assert stream.getvalue().count("\n") == 1
 
 
+def test_file_gets_no_end_of_a_bar_that_ends_with_an_error(clock: Clock) -> None:
+    file = io.StringIO()
+    rows = (1 // row for row in (1, 0))
+    with pytest.raises(ZeroDivisionError), Console(file, clock=clock).bar("read") as bar:
+        list(bar.each(rows))
+    assert file.getvalue() == ""
+
+
 def test_file_gets_a_bar_inside_another_only_if_it_is_long(clock: Clock) -> None:
     stream = io.StringIO()
     console = Console(stream, clock=clock)

@@ -31,8 +31,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(source: Path | str, folder: Path, *options: str) -> str:
     """Build, and return the message; nothing may have been written."""
     arguments = ["data", "build", "extraction", "--feedback", str(source), "--split-by", "group"]
-    out = folder / "out"
-    result = CliRunner().invoke(main, [*arguments, "--out", str(out), "--min-pairs", "1", *options])
+    arguments += ["--out", str(folder / "out"), "--min-pairs", "1", "--quiet"]
+    result = CliRunner().invoke(main, [*arguments, *options])
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Traceback" not in result.stderr
     assert list(folder.glob("out*")) == []
@@ -186,6 +186,6 @@ def test_store_without_a_decision_left_is_named(stores: Path, tmp_path: Path) ->
 def test_folders_in_the_place_of_files_are_named(stores: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.jsonl").mkdir()
     assert "folder.jsonl is a folder: name a store" in refused(tmp_path / "folder.jsonl", tmp_path)
-    arguments = ["data", "check", str(stores / "good.jsonl"), "--html", str(tmp_path)]
+    arguments = ["data", "check", str(stores / "good.jsonl"), "--html", str(tmp_path), "--quiet"]
     result = CliRunner().invoke(main, arguments)
     assert (result.exit_code, result.stderr) == (2, f"Error: {tmp_path} is a folder: name a file\n")
