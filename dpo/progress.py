@@ -198,7 +198,8 @@ def _line(bar: Bar, seconds: float, *, cells: str | None = None) -> str:
     times = _clock_time(seconds - bar.started)
     if bar.total is not None and rate > 0 and bar.done < bar.total:
         times += f"<{_clock_time((bar.total - bar.done) / rate)}"
-    parts.append(f"[{times}, {rate:.3g} {bar.unit or 'it'}/s]")
+    pace = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    parts.append(f"[{times}, {pace} {bar.unit or 'it'}/s]")
     return " ".join([*parts, bar.status] if bar.status else parts)
 
 

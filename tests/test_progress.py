@@ -60,6 +60,13 @@ def test_unknown_total_shows_count_and_rate(terminal: Terminal, clock: Clock) ->
         assert terminal.screen() == ["read 10 [00:02, 5 rows/s]"]
 
 
+def test_large_rate_is_written_out(terminal: Terminal, clock: Clock) -> None:
+    with Console(terminal, clock=clock).bar("tokenize", unit="pairs") as bar:
+        clock.seconds = 2.0
+        bar.update(24_690)
+    assert terminal.screen()[0] == "tokenize 24690 [00:02, 12,345 pairs/s]"
+
+
 def test_resumed_bar_does_not_count_old_units_in_its_rate(terminal: Terminal, clock: Clock) -> None:
     with Console(terminal, clock=clock).bar("train", 200, unit="steps", start=100) as bar:
         clock.seconds = 10.0
