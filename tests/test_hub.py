@@ -277,7 +277,10 @@ def test_local_folder_stays_what_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./absent", "/absent/model", "a/b/c", "../x", "a b"])
-def test_path_that_is_no_id_is_not_asked_for(name: str) -> None:
+def test_path_that_is_no_id_is_not_asked_for(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
         fetch_model(name)
     assert not is_dataset_id(name)
