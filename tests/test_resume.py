@@ -160,7 +160,7 @@ print(json.dumps(outcomes))
     scope="module",
     params=[
         pytest.param((97, 500), id="some"),
-        pytest.param((2, 5), marks=pytest.mark.slow, id="all"),
+        pytest.param((4, 10), marks=pytest.mark.slow, id="many"),
     ],
 )
 def outcomes(
