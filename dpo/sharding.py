@@ -68,15 +68,13 @@ class ShardedRanks(JoinedRanks):
         travel by themselves where matrices are rounded before they do.
         """
         assert isinstance(model, Decoder)
+        policy = MixedPrecisionPolicy()
+        if self.products is not None:  # summed as autocast's way back gives them to weights
+            policy = MixedPrecisionPolicy(self.products, torch.float32, cast_forward_inputs=False)
         for block in model.model.layers:
-            rounded = MixedPrecisionPolicy()
             if self.products is not None:
                 fully_shard([m for m in block.modules() if isinstance(m, Norm)], mesh=self.mesh)
-                # summed as autocast's way back gives them to float32 weights
-                rounded = MixedPrecisionPolicy(
-                    self.products, torch.float32, cast_forward_inputs=False
-                )
-            fully_shard(block, mesh=self.mesh, mp_policy=rounded)
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
         fully_shard(model, mesh=self.mesh)
         for module in _divided(model):
             # sums, not means; gloo knows no other way to leave the division out

@@ -201,9 +201,10 @@ def plan_data(config: RunConfig, pairs: TokenizedPairs, processes: int = 1) -> D
     sampler = make_sampler(config.loss.build(), pairs, config.train)
     batches = MicroBatches.of_run(config.train, pairs)
     steps = [sampler.rows(step) for step in range(min(STEPS, sampler.steps_per_epoch))]
-    shares = [batches.divide(rows, processes // config.train.tensor_ranks) for rows in steps]
-    most = [max(len(batches.split(own)) for own in of_step) for of_step in shares]
-    cut = [batches.split(own) for of_step in shares for own in of_step]  # of a rank in a step each
+    parts = processes // config.train.tensor_ranks
+    by_step = [[batches.split(own) for own in batches.divide(rows, parts)] for rows in steps]
+    most = [max(map(len, of_ranks)) for of_ranks in by_step]
+    cut = [micro_batches for of_ranks in by_step for micro_batches in of_ranks]
     sizes = [[stream_tokens(batches, rows) for rows in micro_batches] for micro_batches in cut]
     longest = [int(pairs.lengths().sum(axis=1).argmax())]
     longest_tokens = stream_tokens(batches, longest)

@@ -27,7 +27,7 @@ from dpo import planner, rehearsal, run, token_budget
 from dpo.accelerators import ACCELERATORS
 from dpo.adapter_config import AdapterConfig
 from dpo.bench.memory import Comparison, predicted_mib, run_of
-from dpo.bench.scenarios import SCENARIOS, SHAPES
+from dpo.bench.scenarios import SCENARIOS, SHAPES, Scenario
 from dpo.cli import main
 from dpo.cli import plan as plan_command
 from dpo.config import LossConfig, RunConfig
@@ -749,34 +749,40 @@ def test_word_that_is_no_number_is_refused_naming_what_is_allowed(
 
 
 PAGE = (Path(__file__).parents[1] / "dpo/PLANNER.md").read_text(encoding="utf-8")
-ROWS = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in PAGE.splitlines()
-    if re.match(r"\| (5m|135m)", line)
-]
+
+
+def rows_of_page(beginning: str) -> list[list[str]]:
+    """The cells of each row of a table whose first cell begins so."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in PAGE.splitlines()
+        if re.match(rf"\| {beginning}", line)
+    ]
+
+
+def scenario_of(row: list[str]) -> Scenario:
+    """What a row of the two tables beside resident memory is about."""
+    part = next((part for part in RECOMPUTED if part == row[2]), None)
+    scenario = replace(SCENARIOS[row[0].removeprefix("of two: ")], recompute=part)
+    assert scenario.dtype == row[1]
+    return scenario
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}, recompute {row[2]}")
+@pytest.mark.parametrize(
+    "row", rows_of_page("(5m|135m)"), ids=lambda row: f"{row[0]}, recompute {row[2]}"
+)
 def test_page_says_what_the_planner_predicts(row: list[str]) -> None:
-    part = next((part for part in RECOMPUTED if part == row[2]), None)
-    scenario = replace(SCENARIOS[row[0]], recompute=part)
-    assert scenario.dtype == row[1]
+    scenario = scenario_of(row)
     assert f"{predicted_mib(scenario):.0f}" == row[3]
 
 
-OF_TWO = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in PAGE.splitlines()
-    if line.startswith("| of two: ")
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("row", OF_TWO, ids=lambda row: f"{row[0]}, recompute {row[2]}")
+@pytest.mark.parametrize(
+    "row", rows_of_page("of two: "), ids=lambda row: f"{row[0]}, recompute {row[2]}"
+)
 def test_page_says_what_the_planner_predicts_of_a_rank(row: list[str]) -> None:
-    part = next((part for part in RECOMPUTED if part == row[2]), None)
-    scenario = replace(SCENARIOS[row[0].removeprefix("of two: ")], recompute=part)
+    scenario = scenario_of(row)
     options = run_of(scenario, models=2, parallel="shard")
     with pretended_ranks(options, 2) as ranks:
         assert isinstance(ranks, RanksAlike)
@@ -784,15 +790,10 @@ def test_page_says_what_the_planner_predicts_of_a_rank(row: list[str]) -> None:
     assert f"{found:.0f}" == row[4]
 
 
-LARGE = [
-    [cell.strip() for cell in line.strip("|").split("|")]
-    for line in PAGE.splitlines()
-    if re.match(r"\| \d+b \|", line)
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("row", LARGE, ids=lambda row: f"{row[0]} on {row[1]}, {row[2]}")
+@pytest.mark.parametrize(
+    "row", rows_of_page(r"\d+b \|"), ids=lambda row: f"{row[0]} on {row[1]}, {row[2]}"
+)
 def test_page_says_what_a_rank_of_a_large_model_holds(row: list[str]) -> None:
     words = row[2].strip("`").split()
     divided: dict[str, Any] = {"parallel": words[1]}
